@@ -1,0 +1,47 @@
+"""Orthogonal finetuning as a compiler pass for PyTorch."""
+
+from oftfx.adapter import adapt, disabled, parameters, remove
+from oftfx.checkpoint import load, save
+from oftfx.errors import (
+    CaptureError,
+    CheckpointError,
+    MergeError,
+    OftfxError,
+    OftfxWarning,
+    PlanError,
+    SpecError,
+)
+from oftfx.fold import MergedSite, MergeReport, merge
+from oftfx.health import Health, health
+from oftfx.plan import Group, Plan, Site, Skip, plan
+from oftfx.spec import OFT, Spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OFT",
+    "CaptureError",
+    "CheckpointError",
+    "Group",
+    "Health",
+    "MergeError",
+    "MergeReport",
+    "MergedSite",
+    "OftfxError",
+    "OftfxWarning",
+    "Plan",
+    "PlanError",
+    "Site",
+    "Skip",
+    "Spec",
+    "SpecError",
+    "adapt",
+    "disabled",
+    "health",
+    "load",
+    "merge",
+    "parameters",
+    "plan",
+    "remove",
+    "save",
+]

@@ -1,0 +1,128 @@
+"""The verbs on a model of any kind: adapt, remove, disable, and what is trainable."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from oftfx import insert, modules
+from oftfx.attach import attach, detach
+from oftfx.capture import Model
+from oftfx.errors import PlanError
+from oftfx.host import host_of
+from oftfx.plan import Plan, plan
+from oftfx.spec import Spec
+
+M = TypeVar("M", nn.Module, ExportedProgram)
+
+
+def adapt(
+    model: M,
+    spec: Spec | Plan,
+    name: str = "default",
+    example_inputs: Any = None,
+    capture: Literal["graph", "modules"] = "graph",
+) -> M:
+    """Puts trainable rotations before a model's matmuls and freezes everything else.
+
+    At the identity start the model's output is bit for bit the base's.
+
+    Args:
+        model: An nn.Module or GraphModule, adapted in place; or an ExportedProgram, of which an
+            adapted copy is returned that shares the base's tensors.
+        spec: What to adapt and how, or a plan made before, perhaps of the same model in another
+            form.
+        name: Names the adapter. Several adapters compose in the order they were added.
+        example_inputs: As for [`plan`][oftfx.plan].
+        capture: As for [`plan`][oftfx.plan].
+
+    Returns:
+        The adapted model: the same object, but for an ExportedProgram.
+
+    Raises:
+        CaptureError: The model cannot be traced.
+        PlanError: Nothing matches, a site cannot be adapted, or ``name`` is taken. The model is
+            untouched.
+    """
+    if not (name.isidentifier() and not hasattr(nn.ModuleDict, name)):
+        raise PlanError(f"name={name!r}: an adapter's name must be a plain identifier.")
+    inner = unwrap(model)
+    found = spec if isinstance(spec, Plan) else plan(inner, spec, example_inputs, capture)
+    if isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        adapted = insert.insert(inner, found, name)
+        return adapted if isinstance(model, ExportedProgram) else model  # type: ignore[return-value]
+    attach(inner, found, name)
+    return model
+
+
+def remove(model: M, name: str | None = None) -> M:
+    """Takes an adapter off (all for None); the base is back bit for bit, gradient flags included.
+
+    Raises:
+        PlanError: There is no such adapter.
+    """
+    inner = unwrap(model)
+    if isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        bare = insert.remove(inner, name)
+        return bare if isinstance(model, ExportedProgram) else model  # type: ignore[return-value]
+    detach(inner, name)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Within it, the model computes what its base computes, bit for bit.
+
+    Args:
+        model: An adapted nn.Module or GraphModule.
+        name: One adapter; None for all.
+
+    Raises:
+        PlanError: The model is an ExportedProgram, which has no state to switch.
+    """
+    inner = unwrap(model)
+    if isinstance(inner, ExportedProgram):
+        raise PlanError("an ExportedProgram cannot be switched: keep the base, or oftfx.remove.")
+    if not isinstance(inner, fx.GraphModule):
+        with modules.disabled(inner, name):
+            yield
+        return
+    adapted = inner.graph
+    inner.graph = fx.Graph(inner)
+    inner.graph.output(inner.graph.graph_copy(adapted, {}))
+    for found in insert.inserted(host_of(inner)):
+        if name in (None, found.adapter):
+            found.node.replace_all_uses_with(found.x)
+    inner.recompile()
+    try:
+        yield
+    finally:
+        inner.graph = adapted
+        inner.recompile()
+
+
+def parameters(model: Model, name: str | None = None) -> list[nn.Parameter]:
+    """The trainable parameters of a model's adapters: what an optimizer needs.
+
+    Raises:
+        PlanError: The model has no adapter (or none of this name).
+    """
+    inner = unwrap(model)
+    if isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        held = host_of(inner).parameters()
+        which = re.escape(name) if name else r"\w+"
+        pattern = re.compile(rf"(.+\.)?{modules.CHILD}\.{which}\.(\w+\.)?theta")
+        found = [value for key, value in held.items() if pattern.fullmatch(key)]
+    else:
+        found = [p for _, rotation in modules.rotations(inner, name) for p in rotation.parameters()]
+    if not found:
+        raise PlanError(f"{type(inner).__name__} has no adapter{f' {name!r}' if name else ''}.")
+    return found
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside the wrapper that torch.compile puts around it."""
+    return getattr(model, "_orig_mod", model)

@@ -1,0 +1,179 @@
+"""Plan → nn.Module: every site's module takes on the class that rotates its input."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from oftfx.errors import PlanError
+from oftfx.modules import (
+    CHILD,
+    Adapted,
+    Class,
+    Rotation,
+    SharedRotation,
+    bare,
+    folding,
+    hooked,
+    rebind,
+    rotating,
+    rotations,
+)
+from oftfx.plan import Plan, Site
+
+RECORD = "_oftfx"
+
+
+@dataclass
+class Record:
+    """What an adapted model remembers of one adapter.
+
+    Attributes:
+        plan: The plan it was built from.
+        trained: Names of the base's parameters that required a gradient before.
+    """
+
+    plan: Plan
+    trained: frozenset[str]
+
+
+def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
+    """Adapts a module in place and freezes its base.
+
+    Raises:
+        PlanError: The plan does not fit the model, or an adapter of this name is there already.
+            The model is untouched then.
+    """
+    records: dict[str, Record] = vars(model).get(RECORD, {})
+    if name in records:
+        raise PlanError(
+            f"the model has an adapter {name!r} already: remove it with oftfx.remove(model, "
+            f"{name!r}), or pass another name."
+        )
+    for _, module in model.named_modules():
+        if isinstance(module, Adapted) and name in module.oft:
+            raise PlanError(f"a part of the model has an adapter {name!r} already; use another.")
+    for site in plan.sites:
+        _check(model, site)
+
+    if records:  # the first adapter saw the base's own flags
+        trained = next(iter(records.values())).trained
+    else:
+        trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    mine = {id(p) for _, rotation in rotations(model) for p in rotation.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in mine:
+            parameter.requires_grad_(False)
+    held: dict[str, Rotation] = {}
+    for site in plan.sites:
+        if site.shared:
+            _place(model, site, name, SharedRotation(held[site.rotation]))
+        else:
+            held[site.fqn] = _rotation(model, plan, site)
+            _place(model, site, name, held[site.fqn])
+    vars(model)[RECORD] = {**records, name: Record(plan, trained)}
+    return model
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Takes adapters off a module and gives its classes and gradient flags back.
+
+    Raises:
+        PlanError: There is no such adapter.
+    """
+    records = record_holder(model, name)
+    for module in list(model.modules()):
+        if not isinstance(module, Adapted):
+            continue
+        for adapter in list(module.oft) if name is None else [name]:
+            if adapter in module.oft:
+                del module.oft[adapter]
+        if not len(module.oft):
+            bare(module)
+    for adapter in list(records) if name is None else [name]:
+        trained = records.pop(adapter).trained
+        if not records:
+            for parameter_name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter_name in trained)
+    if not records:
+        vars(model).pop(RECORD, None)
+    return model
+
+
+def record_holder(model: nn.Module, name: str | None = None) -> dict[str, Record]:
+    """The records of an adapted module, by adapter name.
+
+    Raises:
+        PlanError: The module has no adapter, or none of this name.
+    """
+    records: dict[str, Record] = vars(model).get(RECORD, {})
+    if not records or (name is not None and name not in records):
+        has = f"it has {sorted(records)}" if records else "it has none"
+        which = "" if name is None else f" {name!r}"
+        raise PlanError(f"{type(model).__name__} has no adapter{which}; {has}.")
+    return records
+
+
+def _owner(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
+    path, _, parameter = site.weight.rpartition(".")
+    return model.get_submodule(path), parameter
+
+
+def _check(model: nn.Module, site: Site) -> None:
+    """That a site can be placed; nothing is changed before every site passed."""
+    try:
+        module, parameter = _owner(model, site)
+        weight = module._parameters[parameter]
+        assert weight is not None
+    except (AttributeError, KeyError, AssertionError):
+        raise PlanError(
+            f"{site.weight}: the plan's weight is not a parameter of this model; plan it anew."
+        ) from None
+    stored = (site.out_features, site.in_features)
+    if tuple(weight.shape) != (stored if site.layout == "out_in" else stored[::-1]):
+        raise PlanError(
+            f"{site.weight} has shape {tuple(weight.shape)}, the plan expects "
+            f"{site.in_features}→{site.out_features}: it was made for another model."
+        )
+    if not isinstance(module, Adapted) and hasattr(module, CHILD):
+        raise PlanError(
+            f"{type(module).__name__} at {site.fqn!r} has an attribute {CHILD!r} of its own, the "
+            "name under which oftfx keeps rotations: rename it, or exclude the site."
+        )
+    if "forward" in vars(module) and site.kind != "functional" and not hooked(module):
+        raise PlanError(
+            f"{site.fqn} carries a forward of its own (set on the instance, as some offloading or "
+            "patching tools do), which would bypass the rotation: undo that before adapting, or "
+            "exclude the site."
+        )
+
+
+def _rotation(model: nn.Module, plan: Plan, site: Site) -> Rotation:
+    module, parameter = _owner(model, site)
+    weight = module._parameters[parameter]
+    assert weight is not None
+    device = weight.device
+    hook = vars(module).get("_hf_hook")
+    if device.type == "meta" and hook is not None:  # offloaded: its weight is elsewhere
+        device = torch.device(getattr(hook, "execution_device", None) or "cpu")
+    readers = sum(other.rotation == site.fqn for other in plan.sites)
+    return Rotation(plan.spec_of(site), site.in_features, device, plan.seed_of(site), readers)
+
+
+def _place(model: nn.Module, site: Site, name: str, rotation: Rotation | SharedRotation) -> None:
+    module, parameter = _owner(model, site)
+    if CHILD not in module._modules:
+        module.add_module(CHILD, nn.ModuleDict())
+    base: Class = module.oft_base if isinstance(module, Adapted) else type(module)
+    adapters = module.get_submodule(CHILD)
+    assert isinstance(adapters, nn.ModuleDict)
+    if site.kind != "functional":
+        adapters[name] = rotation
+        module.__class__ = rotating(base)
+        rebind(module)
+        return
+    if name not in adapters:
+        adapters[name] = nn.ModuleDict()
+    adapters[name][parameter] = rotation  # type: ignore[operator]
+    shadowed = {*getattr(module, "oft_shadowed", ()), (parameter, site.layout)}
+    module.__class__ = folding(base, tuple(sorted(shadowed)))

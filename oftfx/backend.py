@@ -1,0 +1,63 @@
+"""`torch.compile(model, backend="oftfx")`: checks and counts the rotations, then inductor.
+
+Counts land in Dynamo's own counters, `torch._dynamo.utils.counters["oftfx"]`: graphs, rotations
+and distinct cores.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo import lookup_backend
+from torch._dynamo.utils import counters
+
+from oftfx import ops  # noqa: F401  (registers the ops a saved graph may call)
+from oftfx.errors import OftfxWarning
+from oftfx.sites import matmul
+
+log = logging.getLogger("oftfx")
+
+
+def oftfx(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """A Dynamo backend, found by its entry point; nobody calls it directly.
+
+    Args:
+        graph: The graph Dynamo traced.
+        example_inputs: Its inputs.
+        mode: As for ``torch.compile`` with inductor.
+        options: Inductor's config patches.
+    """
+    nodes = list(_nodes(graph))
+    rotations = [node for node in nodes if node.target is torch.ops.oftfx.rotate.default]
+    counts = counters["oftfx"]
+    counts["graphs"] += 1
+    counts["rotations"] += len(rotations)
+    counts["cores"] += len({node.args[1] for node in rotations})
+    log.info("graph %d: %d rotations", counts["graphs"], len(rotations))
+    if not counts["rotations"] and any(matmul.spelling(node) for node in nodes):
+        warnings.warn(
+            'backend="oftfx" compiles a graph without rotations: adapt the model with '
+            "oftfx.adapt(model, spec) first, or compile it with the default backend.",
+            OftfxWarning,
+            stacklevel=2,
+        )
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    inductor: Any = lookup_backend("inductor")
+    compiled: Callable[..., Any] = inductor(graph, example_inputs, config_patches=patches)
+    return compiled
+
+
+def _nodes(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """All nodes, those in the bodies of higher-order ops included."""
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes

@@ -1,0 +1,215 @@
+"""A model → the FX graphs of its forward, and which of their nodes are parameters.
+
+nn.Module        traced by Dynamo on a shadow copy whose tensors are on `meta`
+GraphModule      taken as it is
+ExportedProgram  taken as it is, parameters read off its signature
+"""
+
+import copy
+import re
+import traceback
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from oftfx import inputs as model_inputs
+from oftfx.errors import CaptureError
+from oftfx.host import Host, host_of
+from oftfx.modules import Adapted, bare
+
+Model = nn.Module | ExportedProgram
+
+
+@dataclass
+class Capture:
+    """The graphs of one model.
+
+    Attributes:
+        graphs: One graph module per traced frame; one unless Dynamo had to break the graph.
+        parameters: Node → name of the parameter it stands for (of tied names, the first).
+        tensors: Name → the parameter, under each of its names; its values are never read.
+        aliases: Name → all names of that tensor; more than one where weights are tied.
+    """
+
+    graphs: list[fx.GraphModule]
+    tensors: dict[str, Tensor]
+    aliases: dict[str, tuple[str, ...]]
+    parameters: dict[fx.Node, str] = field(default_factory=dict)
+
+
+def capture(model: Model, example_inputs: Any = None) -> Capture:
+    """Traces a model; its parameters, buffers and state stay untouched.
+
+    Args:
+        model: An nn.Module, GraphModule or ExportedProgram.
+        example_inputs: For an nn.Module: a tensor, a tuple of positional or a dict of keyword
+            arguments. None builds them from a transformers model's own main input.
+
+    Raises:
+        CaptureError: The model cannot be traced; names the line of the user's code.
+    """
+    if isinstance(model, (fx.GraphModule, ExportedProgram)):
+        return read(host_of(model))
+    return _module(model, example_inputs)
+
+
+def read(host: Host) -> Capture:
+    """The capture of a graph that owns its parameters."""
+    found = Capture([host.module], *_names(host.parameters().items()))
+    found.parameters = {node: found.aliases[name][0] for node, name in host.readers().items()}
+    _enter_bodies(found)
+    return found
+
+
+def _module(model: nn.Module, example_inputs: Any) -> Capture:
+    if example_inputs is None:
+        args, kwargs = (), model_inputs.example_inputs(model)
+    else:
+        args, kwargs = _arguments(example_inputs)
+    shadow = _shadow(model)
+    found = Capture([], *_names(shadow.named_parameters(remove_duplicate=False)))
+    names = {id(tensor): found.aliases[name][0] for name, tensor in found.tensors.items()}
+
+    def collect(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        for node, tensor in zip(placeholders, tensors, strict=True):
+            if id(tensor) in names:
+                found.parameters[node] = names[id(tensor)]
+        found.graphs.append(graph)
+        return graph.forward
+
+    # A new code object per capture: Dynamo's cache entry hangs on it and dies with it, instead of
+    # counting towards the recompile limit of the model's own forward.
+    frame = types.FunctionType(_call.__code__.replace(), _call.__globals__)
+    try:
+        with torch.enable_grad():
+            torch.compile(frame, backend=collect, dynamic=False)(shadow, args, kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} could not be traced to a graph at {_where(error)}: "
+            f"{_first_line(error)}\n"
+            "Mend that line, pass other example_inputs, or plan from the module tree instead: "
+            'oftfx.plan(model, spec, capture="modules"). That sees nn.Linear and its like, but '
+            "no functional matmuls and no shared inputs."
+        ) from error
+    if not found.graphs:
+        raise CaptureError(
+            f"{type(model).__name__} gave no graph: torch.compile is switched off here "
+            "(TORCH_COMPILE_DISABLE, a stance, or torch.compiler.disable on its forward). "
+            'Switch it on for planning, or use capture="modules".'
+        )
+    _enter_bodies(found)
+    return found
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy of the model on `meta`, in evaluation mode: no memory, no side effects on the model.
+
+    Adapters it has already are left out: what is planned is the base. Every floating parameter
+    requires a gradient there, so that no inference-only fast path hides a matmul inside an opaque
+    kernel.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _own_tensors(module):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _to_meta(tensor)
+    try:
+        shadow = copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied for tracing: {_first_line(error)}\n"
+            'Remove the attribute that copy.deepcopy refuses, or use capture="modules".'
+        ) from error
+    for module in list(shadow.modules()):
+        if isinstance(module, Adapted):
+            bare(module)
+    return shadow
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        twin = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(twin, requires_grad=tensor.is_floating_point())
+    return twin
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments on `meta`."""
+    on_meta = optree.tree_map(
+        lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf,
+        dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs,
+    )
+    if isinstance(on_meta, dict):
+        return (), on_meta
+    return (tuple(on_meta) if isinstance(on_meta, (tuple, list)) else (on_meta,)), {}
+
+
+def _names(
+    named: Iterable[tuple[str, Any]],
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """Every name's tensor, and all the names that share it."""
+    tensors = {name: tensor for name, tensor in named if isinstance(tensor, Tensor)}
+    holders: dict[int, tuple[str, ...]] = {}
+    for name, tensor in tensors.items():
+        key = _identity(tensor)
+        holders[key] = (*holders.get(key, ()), name)
+    return tensors, {name: names for names in holders.values() for name in names}
+
+
+def _identity(tensor: Tensor) -> int:
+    """Equal for tied tensors: exported programs keep two tensors over one storage."""
+    if tensor.device.type == "meta" or not tensor.numel():
+        return id(tensor)
+    return hash((tensor.data_ptr(), tensor.shape, tensor.stride()))
+
+
+def _enter_bodies(found: Capture) -> None:
+    """Adds the bodies of higher-order ops (checkpointed regions, nested regions) as graphs.
+
+    Their placeholders stand for the op's last operands, parameters among them.
+    """
+    for graph in found.graphs:  # grows while it is walked
+        for node in graph.graph.find_nodes(op="get_attr"):
+            body = getattr(graph, str(node.target), None)
+            if not isinstance(body, fx.GraphModule):
+                continue
+            found.graphs.append(body)
+            placeholders = body.graph.find_nodes(op="placeholder")
+            for user in node.users:
+                operands = user.args[len(user.args) - len(placeholders) :]
+                for inner, outer in zip(placeholders, operands, strict=False):
+                    if outer in found.parameters:
+                        found.parameters[inner] = found.parameters[outer]
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of the user's own code behind an error, as "file:line, in function"."""
+    told = str(error).partition("from user code:")[2]  # Dynamo's own account, where it has one
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', told) or [
+        (frame.filename, frame.lineno, frame.name)
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    foreign = re.compile(r"[/\\](torch|oftfx)[/\\]|<frozen|<eval_with_key")
+    file, line, function = ([f for f in frames if not foreign.search(f[0])] or frames)[-1]
+    return f"{file}:{line}, in {function}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

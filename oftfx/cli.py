@@ -1,0 +1,346 @@
+"""The ``oftfx`` command."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from oftfx.errors import OftfxError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    import oftfx
+
+try:
+    import typer
+except ModuleNotFoundError:  # the core does not need it
+    sys.exit("The oftfx command needs the train extra: pip install 'oftfx[train]'")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ROTATIONS, TRAINING, MEASURING, OUTPUT = "Rotations", "Training", "Measuring", "Output"
+
+BlockSize = Annotated[
+    int,
+    typer.Option(
+        help="Width of a rotation block; must divide every adapted layer's input width. "
+        "Larger turns more, and trains more parameters.",
+        rich_help_panel=ROTATIONS,
+    ),
+]
+Order = Annotated[
+    int,
+    typer.Option(
+        help="Order k of the Cayley–Neumann series; even orders stay closer to orthogonal.",
+        rich_help_panel=ROTATIONS,
+    ),
+]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="The exact Cayley transform instead of the series: slower, always orthogonal.",
+        rich_help_panel=ROTATIONS,
+    ),
+]
+Guard = Annotated[
+    Literal["none", "rescale", "exact"],
+    typer.Option(
+        help="What happens where ‖Q‖ reaches 1 and the series means nothing: only warn, "
+        "shrink Q back, or use the exact transform there.",
+        rich_help_panel=ROTATIONS,
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A layer name such as q_proj, or a regex over the whole name; repeat it for more. "
+        "Without it, every linear layer but the output head.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
+    ),
+]
+ShareInputs = Annotated[
+    bool,
+    typer.Option(
+        "--share-inputs",
+        help="One rotation for all layers that read the same tensor, as q, k and v do.",
+        rich_help_panel=ROTATIONS,
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Directory to write. It appears when everything succeeded.", rich_help_panel=OUTPUT
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace an earlier result of oftfx at --out.", rich_help_panel=OUTPUT
+    ),
+]
+
+
+@app.callback()
+def root() -> None:
+    """Orthogonal finetuning (OFT) for any PyTorch model.
+
+    Train small rotations of a frozen model's layer inputs, then fold them into the weights.
+
+    **oftfx finetune** trains, measures, folds and checks · **oftfx plan** shows what would be
+    trained · **oftfx merge** folds a saved adapter.
+
+    Exit codes: 0 done · 1 the merged model disagrees with the trained one · 2 bad input, with
+    nothing written.
+    """
+
+
+@app.command()
+def finetune(
+    model: Annotated[
+        str,
+        typer.Option(help="A model directory, a Hub id or a .gguf file.", show_default=False),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A text file, a .jsonl file with a text field, or a Hub dataset id.",
+            show_default=False,
+        ),
+    ],
+    out: Out = Path("oftfx-out"),
+    force: Force = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            help="Fold the rotations and write a model directory that needs no oftfx.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = True,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = 60,
+    batch_size: Annotated[
+        int, typer.Option(help="Blocks of text in a step.", rich_help_panel=TRAINING)
+    ] = 1,
+    seq_len: Annotated[
+        int, typer.Option(help="Tokens in a block.", rich_help_panel=TRAINING)
+    ] = 512,
+    lr: Annotated[
+        float,
+        typer.Option(
+            help="Peak learning rate. Higher learns more of the task and forgets more of the rest.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 3e-4,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="Of the frozen weights; auto keeps the stored one.", rich_help_panel=TRAINING
+        ),
+    ] = "auto",
+    seed: Annotated[
+        int, typer.Option(help="Of the block order and the samples.", rich_help_panel=TRAINING)
+    ] = 0,
+    held_out: Annotated[
+        str,
+        typer.Option(
+            help="Text to measure on: a source like --data, or the fraction of --data to split "
+            "off its end.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = "0.1",
+    unrelated: Annotated[
+        str | None,
+        typer.Option(
+            help="Text of another kind; its loss shows what was forgotten.",
+            rich_help_panel=MEASURING,
+            show_default=False,
+        ),
+    ] = None,
+    eval_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of each text to measure on, at most.", rich_help_panel=MEASURING),
+    ] = 8192,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What to continue before and after training.",
+            rich_help_panel=MEASURING,
+            show_default=False,
+        ),
+    ] = None,
+    block_size: BlockSize = 32,
+    order: Order = 4,
+    exact: Exact = False,
+    guard: Guard = "none",
+    targets: Targets = None,
+    share_inputs: ShareInputs = False,
+) -> None:
+    """Finetune a language model on text, fold the result, and check it.
+
+    Measures the loss before and after on text that was not trained on, draws the loss curve and
+    the rotation angles, writes the adapter and the folded model, and loads the folded model back
+    in a process without oftfx to compare.
+
+    **Examples**
+
+    `oftfx finetune --model ./my-model --data book.txt --out tuned`
+
+    `oftfx finetune --model model.gguf --data chats.jsonl --unrelated wiki.txt --prompt "Once"`
+
+    `oftfx finetune --model org/name --data org/dataset --steps 500 --batch-size 8 --dtype bfloat16`
+    """
+    from oftfx.train import Job, run, show
+
+    console = _console()
+    job = Job(
+        model=model,
+        data=data,
+        out=out,
+        spec=_spec(block_size, order, exact, guard, targets, share_inputs),
+        held_out=_fraction_or_source(held_out),
+        unrelated=unrelated,
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lr=lr,
+        eval_tokens=eval_tokens,
+        prompt=prompt,
+        merge=merge,
+        dtype=dtype,
+        seed=seed,
+        force=force,
+    )
+    report = run(job, console)
+    show(report, out, console)
+    if report.reload and not report.reload.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model directory, a Hub id or a .gguf file.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    block_size: BlockSize = 32,
+    order: Order = 4,
+    exact: Exact = False,
+    guard: Guard = "none",
+    targets: Targets = None,
+    share_inputs: ShareInputs = False,
+) -> None:
+    """Show what would be adapted: layers, parameters, and what is skipped and why.
+
+    Reads the model's configuration only, so a 7B model takes no memory and no download of weights.
+
+    **Examples**
+
+    `oftfx plan ./my-model`
+
+    `oftfx plan org/name --block-size 64 --targets q_proj --targets v_proj --json`
+    """
+    import oftfx
+    from oftfx.train import models
+    from oftfx.train.progress import stage
+
+    spec = _spec(block_size, order, exact, guard, targets, share_inputs)
+    with stage(_console(stderr=True), "Planning"):
+        found = oftfx.plan(models.load_skeleton(model), spec)
+    print(found.to_json() if json else found)
+
+
+@app.command()
+def merge(
+    base: Annotated[
+        str,
+        typer.Argument(help="The model the adapter was trained on: a directory, Hub id or .gguf."),
+    ],
+    adapter: Annotated[Path, typer.Argument(help="An adapter directory.")],
+    out: Out,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the model; auto keeps the stored one.", rich_help_panel=OUTPUT),
+    ] = "auto",
+    force: Force = False,
+) -> None:
+    """Fold a saved adapter into its base: an ordinary model directory that needs no oftfx.
+
+    **Example**
+
+    `oftfx merge ./my-model tuned/adapter --out merged`
+    """
+    import oftfx
+    from oftfx.train import models, publish
+    from oftfx.train.output import MARKER, staged
+    from oftfx.train.progress import stage
+
+    console = _console()
+    with staged(out, force) as fresh:
+        with stage(console, "Loading the model"):
+            model, tokenizer = models.load(base, dtype)
+            oftfx.load(model, adapter)
+        with stage(console, "Folding"):
+            report = publish.publish(model, tokenizer, fresh)
+            (fresh / MARKER).write_text(f'{{"version": "{oftfx.__version__}"}}\n')
+    print(report)
+    console.print(f"merged model  {out}")
+
+
+def main() -> None:
+    """Runs the command; errors raised on purpose become one message and exit code 2."""
+    try:
+        app()
+    except OftfxError as error:
+        from rich.text import Text
+
+        message = Text.assemble(("error: ", "bold red"), str(error))
+        _console(stderr=True).print(message, soft_wrap=True)
+        sys.exit(2)
+
+
+def _console(stderr: bool = False) -> "Console":
+    """A console, with the libraries underneath asked not to draw bars of their own."""
+    import datasets
+    from rich.console import Console
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return Console(stderr=stderr, highlight=False)
+
+
+def _spec(
+    block_size: int,
+    order: int,
+    exact: bool,
+    guard: Literal["none", "rescale", "exact"],
+    targets: list[str] | None,
+    share_inputs: bool,
+) -> "oftfx.OFT":
+    import oftfx
+
+    return oftfx.OFT(
+        block_size=block_size,
+        order=order,
+        exact=exact,
+        guard=None if guard == "none" else guard,
+        targets=targets or "all-linear",
+        share_inputs=share_inputs,
+    )
+
+
+def _fraction_or_source(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+if __name__ == "__main__":
+    main()

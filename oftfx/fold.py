@@ -1,0 +1,314 @@
+"""Rotations → weights: ``W ← W Mᵀ``, block by block, and what that cost.
+
+    before                          after
+    x_r = rotate(x, core)           y = linear(x, W', b)      W' = W·blockdiag(I + C_i)ᵀ
+    y   = linear(x_r, W, b)
+
+The fold is the rotation itself, applied to the rows of W with the cores transposed, so nothing of
+the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R1ᵀ.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from oftfx import insert, match, ops, sites
+from oftfx.adapter import parameters, remove, unwrap
+from oftfx.attach import detach
+from oftfx.capture import read
+from oftfx.errors import MergeError, PlanError
+from oftfx.host import host_of
+from oftfx.modules import Adapted, Rotation, SharedRotation
+from oftfx.sites.matmul import parameter_behind
+from oftfx.table import table
+
+M = TypeVar("M", nn.Module, ExportedProgram)
+
+
+@dataclass(frozen=True)
+class MergedSite:
+    """What folding one site cost; all three are relative (2-norm).
+
+    Attributes:
+        fqn: The site.
+        output_error: Change of the output on random inputs, merged against unmerged.
+        orthogonality_error: ‖RᵀR − I‖₂ of the worst block folded in.
+        rounding_error: Distance of the stored weight from the exactly folded one.
+        untied: Whether the weight was tied and got a tensor of its own.
+    """
+
+    fqn: str
+    output_error: float
+    orthogonality_error: float
+    rounding_error: float
+    untied: bool = False
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging cost, per site; ``str()`` is a table."""
+
+    sites: tuple[MergedSite, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                site.fqn,
+                f"{site.output_error:.1e}",
+                f"{site.orthogonality_error:.1e}",
+                f"{site.rounding_error:.1e}",
+                "untied" if site.untied else "",
+            )
+            for site in self.sites
+        ]
+        header = ("site", "output", "orthogonality", "rounding", "")
+        return table(header, rows, right="output orthogonality rounding")
+
+
+@overload
+def merge(model: M, report: Literal[False] = False) -> M: ...
+@overload
+def merge(model: M, report: Literal[True]) -> tuple[M, MergeReport]: ...
+def merge(model: M, report: bool = False) -> M | tuple[M, MergeReport]:
+    """Folds every adapter into the weights and gives a plain model back.
+
+    A tied weight that only one of its users rotates gets a tensor of its own; a transformers model
+    then forgets the tie in its config, so that saving keeps both.
+
+    Args:
+        model: An adapted nn.Module or GraphModule, merged in place; or an ExportedProgram, of
+            which a merged copy is returned.
+        report: Also measure what it cost.
+
+    Raises:
+        MergeError: There is nothing to merge, or a weight or rotation cannot be folded (on
+            `meta`, not finite). The model is untouched.
+    """
+    inner = unwrap(model)
+    try:
+        parameters(inner)
+    except PlanError as error:
+        raise MergeError(f"nothing to merge: {error}") from error
+    merged: Any
+    if isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        merged, costs = _merge_graph(inner, report)
+    else:
+        merged, costs = _merge_module(inner, report)
+    result = merged if isinstance(model, ExportedProgram) else model
+    return (result, MergeReport(tuple(costs))) if report else result
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """One weight to fold: its cores in the order x meets them."""
+
+    fqn: str
+    weight: Tensor
+    out_in: bool
+    cores: Sequence[Tensor]
+
+    def check(self) -> None:
+        if self.weight.device.type == "meta":
+            raise MergeError(
+                f"{self.fqn}: its weight is on `meta` (not loaded, or offloaded); load the whole "
+                "model onto a device before merging."
+            )
+        if not all(torch.isfinite(core).all() for core in self.cores):
+            raise MergeError(f"{self.fqn}: its rotation is not finite; training diverged there.")
+
+    def folded(self, dtype: torch.dtype) -> Tensor:
+        """``W Mᵀ`` in (out, in), computed in this dtype."""
+        rows = (self.weight if self.out_in else self.weight.mT).to(dtype)
+        for core in reversed(self.cores):
+            rows = ops.rotate(rows, core.mT)
+        return rows
+
+    def run(self) -> Tensor:
+        """The weight to store, in its own layout and dtype."""
+        rows = self.folded(torch.promote_types(self.weight.dtype, self.cores[0].dtype))
+        return (rows if self.out_in else rows.mT).to(self.weight.dtype).contiguous()
+
+    def cost(self, stored: Tensor, untied: bool) -> MergedSite:
+        exact = self.folded(torch.float64)
+        out_in = self.out_in
+        before, after = (w if out_in else w.mT for w in (self.weight, stored))
+        seed = torch.Generator().manual_seed(0)
+        x = torch.randn(16, before.shape[1], generator=seed).to(before)
+        rotated = x
+        for core in self.cores:
+            rotated = ops.rotate(rotated, core)
+        unmerged = (rotated @ before.mT).double()
+        gram = (core.double() for core in self.cores)
+        defect = max(
+            float(torch.linalg.matrix_norm(c + c.mT + c.mT @ c, ord=2).max()) for c in gram
+        )
+        return MergedSite(
+            self.fqn,
+            output_error=_relative((x @ after.mT).double() - unmerged, unmerged),
+            orthogonality_error=defect,
+            rounding_error=_relative(after.double() - exact, exact),
+            untied=untied,
+        )
+
+
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    return float(difference.norm() / reference.norm().clamp_min(1e-300))
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One adapted weight of a module; its fold is made when it is wanted, one at a time."""
+
+    fqn: str
+    module: nn.Module
+    name: str
+    layout: str
+    rotations: list[Rotation | SharedRotation]
+
+    def fold(self) -> _Fold:
+        weight = self.module._parameters[self.name]
+        assert weight is not None
+        cores = [rotation.core() for rotation in self.rotations]
+        return _Fold(self.fqn, weight, self.layout == "out_in", cores)
+
+    def replace(self, value: Tensor) -> None:
+        weight = self.module._parameters[self.name]
+        assert weight is not None
+        self.module._parameters[self.name] = nn.Parameter(value, weight.requires_grad)
+
+
+@torch.no_grad()
+def _merge_module(model: nn.Module, report: bool) -> tuple[nn.Module, list[MergedSite]]:
+    found = list(_module_sites(model))
+    for site in found:
+        site.fold().check()
+    names = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
+    costs, any_untied = [], False
+    for site in found:
+        fold = site.fold()
+        stored = fold.run()
+        untied = names[id(fold.weight)] > 1
+        if report:
+            costs.append(fold.cost(stored, untied))
+        if untied:
+            names[id(fold.weight)] -= 1
+            site.replace(stored)
+            any_untied = True
+        else:
+            fold.weight.copy_(stored)
+    detach(model)
+    if any_untied:
+        _forget_tie(model)
+    return model, costs
+
+
+def _module_sites(model: nn.Module) -> Iterator[_Site]:
+    for fqn, module in model.named_modules():
+        if not isinstance(module, Adapted):
+            continue
+        layouts = dict(module.oft_shadowed)
+        if not layouts:
+            provider = sites.provider_of(module)
+            assert provider is not None
+            layouts = {"weight": provider.LAYOUT}
+        for name, layout in layouts.items():
+            held: list[Any] = [
+                rotation[name] if isinstance(rotation, nn.ModuleDict) else rotation
+                for rotation in module.oft.values()
+                if not isinstance(rotation, nn.ModuleDict) or name in rotation
+            ]
+            tail = "" if name == "weight" else name
+            yield _Site(".".join(filter(None, (fqn, tail))), module, name, layout, held)
+
+
+def _forget_tie(model: nn.Module) -> None:
+    """A transformers config that still says the embeddings are tied would tie them on loading."""
+    embeddings = [
+        getattr(getattr(model, name)(), "weight", None)
+        for name in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(model, name)
+    ]
+    config: Any = getattr(model, "config", None)
+    if len(embeddings) == 2 and embeddings[0] is not embeddings[1] and config is not None:
+        for part in (config, config.get_text_config()):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _merge_graph(
+    model: fx.GraphModule | ExportedProgram, report: bool
+) -> tuple[fx.GraphModule | ExportedProgram, list[MergedSite]]:
+    host = host_of(model, edit=True)
+    rotations = {found.node: found for found in insert.inserted(host)}
+    graph = read(host)
+    folds: dict[str, _Fold] = {}
+    turned: dict[str, list[str]] = {}
+    feeds: list[tuple[match.Use, fx.Node]] = []
+    for use in match.uses(graph):
+        chain, x = _chain(use.x, rotations)
+        by = [found.parameter for found in chain]
+        if turned.setdefault(use.weight, by) != by:
+            raise MergeError(f"{use.weight} is read both rotated and not; it cannot be folded.")
+        if not chain:
+            continue
+        assert x is not None
+        feeds.append((use, x))
+        if use.weight not in folds:
+            cores = [insert.evaluate(host, found.core) for found in chain]
+            weight, fqn = host.parameters()[use.weight], use.weight.removesuffix(".weight")
+            folds[use.weight] = _Fold(fqn, weight, use.layout == "out_in", cores)
+    readers = host.readers()
+    for found in rotations.values():  # a weight that its module folds on the fly
+        start, swapped, chain = _behind(found, rotations)
+        if start in readers:
+            name = readers[start]
+            cores = [insert.evaluate(host, inner.core).mT for inner in chain]
+            weight, fqn = host.parameters()[name], name.removesuffix(".weight")
+            folds[name] = _Fold(fqn, weight, not swapped, cores)
+    for fold in folds.values():
+        fold.check()
+
+    costs = []
+    for name, fold in folds.items():
+        stored = fold.run()
+        if report:
+            costs.append(fold.cost(stored, untied=len(graph.aliases[name]) > 1))
+        requires_grad = host.parameters()[name].requires_grad
+        host.set(name, nn.Parameter(stored, requires_grad=requires_grad))
+    for use, x in feeds:
+        use.feed(x)
+    return remove(host.finish()), costs
+
+
+def _chain(
+    x: fx.Node | None, rotations: dict[fx.Node, insert.Inserted]
+) -> tuple[list[insert.Inserted], fx.Node | None]:
+    """The rotations an activation went through, in the order it met them, and what it was."""
+    chain: list[insert.Inserted] = []
+    while x in rotations:
+        assert x is not None
+        chain.insert(0, rotations[x])
+        x = rotations[x].x
+    return chain, x
+
+
+def _behind(
+    found: insert.Inserted, rotations: dict[fx.Node, insert.Inserted]
+) -> tuple[fx.Node, bool, list[insert.Inserted]]:
+    """What a chain of rotations of a weight starts from, whether transposed, and the chain.
+
+    The last rotation of a weight is the first of x, so the chain is in the order x meets it.
+    """
+    chain, swapped = [found], False
+    while True:
+        start, odd = parameter_behind(chain[-1].x)
+        swapped ^= odd
+        if start not in rotations:
+            return start, swapped, chain
+        chain.append(rotations[start])

@@ -1,0 +1,169 @@
+"""Graphs that own parameters: one face for GraphModule and ExportedProgram.
+
+A GraphModule reads a parameter by `get_attr`, an ExportedProgram by a placeholder that its
+signature ties to a name in its state dict. Everything that edits a graph goes through a host.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+
+class Host(Protocol):
+    """A graph and the parameters it reads."""
+
+    module: fx.GraphModule
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Every parameter, under each of its names."""
+
+    def readers(self) -> dict[fx.Node, str]:
+        """The nodes that read a parameter, and its name."""
+
+    def set(self, name: str, value: nn.Parameter) -> None:
+        """Replaces a parameter's tensor."""
+
+    def add(self, name: str, value: nn.Parameter) -> fx.Node:
+        """Adds a parameter and the node that reads it."""
+
+    def remove(self, node: fx.Node, name: str) -> None:
+        """Removes a parameter and the node that reads it, which nothing uses any more."""
+
+    def finish(self) -> Any:
+        """The edited model."""
+
+
+def host_of(model: fx.GraphModule | ExportedProgram, edit: bool = False) -> Host:
+    """The host for a model, to read or to edit: a program is copied first, a module edited."""
+    return _Program(model, edit) if isinstance(model, ExportedProgram) else _Module(model)
+
+
+class _Module:
+    """A GraphModule: parameters live in its module tree."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return dict(self.module.named_parameters(remove_duplicate=False))
+
+    def readers(self) -> dict[fx.Node, str]:
+        names = self.parameters()
+        nodes = self.module.graph.find_nodes(op="get_attr")
+        return {node: node.target for node in nodes if node.target in names}
+
+    def set(self, name: str, value: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        setattr(self.module.get_submodule(path), leaf, value)
+
+    def add(self, name: str, value: nn.Parameter) -> fx.Node:
+        holder: nn.Module = self.module
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        holder.register_parameter(leaf, value)
+        graph = self.module.graph
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            node = graph.get_attr(name)
+        node.meta.update(_like(self.module, value))
+        return node
+
+    def remove(self, node: fx.Node, name: str) -> None:
+        self.module.graph.erase_node(node)
+        path = name.split(".")
+        holder = self.module.get_submodule(".".join(path[:-1]))
+        del holder._parameters[path[-1]]
+        while len(path) > 1:  # containers that only held this parameter go with it
+            path.pop()
+            holder = self.module.get_submodule(".".join(path))
+            if type(holder) is not nn.Module or [*holder.children(), *holder.parameters()]:
+                break
+            del self.module.get_submodule(".".join(path[:-1]))._modules[path[-1]]
+
+    def finish(self) -> fx.GraphModule:
+        self.module.graph.lint()
+        self.module.recompile()
+        return self.module
+
+
+class _Program:
+    """An ExportedProgram: parameters live in its state dict; the result is a new program."""
+
+    def __init__(self, program: ExportedProgram, edit: bool) -> None:
+        self.program = program
+        self.module = copy.deepcopy(program.graph_module) if edit else program.graph_module
+        self.state = dict(program.state_dict)
+        self.inputs = list(program.graph_signature.input_specs)
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return {n: value for n, value in self.state.items() if isinstance(value, nn.Parameter)}
+
+    def readers(self) -> dict[fx.Node, str]:
+        names = {spec.arg.name: spec.target for spec in self.inputs if spec.target in self.state}
+        nodes = self.module.graph.find_nodes(op="placeholder")
+        return {node: names[node.name] for node in nodes if node.name in names}
+
+    def set(self, name: str, value: nn.Parameter) -> None:
+        self.state[name] = value
+
+    def add(self, name: str, value: nn.Parameter) -> fx.Node:
+        graph = self.module.graph
+        with graph.inserting_before(next(iter(graph.nodes))):
+            node = graph.placeholder("p_" + re.sub(r"\W", "_", name))
+        node.meta.update(_like(self.module, value))
+        self.state[name] = value
+        spec = InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), name)
+        self.inputs.insert(0, spec)
+        return node
+
+    def remove(self, node: fx.Node, name: str) -> None:
+        self.module.graph.erase_node(node)
+        del self.state[name]
+        self.inputs = [spec for spec in self.inputs if spec.target != name]
+
+    def finish(self) -> ExportedProgram:
+        self.module.graph.lint()
+        self.module.recompile()
+        old = self.program
+        signature = copy.copy(old.graph_signature)
+        signature.input_specs = self.inputs
+        return ExportedProgram(
+            root=self.module,
+            graph=self.module.graph,
+            graph_signature=signature,
+            state_dict=self.state,
+            range_constraints=old.range_constraints,
+            module_call_graph=copy.deepcopy(old.module_call_graph),
+            example_inputs=old.example_inputs,
+            constants=old.constants,
+            verifiers=old.verifiers,
+        )
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Adds a call, with the metadata an exported graph's nodes carry where the others have it."""
+    node = graph.call_function(target, args, kwargs)
+    if (mode := _fake_mode(graph)) is not None:
+        values, options = fx.node.map_arg((args, kwargs), lambda source: source.meta["val"])
+        with mode, torch.enable_grad():
+            node.meta["val"] = target(*values, **options)
+    return node
+
+
+def _like(module: fx.GraphModule, value: Tensor) -> dict[str, Any]:
+    mode = _fake_mode(module.graph)
+    return {} if mode is None else {"val": mode.from_tensor(value, static_shapes=True)}
+
+
+def _fake_mode(graph: fx.Graph) -> Any:
+    """The mode of an exported graph's metadata; None for a graph without."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)

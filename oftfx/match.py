@@ -1,0 +1,191 @@
+"""Graphs → every use of a parameter, and which of them are matmuls that a rotation fits.
+
+A *use* is one node that reads one parameter. Its *owner* is the module whose code reads it, told
+by the call stack that the tracer recorded; that keeps tied weights apart.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from oftfx.capture import Capture
+from oftfx.sites import matmul, provider_of
+
+Layout = Literal["out_in", "in_out"]
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One node that reads a parameter.
+
+    Attributes:
+        graph: The graph module the node is in.
+        node: The reading node.
+        weight: Name of the parameter, as its owner calls it.
+        owner: fqn of the module that reads it.
+        x: The activation it is multiplied with; None when this is no matmul x·W.
+        source: The tensor x is a view of; equal for nodes that read the same tensor.
+        layout: How W is stored: (out, in) or (in, out).
+        why_not: For a use that no rotation fits, what it is.
+    """
+
+    graph: fx.GraphModule
+    node: fx.Node
+    weight: str
+    owner: str
+    x: fx.Node | None = None
+    source: fx.Node | None = None
+    layout: Layout = "out_in"
+    why_not: str = ""
+
+    def feed(self, x: fx.Node) -> None:
+        """Gives the matmul another input."""
+        spelled = matmul.spelling(self.node)
+        if spelled is None:  # call_module: the input is its first argument
+            matmul.Operand(0, "input").replace(self.node, x)
+        else:
+            spelled.x.replace(self.node, x)
+
+
+def uses(capture: Capture) -> list[Use]:
+    """Every use of every parameter, in the order of the graphs."""
+    return [use for graph in capture.graphs for use in _graph_uses(capture, graph)]
+
+
+def _graph_uses(capture: Capture, graph: fx.GraphModule) -> Iterator[Use]:
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            yield from _module_uses(capture, graph, node)
+            continue
+        if node.op in ("placeholder", "get_attr", "output") or matmul.is_view_of_weight(node):
+            continue
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            continue  # export's note beside a cast, no read
+        spelled = matmul.spelling(node)
+        for read in node.all_input_nodes:
+            start, swapped = matmul.parameter_behind(read)
+            name = capture.parameters.get(start)
+            if name is None:
+                continue
+            owner = _caller(node)
+            weight = _as_owner_calls_it(capture.aliases[name], owner, start)
+            x = spelled.x.of(node) if spelled and spelled.w.of(node) is read else None
+            if spelled is None or x is None:
+                yield Use(graph, node, weight, owner, why_not=_describe(node))
+            elif capture.tensors[name].dim() != 2:
+                why_not = f"{capture.tensors[name].dim()}-D weight of {_describe(node)}"
+                yield Use(graph, node, weight, owner, why_not=why_not)
+            else:
+                layout: Layout = "out_in" if spelled.out_in != swapped else "in_out"
+                yield Use(graph, node, weight, owner, x, matmul.tensor_behind(x), layout)
+
+
+def _module_uses(capture: Capture, graph: fx.GraphModule, node: fx.Node) -> Iterator[Use]:
+    """A symbolic trace keeps leaf modules as calls: all their parameters are read there."""
+    owner = str(node.target)
+    module = graph.get_submodule(owner)
+    provider = provider_of(module)
+    for name, tensor in module.named_parameters():
+        weight = f"{owner}.{name}"
+        if provider is not None and name == "weight" and tensor.dim() == 2:
+            x = matmul.Operand(0, "input").of(node)
+            assert x is not None, f"{node} has no tensor input"
+            layout: Layout = "out_in" if provider.LAYOUT == "out_in" else "in_out"
+            yield Use(graph, node, weight, owner, x, matmul.tensor_behind(x), layout)
+        else:
+            yield Use(graph, node, weight, owner, why_not=type(module).__name__)
+
+
+def _caller(node: fx.Node) -> str:
+    """Fqn of the module whose code made this node, or as much of its end as the tracer knew."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    path = re.sub(r"^L\['?\w+'?\]\.?", "", path)  # Dynamo names the frame's local first
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
+    return re.sub(r"@\d+$", "", path).lstrip(".")  # export numbers repeated calls
+
+
+def _as_owner_calls_it(aliases: tuple[str, ...], owner: str, start: fx.Node) -> str:
+    """Of a tied parameter's names, the one that the reading module knows it by."""
+    if len(aliases) == 1:
+        return aliases[0]
+    if start.op == "get_attr" and start.target in aliases:
+        return str(start.target)
+    for alias in aliases:
+        holder = alias.rpartition(".")[0]
+        if owner and (holder == owner or holder.endswith("." + owner)):
+            return alias
+    return aliases[0]
+
+
+def _describe(node: fx.Node) -> str:
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return f"`{name.removesuffix('.default')}`{line_of(node)}"
+
+
+def line_of(node: fx.Node) -> str:
+    """The user's line that made a node, as " at file:line"; empty where it was not recorded."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    users = [f for f in frames if "/torch/" not in f[0]]
+    return f" at {users[-1][0].rpartition('/')[2]}:{users[-1][1]}" if users else ""
+
+
+def output_heads(capture: Capture, found: list[Use]) -> set[fx.Node]:
+    """Matmuls that project back onto the vocabulary of an embedding and feed no other matmul."""
+    vocabularies = set()
+    for use in found:
+        if _is_embedding(use):
+            vocabularies.add(capture.tensors[use.weight].shape[0])
+    heads = set()
+    for graph in capture.graphs:
+        feeding = _feeding({use.node for use in found if use.x is not None and use.graph is graph})
+        for use in found:
+            if use.graph is graph and use.x is not None and use.node not in feeding:
+                out = capture.tensors[use.weight].shape[0 if use.layout == "out_in" else 1]
+                if out in vocabularies:
+                    heads.add(use.node)
+    return heads
+
+
+def routers(found: list[Use]) -> set[fx.Node]:
+    """Matmuls whose result picks experts: it reaches a top-k with no other matmul between."""
+    matmuls = {use.node for use in found if use.x is not None}
+    return {node for node in matmuls if _reaches_topk(node, matmuls)}
+
+
+def _reaches_topk(start: fx.Node, matmuls: set[fx.Node], depth: int = 8) -> bool:
+    frontier = set(start.users)
+    for _ in range(depth):
+        if any("topk" in str(node.target) for node in frontier):
+            return True
+        frontier = {user for node in frontier - matmuls for user in node.users}
+    return False
+
+
+def _feeding(matmuls: set[fx.Node]) -> set[fx.Node]:
+    """All nodes that some matmul of the set reads, directly or through others."""
+    seen: set[fx.Node] = set()
+    stack = [source for node in matmuls for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _is_embedding(use: Use) -> bool:
+    if use.node.op == "call_module":
+        return isinstance(use.graph.get_submodule(str(use.node.target)), nn.Embedding)
+    return use.node.target in (
+        torch.nn.functional.embedding,
+        torch.embedding,
+        torch.ops.aten.embedding.default,
+    )

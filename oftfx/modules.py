@@ -1,0 +1,273 @@
+"""Modules that hold the trainable state, and the classes an adapted module takes on.
+
+    Linear                       OFT[Linear]               (a cached subclass of Linear)
+      weight, bias                 weight, bias
+                                   oft: ModuleDict
+                                     default: Rotation
+                                       theta
+
+Only the class changes: the object, its names, its parameters and its place in the model stay, so
+everything that holds on to the module keeps working, compiled graphs included.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from oftfx import ops
+from oftfx.rotations import oft
+from oftfx.spec import OFT
+
+Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
+CHILD = "oft"
+"""Name of the child that holds a module's rotations, by adapter name."""
+
+
+class Rotation(nn.Module):
+    """The trainable rotation of one input, ``x ← x·M``.
+
+    Args:
+        spec: Resolved for this site.
+        width: Width of the input.
+        device: Where the parameters live.
+        seed: Seeds the initial values when the spec asks for random ones.
+        readers: How many sites rotate the same tensor with it.
+    """
+
+    def __init__(
+        self, spec: OFT, width: int, device: torch.device, seed: int, readers: int = 1
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.width = width
+        self.seed = seed
+        self.readers = readers
+        self.enabled = True
+        shape = oft.shape(spec, width)
+        self.theta = nn.Parameter(torch.empty(shape, dtype=spec.dtype, device=device))
+        self._cached: tuple[Any, Tensor] | None = None
+        self._rotated: tuple[Any, Tensor, int] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values: the identity, or the spec's random start."""
+        with torch.no_grad():
+            if self.spec.init_std and self.theta.device.type != "meta":
+                generator = torch.Generator().manual_seed(self.seed)
+                values = torch.randn(self.theta.shape, generator=generator, dtype=torch.float64)
+                self.theta.copy_(values * self.spec.init_std)
+            else:
+                self.theta.zero_()
+
+    def core(self) -> Tensor:
+        """The residual blocks, ``(n, b, b)``; kept between calls while no gradient is wanted."""
+        if torch.compiler.is_compiling():
+            return oft.core(self.theta, self.spec)
+        if torch.is_grad_enabled() and self.theta.requires_grad:
+            # A training step is coming: it may write to the parameters in ways that leave no
+            # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
+            self._cached = None
+            return oft.core(self.theta, self.spec)
+        if self.theta.is_inference():
+            return oft.core(self.theta, self.spec)
+        inference = torch.is_inference_mode_enabled()
+        key = (self.theta.data_ptr(), self.theta._version, self.theta.dtype, inference)
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, oft.core(self.theta, self.spec))
+        return self._cached[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x·M``; sites that share this rotation and read the same x compute it once."""
+        if self.readers == 1 or torch.compiler.is_compiling():
+            return ops.rotate(x, self.core())
+        key = (id(x), x._version, torch.is_grad_enabled(), self.theta._version)
+        if self._rotated is None or self._rotated[0][0] != key:
+            # x is kept beside its key so that its id cannot be another tensor's meanwhile.
+            self._rotated = ((key, x), ops.rotate(x, self.core()), self.readers)
+        held, rotated, left = self._rotated
+        self._rotated = (held, rotated, left - 1) if left > 1 else None
+        return rotated
+
+    def fold(self, weight: Tensor, layout: str) -> Tensor:
+        """``W Mᵀ`` block by block, in the weight's dtype or the core's, whichever is wider."""
+        core = self.core().mT
+        # torch.promote_types would leave a node of its own in an exported graph.
+        wide = weight.to(max(weight.dtype, core.dtype, key=lambda dtype: dtype.itemsize))
+        return ops.rotate(wide, core) if layout == "out_in" else ops.rotate(wide.mT, core).mT
+
+    def extra_repr(self) -> str:
+        """The width and the fields that differ from the defaults."""
+        fields = ", ".join(f"{k}={v}" for k, v in self.spec.to_json().items() if k != "method")
+        return ", ".join(filter(None, (f"width={self.width}", fields)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotation":
+        self._cached = self._rotated = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cached": None, "_rotated": None}
+
+
+class SharedRotation(nn.Module):
+    """Another site's rotation: holds a reference, no parameters and no names of its own."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        super().__init__()
+        self._held = (rotation,)  # a tuple hides the module from the module tree
+
+    @property
+    def rotation(self) -> Rotation:
+        """The rotation that the first site of the group holds."""
+        return self._held[0]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the shared rotation is in use."""
+        return self.rotation.enabled
+
+    def core(self) -> Tensor:
+        """The residual blocks."""
+        return self.rotation.core()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x·M``."""
+        return self.rotation(x)
+
+    def fold(self, weight: Tensor, layout: str) -> Tensor:
+        """``W Mᵀ``."""
+        return self.rotation.fold(weight, layout)
+
+
+class Adapted(nn.Module):
+    """What every adapted module is an instance of, besides its own class."""
+
+    oft: nn.ModuleDict
+    oft_base: type[nn.Module]
+    oft_shadowed: tuple[tuple[str, str], ...] = ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so a pickle names its parts instead.
+        return _rebuild, (self.oft_base, self.oft_shadowed), self.__getstate__()
+
+
+@functools.cache
+def rotating(base: Class) -> type[nn.Module]:
+    """The subclass of a linear layer's class that rotates its input.
+
+    before                after
+    y = base(x)           x = rotate(x, cayley(theta))      once per adapter, in order
+                          y = base(x)
+    """
+
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        device = input.device.type
+        available = torch.amp.is_autocast_available(device)  # `meta`, say, has none
+        if available and torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
+            # Where the matmul would cast anyway: rotating fewer bytes gives the same product.
+            input = input.to(torch.get_autocast_dtype(device))
+        for rotation in self.oft.values():
+            if rotation.enabled:
+                input = rotation(input)
+        return base.forward(self, input, *args, **kwargs)
+
+    name = f"OFT[{base.__name__}]"
+    body = {"forward": forward, "oft_base": base, "__module__": base.__module__}
+    return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
+
+
+@functools.cache
+def folding(base: Class, shadowed: tuple[tuple[str, str], ...]) -> type[nn.Module]:
+    """The subclass of a module's class whose weights read as ``W Mᵀ``, folded on the fly.
+
+    Right however the owner uses the weight; its gradient needs that of the folded weight, so it
+    costs more than a rotation where the activation is long.
+
+    Args:
+        base: The class.
+        shadowed: Name and layout of each weight.
+    """
+
+    def folded(name: str, layout: str) -> property:
+        def read(self: Any) -> Tensor:
+            try:
+                weight: Tensor = self._parameters[name]
+                for rotations in reversed(self.oft.values()):  # x·R1·R2 folds as W·R2ᵀ·R1ᵀ
+                    if name in rotations and rotations[name].enabled:
+                        weight = rotations[name].fold(weight, layout).to(weight.dtype)
+                return weight
+            except AttributeError as error:
+                # nn.Module would take it for a missing attribute and answer with the raw weight.
+                raise RuntimeError(f"folding {name} failed: {error}") from error
+
+        return property(read)
+
+    name = f"OFT[{base.__name__}]"
+    body: dict[str, Any] = {key: folded(key, layout) for key, layout in shadowed}
+    body |= {"oft_base": base, "oft_shadowed": shadowed, "__module__": base.__module__}
+    return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
+
+
+def _rebuild(base: Class, shadowed: tuple[tuple[str, str], ...]) -> nn.Module:
+    cls = folding(base, shadowed) if shadowed else rotating(base)
+    return cls.__new__(cls)
+
+
+def bare(module: Adapted) -> None:
+    """Gives a module its own class back and drops its rotations."""
+    del module._modules[CHILD]
+    module.__class__ = module.oft_base  # type: ignore[assignment]
+    rebind(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether accelerate wrapped this module's forward, in the way `rebind` knows."""
+    inner = vars(module).get("_old_forward")
+    return "_hf_hook" in vars(module) and isinstance(inner, types.MethodType)
+
+
+def rebind(module: nn.Module) -> None:
+    """Lets accelerate's instance-level forward call the forward of the module's present class."""
+    if hooked(module):
+        vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def parameter_path(weight: str, name: str) -> str:
+    """Where a rotation lives: `fc.oft.default` for `fc.weight`, `fc.oft.default.w` for `fc.w`."""
+    owner, _, leaf = weight.rpartition(".")
+    return ".".join(filter(None, (owner, CHILD, name, "" if leaf == "weight" else leaf)))
+
+
+def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Rotation]]:
+    """Every rotation of a model with its site's fqn; of one adapter, or of all."""
+    for fqn, module in model.named_modules():
+        if not isinstance(module, Adapted):
+            continue
+        for adapter, held in module.oft.items():
+            by_parameter = held.items() if isinstance(held, nn.ModuleDict) else [("weight", held)]
+            for parameter, rotation in by_parameter:
+                if name in (None, adapter) and isinstance(rotation, Rotation):
+                    tail = "" if parameter == "weight" else parameter
+                    yield ".".join(filter(None, (fqn, tail))), rotation
+
+
+@contextmanager
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Within it, the model computes what its base computes, bit for bit.
+
+    Args:
+        model: An adapted nn.Module, or anything that contains one.
+        name: One adapter; None for all.
+    """
+    held = [(rotation, rotation.enabled) for _, rotation in rotations(model, name)]
+    try:
+        for rotation, _ in held:
+            rotation.enabled = False
+        yield
+    finally:
+        for rotation, enabled in held:
+            rotation.enabled = enabled

@@ -1,0 +1,425 @@
+"""What will be adapted, as pure data: printable, JSON, hashable."""
+
+import dataclasses
+import difflib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from torch import Tensor, nn
+
+from oftfx import match, sites
+from oftfx.capture import Capture, Model, capture
+from oftfx.errors import OftfxError, PlanError, SpecError
+from oftfx.match import Layout, Use
+from oftfx.rotations import oft
+from oftfx.spec import ALL_LINEAR, OFT, Spec, matches
+
+
+@dataclass(frozen=True)
+class Site:
+    """One frozen weight whose matmul gets a rotation on its input.
+
+    Attributes:
+        fqn: Name of the weight without a trailing ".weight": for a layer, the layer's own name.
+        kind: "linear" and "conv1d" rotate the layer's input; "functional" folds on the fly.
+        weight: Full name of the parameter.
+        in_features: Width of the input, which is rotated.
+        out_features: Width of the output.
+        layout: How the weight is stored, "out_in" or "in_out".
+        group: Number of the input tensor; sites that read the same tensor have the same group.
+        rotation: fqn of the site that holds this site's parameters: itself, unless shared.
+        num_trainable: Trainable numbers this site holds; 0 when another site holds them.
+        tied: Whether the weight has other names; merging then gives this site its own copy.
+    """
+
+    fqn: str
+    kind: str
+    weight: str
+    in_features: int
+    out_features: int
+    layout: Layout
+    group: int
+    rotation: str
+    num_trainable: int
+    tied: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether the rotation belongs to another site."""
+        return self.rotation != self.fqn
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that read one tensor."""
+
+    index: int
+    in_features: int
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A weight that is left alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sites a spec adapts in a model.
+
+    Attributes:
+        spec: The spec it was made from.
+        sites: In the order of the graph.
+        skipped: Weights of two or more dimensions that stay as they are.
+        capture: "graph" when it was read off a graph; "modules" when off the module tree, which
+            knows neither functional matmuls nor shared inputs.
+    """
+
+    spec: Spec
+    sites: tuple[Site, ...]
+    skipped: tuple[Skip, ...]
+    capture: Literal["graph", "modules"] = "graph"
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The sites by the tensor they read."""
+        members: dict[int, list[Site]] = {}
+        for site in self.sites:
+            members.setdefault(site.group, []).append(site)
+        return tuple(
+            Group(index, group[0].in_features, tuple(site.fqn for site in group))
+            for index, group in members.items()
+        )
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable numbers of all sites together."""
+        return sum(site.num_trainable for site in self.sites)
+
+    def spec_of(self, site: Site) -> OFT:
+        """The spec that holds at a site, overrides applied."""
+        spec = self.spec.at(site.rotation)
+        assert isinstance(spec, OFT)
+        return spec
+
+    def seed_of(self, site: Site) -> int:
+        """Seed of a site's initial values: the same whatever else is adapted."""
+        return zlib.crc32(f"{self.spec.seed}/{site.rotation}".encode())
+
+    def to_json(self) -> str:
+        """The plan as JSON text; a callable ``targets`` becomes the names it chose."""
+        spec = self.spec
+        if callable(spec.targets):
+            spec = dataclasses.replace(spec, targets=tuple(re.escape(s.fqn) for s in self.sites))
+        return json.dumps(
+            {
+                "spec": spec.to_json(),
+                "capture": self.capture,
+                "sites": [dataclasses.asdict(site) for site in self.sites],
+                "skipped": [dataclasses.asdict(skip) for skip in self.skipped],
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The plan that [`to_json`][oftfx.Plan.to_json] wrote.
+
+        Raises:
+            PlanError: The text is no plan.
+            SpecError: Its spec is not valid in this version.
+        """
+        try:
+            data = json.loads(text)
+            return cls(
+                spec=Spec.from_json(data["spec"]),
+                sites=tuple(Site(**site) for site in data["sites"]),
+                skipped=tuple(Skip(**skip) for skip in data["skipped"]),
+                capture=data["capture"],
+            )
+        except OftfxError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"this is no plan written by oftfx: {error!r}.") from error
+
+    def __str__(self) -> str:
+        from oftfx.table import plan_table
+
+        return plan_table(self)
+
+
+def plan(
+    model: Model,
+    spec: Spec,
+    example_inputs: Any = None,
+    capture: Literal["graph", "modules"] = "graph",
+) -> Plan:
+    """Decides what a spec adapts in a model, without touching it.
+
+    Args:
+        model: An nn.Module (its weights may be on `meta`), GraphModule or ExportedProgram.
+        spec: What to adapt and how.
+        example_inputs: For tracing an nn.Module: a tensor, a tuple of positional or a dict of
+            keyword arguments. Not needed for transformers models.
+        capture: "graph" traces the model; "modules" walks its module tree, for models that cannot
+            be traced.
+
+    Raises:
+        CaptureError: The model cannot be traced.
+        PlanError: A target matches nothing, or a matched site cannot be adapted.
+        SpecError: ``spec`` is no spec.
+    """
+    _check_types(model, spec)
+    if capture == "modules":
+        if not isinstance(model, nn.Module):
+            raise PlanError('capture="modules" walks a module tree; an ExportedProgram has none.')
+        return _choose(_candidates_of_modules(model, spec), spec, "modules")
+    return _choose(_candidates_of_graph(model, example_inputs), spec, "graph")
+
+
+def _check_types(model: Any, spec: Any) -> None:
+    if not isinstance(spec, Spec):
+        raise SpecError(
+            f"spec is a {type(spec).__name__}: it must be a spec such as oftfx.OFT(block_size=32)."
+        )
+    if not isinstance(model, Model):
+        raise PlanError(
+            f"model is a {type(model).__name__}: it must be an nn.Module, a torch.fx.GraphModule "
+            "or a torch.export.ExportedProgram."
+        )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A weight as found: a site if chosen, a skip with `role` as reason if left out by default."""
+
+    site: Site
+    role: str = ""
+    why_not: str = ""
+
+
+def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
+    found = capture(model, example_inputs)
+    all_uses = match.uses(found)
+    heads = match.output_heads(found, all_uses) | _known_heads(model, all_uses)
+    routers = match.routers(all_uses)
+    by_weight: dict[str, list[Use]] = {}
+    for use in all_uses:
+        by_weight.setdefault(use.weight, []).append(use)
+
+    groups: dict[Any, int] = {}
+    candidates = []
+    for weight, reads in by_weight.items():
+        tensor = found.tensors[weight]
+        if tensor.dim() < 2:
+            continue
+        fitting = [use for use in reads if use.x is not None]
+        why_not = _why_not(found, weight, reads)
+        role = ""
+        if any(use.node in heads for use in fitting):
+            role = "output head"
+        elif any(use.node in routers for use in fitting):
+            role = "MoE router"
+        layout: Layout = fitting[0].layout if fitting else "out_in"
+        out, width = tensor.shape[-2:] if layout == "out_in" else reversed(tensor.shape[-2:])
+        sources = {(use.source, width) for use in fitting}
+        key = sources.pop() if len(sources) == 1 else weight
+        fqn = weight.removesuffix(".weight")
+        site = Site(
+            fqn=fqn,
+            kind=_kind(model, fqn, weight, fitting),
+            weight=weight,
+            in_features=width,
+            out_features=out,
+            layout=layout,
+            group=groups.setdefault(key, len(groups)),
+            rotation=fqn,
+            num_trainable=0,
+            tied=len(found.aliases[weight]) > 1,
+        )
+        candidates.append(_Candidate(site, role, why_not))
+    used = {name for use in all_uses for name in found.aliases[use.weight]}
+    for name, tensor in found.tensors.items():
+        if name not in used and tensor.dim() >= 2:
+            out, width = tensor.shape[-2:]
+            fqn = name.removesuffix(".weight")
+            site = Site(fqn, "unused", name, width, out, "out_in", len(groups), fqn, 0)
+            candidates.append(_Candidate(site, why_not="never used in the captured forward"))
+    return candidates
+
+
+def _why_not(found: Capture, weight: str, reads: list[Use]) -> str:
+    """Why no rotation fits a weight, given all that reads it; empty when one does."""
+    tensor = found.tensors[weight]
+    odd = [use.why_not for use in reads if use.x is None]
+    if len(odd) == len(reads):
+        return f"read by {odd[0]}, no matmul this version rotates"
+    if not tensor.is_floating_point():
+        return f"its weight is {str(tensor.dtype).removeprefix('torch.')}, not floating point"
+    if odd:
+        return f"besides a matmul, {odd[0]} reads the same weight, which folding would change"
+    if len({use.layout for use in reads}) > 1:
+        return "it is used both as x·Wᵀ and as x·W, which no one rotation serves"
+    return ""
+
+
+def _kind(model: Model, fqn: str, weight: str, fitting: list[Use]) -> str:
+    """A provider's kind where a module's own forward does the matmul, else "functional"."""
+    own = (use.owner == fqn or fqn.endswith("." + use.owner) for use in fitting)
+    if not fitting or not weight.endswith(".weight") or not all(own):
+        return "functional"
+    if isinstance(model, nn.Module):
+        provider = sites.provider_of(model.get_submodule(fqn))
+    else:
+        stack = fitting[0].node.meta.get("nn_module_stack") or {"": ("", "")}
+        cls = next(reversed(stack.values()))[1]
+        name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        provider = sites.provider_named(name)
+    return provider.KIND if provider else "functional"
+
+
+def _known_heads(model: Model, found: Iterable[Use]) -> set[Any]:
+    """Heads that a transformers model names itself, which a graph alone would not show."""
+    base = getattr(model, "base_model", None)
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(model, nn.Module) or not isinstance(base, nn.Module):
+        return set()
+    inside = {id(module) for module in base.modules()}
+    heads = set()
+    for use in found:
+        owner = use.weight.rpartition(".")[0]
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue
+        if use.x is not None and (module is named or id(module) not in inside):
+            heads.add(use.node)
+    return heads
+
+
+def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
+    if spec.share_inputs:
+        raise PlanError(
+            "share_inputs needs to know which layers read the same tensor, which only a graph "
+            'tells: use capture="graph", or share_inputs=False.'
+        )
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    owners: dict[int, int] = {}
+    for parameter in dict(model.named_parameters(remove_duplicate=False)).values():
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    candidates = []
+    for index, (fqn, module) in enumerate(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() < 2:
+            continue
+        provider = sites.provider_of(module)
+        why_not = f"{type(module).__name__} is no linear layer this version knows"
+        layout: Layout = "out_in"
+        if provider is not None:
+            layout = "out_in" if provider.LAYOUT == "out_in" else "in_out"
+            why_not = "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
+        out, width = weight.shape[-2:] if layout == "out_in" else reversed(weight.shape[-2:])
+        kind = provider.KIND if provider else "module"
+        tied = owners.get(id(weight), 0) > 1
+        site = Site(fqn, kind, f"{fqn}.weight", width, out, layout, index, fqn, 0, tied)
+        candidates.append(_Candidate(site, "output head" if module is named else "", why_not))
+    return candidates
+
+
+def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "modules"]) -> Plan:
+    """Applies the spec's rules to what was found."""
+    wanted = _wanted(candidates, spec)
+    chosen, skipped, errors = [], [], []
+    for candidate in candidates:
+        site = candidate.site
+        explicit = spec.targets != ALL_LINEAR
+        if any(matches(rule, site.fqn) for rule in _exclude(spec)):
+            skipped.append(Skip(site.fqn, "excluded"))
+        elif not wanted(candidate):
+            default = candidate.role or candidate.why_not
+            skipped.append(Skip(site.fqn, "not a target" if explicit else default))
+        elif candidate.why_not:
+            errors.append(f"{site.fqn}: {candidate.why_not}")
+        else:
+            misfit = oft.misfit(_oft(spec, site), site.in_features)
+            if misfit:
+                errors.append(f"{site.fqn}: {misfit}")
+            chosen.append(site)
+    if errors:
+        listed = "\n  ".join(errors[:10] + (["…"] if len(errors) > 10 else []))
+        raise PlanError(
+            f"{len(errors)} of the targeted sites cannot be adapted:\n  {listed}\n"
+            "Leave them out with exclude=, or change their fields with overrides=."
+        )
+    if not chosen:
+        reasons = "\n  ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:10])
+        raise PlanError(
+            "nothing to adapt: no matmul with a frozen weight is left"
+            + (f". Skipped:\n  {reasons}" if reasons else " in this model.")
+        )
+    return Plan(spec, _with_parameters(chosen, spec), tuple(skipped), how)
+
+
+def _wanted(candidates: list[_Candidate], spec: Spec) -> Callable[[_Candidate], bool]:
+    targets = spec.targets
+    if targets == ALL_LINEAR:
+        return lambda candidate: not candidate.role and not candidate.why_not
+    if callable(targets):
+        return lambda candidate: not candidate.why_not and bool(targets(candidate.site))
+    rules: tuple[Any, ...] = tuple(targets)  # type: ignore[arg-type]  # normalised by Spec
+    names = [candidate.site.fqn for candidate in candidates]
+    for rule in rules:
+        if not any(matches(rule, name) for name in names):
+            raise PlanError(
+                f"target {getattr(rule, 'pattern', rule)!r} matches no weight of this model"
+                f"{_near_misses(rule, names)}"
+            )
+    for pattern in spec.overrides:
+        if not any(matches(pattern, name) for name in names):
+            raise PlanError(
+                f"overrides[{pattern!r}] matches no weight of this model"
+                f"{_near_misses(pattern, names)}"
+            )
+    return lambda candidate: any(matches(rule, candidate.site.fqn) for rule in rules)
+
+
+def _near_misses(rule: Any, names: list[str]) -> str:
+    text = getattr(rule, "pattern", rule)
+    leaves = {name.rpartition(".")[2] for name in names}
+    close = difflib.get_close_matches(text, [*leaves, *names], n=5, cutoff=0.5)
+    listed = close or sorted(leaves)[:10]
+    return f"; near misses: {', '.join(listed)}." if close else f"; it has: {', '.join(listed)}."
+
+
+def _exclude(spec: Spec) -> tuple[Any, ...]:
+    return tuple(spec.exclude)  # type: ignore[arg-type]  # normalised by Spec
+
+
+def _oft(spec: Spec, site: Site) -> OFT:
+    at = spec.at(site.fqn)
+    assert isinstance(at, OFT)
+    return at
+
+
+def _with_parameters(chosen: list[Site], spec: Spec) -> tuple[Site, ...]:
+    """Decides which site holds each rotation and counts its parameters."""
+    holders: dict[int, Site] = {}
+    out = []
+    for site in chosen:
+        holder = holders.setdefault(site.group, site) if spec.share_inputs else site
+        if _oft(spec, holder) != _oft(spec, site):
+            raise PlanError(
+                f"share_inputs: {site.fqn} and {holder.fqn} read the same tensor, but overrides "
+                "give them different fields; give both the same, or exclude one."
+            )
+        n, k = oft.shape(_oft(spec, holder), site.in_features)
+        held = n * k if holder is site else 0
+        out.append(dataclasses.replace(site, rotation=holder.fqn, num_trainable=held))
+    return tuple(out)

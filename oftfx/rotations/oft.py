@@ -1,0 +1,54 @@
+"""OFT: a block-diagonal rotation, the parameters of each block a skew matrix."""
+
+import torch
+from torch import Tensor
+
+from oftfx import ops
+from oftfx.rotations import cayley
+from oftfx.spec import OFT
+
+
+def shape(spec: OFT, width: int) -> tuple[int, int]:
+    """Shape of a site's parameters: ``(width/b, b(b−1)/2)``."""
+    b = spec.block_size
+    return width // b, b * (b - 1) // 2
+
+
+def misfit(spec: OFT, width: int) -> str | None:
+    """Why this spec cannot rotate an input of this width, and what would; None when it can."""
+    b = spec.block_size
+    if width % b == 0:
+        return None
+    divisors = [d for d in range(2, width + 1) if width % d == 0]
+    near = sorted(sorted(divisors, key=lambda d: abs(d - b))[:3])
+    return f"block_size={b} does not divide its input width {width} (near divisors: {near})"
+
+
+def core(theta: Tensor, spec: OFT) -> Tensor:
+    """The residual blocks ``R_i − I``, ``(n, b, b)``, at least float32."""
+    b, order = spec.block_size, None if spec.exact else spec.order
+    if spec.guard is None or spec.exact:
+        return ops.cayley(theta, b, order)
+
+    norm = cayley.spectral_norm(cayley.skew(theta.detach().float(), b))
+    outside = (norm > cayley.DISC)[:, None]
+    if spec.guard == "exact":
+        return torch.where(
+            outside[..., None], ops.cayley(theta, b, None), ops.cayley(theta, b, order)
+        )
+    # The inner where keeps the norm's gradient finite for the blocks that are not rescaled.
+    safe = torch.where(outside, theta, torch.ones_like(theta))
+    scale = cayley.DISC / cayley.spectral_norm(cayley.skew(safe, b))
+    return ops.cayley(torch.where(outside, theta * scale[:, None], theta), b, order)
+
+
+def norm(theta: Tensor, spec: OFT) -> Tensor:
+    """``‖Q_i‖₂`` per block, ``(n,)``, of the skew matrices the core is made from."""
+    value = cayley.spectral_norm(cayley.skew(theta, spec.block_size))
+    return value.clamp_max(cayley.DISC) if spec.guard == "rescale" and not spec.exact else value
+
+
+def orthogonality_error(norm: Tensor, spec: OFT) -> Tensor:
+    """``‖R_iᵀR_i − I‖₂`` per block from [`norm`][oftfx.rotations.oft.norm], by the error law."""
+    error = cayley.orthogonality_error(norm, None if spec.exact else spec.order)
+    return error.where(norm <= cayley.DISC, 0) if spec.guard == "exact" else error

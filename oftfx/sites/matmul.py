@@ -1,0 +1,167 @@
+"""The spellings of ``x·W`` as a graph node, before and after decomposition.
+
+    linear(x, W, b)          matmul(x, Wᵀ)      addmm(b, x, Wᵀ)       mm(x, Wᵀ)
+
+where Wᵀ may be any chain of `t`, `transpose`, `permute`, `.T`, `.mT`, casts and `detach` over a
+parameter.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class Operand(NamedTuple):
+    """Where a target takes one of its operands."""
+
+    position: int
+    keyword: str
+
+    def of(self, node: fx.Node) -> fx.Node | None:
+        """The operand's node; None when it is no tensor of the graph."""
+        given = node.args[self.position] if self.position < len(node.args) else None
+        value = node.kwargs.get(self.keyword, given)
+        return value if isinstance(value, fx.Node) else None
+
+    def replace(self, node: fx.Node, value: fx.Node) -> None:
+        """Puts another tensor in the operand's place."""
+        if self.keyword in node.kwargs:
+            node.update_kwarg(self.keyword, value)
+        else:
+            node.update_arg(self.position, value)
+
+
+class Spelling(NamedTuple):
+    """One target that multiplies by a weight: its operands, and W's layout there."""
+
+    x: Operand
+    w: Operand
+    out_in: bool
+
+
+_LINEAR = Spelling(Operand(0, "input"), Operand(1, "weight"), out_in=True)
+_MATMUL = Spelling(Operand(0, "input"), Operand(1, "other"), out_in=False)
+_MM = Spelling(Operand(0, "input"), Operand(1, "mat2"), out_in=False)
+_ADDMM = Spelling(Operand(1, "mat1"), Operand(2, "mat2"), out_in=False)
+
+_SPELLINGS: dict[Any, Spelling] = {
+    torch.nn.functional.linear: _LINEAR,
+    torch._C._nn.linear: _LINEAR,
+    aten.linear.default: _LINEAR,
+    torch.matmul: _MATMUL,
+    operator.matmul: _MATMUL,
+    aten.matmul.default: _MATMUL,
+    "matmul": _MATMUL,
+    "__matmul__": _MATMUL,
+    torch.mm: _MM,
+    aten.mm.default: _MM,
+    "mm": _MM,
+    torch.addmm: _ADDMM,
+    aten.addmm.default: _ADDMM,
+    "addmm": _ADDMM,
+}
+
+_SWAPS = {
+    torch.t,
+    torch.transpose,
+    torch.permute,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.mT.default,
+    aten.mH.default,
+    aten.numpy_T.default,
+    aten.adjoint.default,
+    "t",
+    "transpose",
+    "permute",
+}
+_CASTS = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    torch.detach,
+    torch.clone,
+    "to",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "contiguous",
+    "detach",
+    "clone",
+}
+_VIEWS = {
+    torch.reshape,
+    torch.flatten,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    "view",
+    "reshape",
+    "flatten",
+    "expand",
+}
+
+
+def spelling(node: fx.Node) -> Spelling | None:
+    """How this node writes a matmul; None for a node that is none."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    return _SPELLINGS.get(node.target)
+
+
+def parameter_behind(node: fx.Node) -> tuple[fx.Node, bool]:
+    """Follows casts and transposes down to where a weight comes from.
+
+    Returns:
+        The node they start at, and whether an odd number of transposes lies between.
+    """
+    swapped = False
+    while node.op in ("call_function", "call_method"):
+        if _is_swap(node):
+            swapped = not swapped
+        elif node.target not in _CASTS:
+            break
+        node = node.all_input_nodes[0]
+    return node, swapped
+
+
+def tensor_behind(node: fx.Node) -> fx.Node:
+    """Follows casts and views of an activation to the tensor they start from.
+
+    Two inputs of one width over the same source hold the same rows, so they can share a rotation.
+    """
+    while node.op in ("call_function", "call_method") and (
+        node.target in _CASTS or node.target in _VIEWS
+    ):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def is_view_of_weight(node: fx.Node) -> bool:
+    """Whether a node only casts or transposes its input."""
+    return node.target in _CASTS or _is_swap(node)
+
+
+def _is_swap(node: fx.Node) -> bool:
+    """Whether a node transposes a 2-D tensor."""
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT", "H", "mH")
+    if node.op not in ("call_function", "call_method") or node.target not in _SWAPS:
+        return False
+    dims = node.args[1:]
+    if len(dims) == 1 and isinstance(dims[0], (list, tuple)):
+        dims = tuple(dims[0])
+    return not dims or (int(dims[0]) - int(dims[-1])) % 2 == 1  # type: ignore[arg-type]

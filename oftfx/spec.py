@@ -1,0 +1,235 @@
+"""What the user asks for: frozen, hashable, validated dataclasses."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+
+import torch
+
+from oftfx.errors import SpecError
+
+if TYPE_CHECKING:
+    from oftfx.plan import Site
+
+Target: TypeAlias = str | re.Pattern[str]
+Targets: TypeAlias = Target | Sequence[Target] | Callable[["Site"], bool]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Fields every method shares: which sites, and how their parameters are made.
+
+    Attributes:
+        targets: ``"all-linear"`` (every matmul with a frozen weight but the output head and the
+            MoE routers), or one or several names and regexes, or a callable ``Site -> bool``.
+            A name matches a site when it equals the site's fqn or its last components; a regex
+            must match the whole fqn.
+        exclude: Names and regexes that are left out; they win over ``targets``.
+        overrides: ``{name or regex: {field: value}}``; the last match wins. Only fields of the
+            method can be overridden, not these rules.
+        share_inputs: One rotation per input tensor, so that q/k/v (and gate/up) share theirs.
+        dtype: Floating dtype of the trainable parameters.
+        seed: Seeds the initial values, per site, independent of device and order.
+        init_std: Standard deviation of the initial skew entries. 0 starts at the identity.
+
+    Raises:
+        SpecError: A field is outside its range. Names the field and the range.
+    """
+
+    targets: Targets = ALL_LINEAR
+    exclude: Target | Sequence[Target] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    share_inputs: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    init_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.targets != ALL_LINEAR and not callable(self.targets):
+            object.__setattr__(self, "targets", _rules("targets", self.targets))
+            if not self.targets:
+                raise SpecError(f"targets is empty: name at least one site, or use {ALL_LINEAR!r}.")
+        object.__setattr__(self, "exclude", _rules("exclude", self.exclude))
+        object.__setattr__(self, "overrides", self._checked_overrides())
+        _check_type(self, "share_inputs", bool)
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise SpecError(f"dtype={self.dtype!r}: must be a floating torch.dtype.")
+        _check_int(self, "seed", minimum=0)
+        if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)):
+            raise SpecError(f"init_std={self.init_std!r}: must be a number ≥ 0.")
+        if not 0 <= self.init_std < float("inf"):
+            raise SpecError(f"init_std={self.init_std!r}: must be finite and ≥ 0.")
+
+    def _checked_overrides(self) -> Mapping[str, Mapping[str, Any]]:
+        if not isinstance(self.overrides, Mapping):
+            raise SpecError(
+                f"overrides={self.overrides!r}: must be a mapping {{name: {{field: value}}}}."
+            )
+        allowed = self.method_fields()
+        for pattern, fields in self.overrides.items():
+            _rules("overrides", pattern)
+            if not isinstance(fields, Mapping):
+                raise SpecError(f"overrides[{pattern!r}]={fields!r}: must be a mapping of fields.")
+            for key in fields:
+                if key not in allowed:
+                    raise SpecError(
+                        f"overrides[{pattern!r}] sets {key!r}, which is not a field of "
+                        f"{type(self).__name__} that can differ per layer{_nearest(key, allowed)}. "
+                        f"Fields: {', '.join(sorted(allowed))}."
+                    )
+            # Constructing the overridden spec validates the values now, not at the first match.
+            type(self)(**dict(fields))
+        return {pattern: dict(fields) for pattern, fields in self.overrides.items()}
+
+    @classmethod
+    def method_fields(cls) -> frozenset[str]:
+        """Names of the fields that may differ per layer."""
+        rules = {"targets", "exclude", "overrides", "share_inputs", "seed"}
+        return frozenset(f.name for f in dataclasses.fields(cls)) - rules
+
+    def at(self, fqn: str) -> Self:
+        """The spec that holds at one site: overrides applied."""
+        changes: dict[str, Any] = {}
+        for pattern, fields in self.overrides.items():
+            if matches(pattern, fqn):
+                changes |= fields
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict of the fields that differ from their defaults.
+
+        Raises:
+            SpecError: ``targets`` is a callable, which no file can hold.
+        """
+        if callable(self.targets):
+            raise SpecError("targets is a callable: it cannot be written as JSON; name the sites.")
+        out: dict[str, Any] = {"method": type(self).__name__}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            else:
+                default = field.default
+            if value != default:
+                out[field.name] = _to_json(value)
+        return out
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Spec":
+        """The spec written by [`to_json`][oftfx.Spec.to_json].
+
+        Raises:
+            SpecError: Unknown method or field, or a value out of range.
+        """
+        fields = dict(data)
+        name = fields.pop("method", None)
+        if name not in METHODS:
+            raise SpecError(f"unknown method {name!r}; this version knows {sorted(METHODS)}.")
+        cls = METHODS[name]
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in fields:
+            if key not in known:
+                raise SpecError(f"{name} has no field {key!r}{_nearest(key, known)}.")
+        for holder in (fields, *fields.get("overrides", {}).values()):
+            if "dtype" in holder:
+                holder["dtype"] = getattr(torch, str(holder["dtype"]), holder["dtype"])
+        for rules in ("targets", "exclude"):
+            if rules in fields:
+                fields[rules] = [
+                    re.compile(rule["regex"]) if isinstance(rule, Mapping) else rule
+                    for rule in fields[rules]
+                ]
+        return cls(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFT(Spec):
+    """Block-diagonal rotation of a layer's input: OFT, OFTv2.
+
+    ``x ← x·blockdiag(R_1 … R_{d/b})`` with ``R_i`` in SO(b) from a skew ``Q_i``, ``b(b−1)/2``
+    trainable numbers a block (OFT 2306.07280; OFTv2 2506.19847).
+
+    Attributes:
+        block_size: b, which must divide the layer's input width.
+        order: k of the Cayley–Neumann series ``(I+Q)(I+Q+…+Q^k)``. Even k is quadratically
+            closer to orthogonal than odd k.
+        exact: The exact Cayley transform ``(I+Q)(I−Q)⁻¹`` instead of the series.
+        guard: What to do where ``‖Q‖₂ ≥ 1`` and the series means nothing: ``None`` leaves it
+            (``oftfx.health`` warns), ``"rescale"`` shrinks Q back into the disc, ``"exact"`` uses
+            the exact transform for that block.
+    """
+
+    block_size: int = 32
+    order: int = 4
+    exact: bool = False
+    guard: Literal["rescale", "exact"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_int(self, "block_size", minimum=2)
+        _check_int(self, "order", minimum=1)
+        _check_type(self, "exact", bool)
+        if self.guard not in (None, "rescale", "exact"):
+            raise SpecError(f"guard={self.guard!r}: must be None, 'rescale' or 'exact'.")
+
+
+METHODS: dict[str, type[Spec]] = {"OFT": OFT}
+
+
+def matches(rule: Target, fqn: str) -> bool:
+    """Whether a rule names this site: its fqn, its last components, or a regex over all of it."""
+    if isinstance(rule, re.Pattern):
+        return rule.fullmatch(fqn) is not None
+    return fqn == rule or fqn.endswith("." + rule) or re.fullmatch(rule, fqn) is not None
+
+
+def _rules(field: str, value: Target | Sequence[Target]) -> tuple[Target, ...]:
+    rules = (value,) if isinstance(value, (str, re.Pattern)) else value
+    if not isinstance(rules, Sequence):
+        raise SpecError(f"{field}={value!r}: must be a name, a regex, or a sequence of them.")
+    for rule in rules:
+        if not isinstance(rule, (str, re.Pattern)):
+            raise SpecError(f"{field} holds {rule!r}: every rule must be a name or a regex.")
+        try:
+            re.compile(rule)
+        except re.error as error:
+            raise SpecError(f"{field} holds {rule!r}, which is no valid regex: {error}.") from error
+    return tuple(rules)
+
+
+def _check_int(spec: Spec, field: str, minimum: int) -> None:
+    value = getattr(spec, field)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SpecError(f"{field}={value!r}: must be an integer ≥ {minimum}.")
+    if value < minimum:
+        raise SpecError(f"{field}={value}: must be ≥ {minimum}.")
+
+
+def _check_type(spec: Spec, field: str, kind: type) -> None:
+    value = getattr(spec, field)
+    if not isinstance(value, kind):
+        raise SpecError(f"{field}={value!r}: must be a {kind.__name__}.")
+
+
+def _nearest(key: str, known: "frozenset[str] | set[str]") -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _to_json(value: Any) -> Any:
+    match value:
+        case torch.dtype():
+            return str(value).removeprefix("torch.")
+        case re.Pattern():
+            return {"regex": value.pattern}
+        case Mapping():
+            return {key: _to_json(item) for key, item in value.items()}
+        case tuple():
+            return [_to_json(item) for item in value]
+        case _:
+            return value
