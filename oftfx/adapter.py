@@ -1,5 +1,6 @@
 """The verbs on a model of any kind: adapt, remove, disable, and what is trainable."""
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from torch.export import ExportedProgram
 
 from oftfx import insert, modules
 from oftfx.attach import attach, detach
-from oftfx.capture import Model
+from oftfx.capture import Model, unwrap
 from oftfx.errors import PlanError
 from oftfx.host import host_of
 from oftfx.plan import Plan, plan
@@ -47,7 +48,7 @@ def adapt(
         PlanError: Nothing matches, a site cannot be adapted, or ``name`` is taken. The model is
             untouched.
     """
-    if not (name.isidentifier() and not hasattr(nn.ModuleDict, name)):
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise PlanError(f"name={name!r}: an adapter's name must be a plain identifier.")
     inner = unwrap(model)
     found = spec if isinstance(spec, Plan) else plan(inner, spec, example_inputs, capture)
@@ -91,8 +92,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
             yield
         return
     adapted = inner.graph
-    inner.graph = fx.Graph(inner)
-    inner.graph.output(inner.graph.graph_copy(adapted, {}))
+    inner.graph = copy.deepcopy(adapted)  # its calling convention included
     for found in insert.inserted(host_of(inner)):
         if name in (None, found.adapter):
             found.node.replace_all_uses_with(found.x)
@@ -121,8 +121,3 @@ def parameters(model: Model, name: str | None = None) -> list[nn.Parameter]:
     if not found:
         raise PlanError(f"{type(inner).__name__} has no adapter{f' {name!r}' if name else ''}.")
     return found
-
-
-def unwrap(model: Any) -> Any:
-    """The model inside the wrapper that torch.compile puts around it."""
-    return getattr(model, "_orig_mod", model)

@@ -13,9 +13,10 @@ from oftfx.modules import (
     Rotation,
     SharedRotation,
     bare,
+    become,
     folding,
     hooked,
-    rebind,
+    own_forward,
     rotating,
     rotations,
 )
@@ -59,7 +60,8 @@ def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
     if records:  # the first adapter saw the base's own flags
         trained = next(iter(records.values())).trained
     else:
-        trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+        everything = model.named_parameters(remove_duplicate=False)
+        trained = frozenset(n for n, p in everything if p.requires_grad)
     mine = {id(p) for _, rotation in rotations(model) for p in rotation.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in mine:
@@ -140,7 +142,13 @@ def _check(model: nn.Module, site: Site) -> None:
             f"{type(module).__name__} at {site.fqn!r} has an attribute {CHILD!r} of its own, the "
             "name under which oftfx keeps rotations: rename it, or exclude the site."
         )
-    if "forward" in vars(module) and site.kind != "functional" and not hooked(module):
+    if site.kind == "functional" and hasattr(nn.ModuleDict(), parameter):
+        raise PlanError(
+            f"{site.weight}: oftfx keeps rotations under their parameter's name in an "
+            f"nn.ModuleDict, which takes none called {parameter!r}: rename it, or exclude the site."
+        )
+    bypassed = "forward" in vars(module) and not (hooked(module) or own_forward(module))
+    if bypassed and site.kind != "functional":
         raise PlanError(
             f"{site.fqn} carries a forward of its own (set on the instance, as some offloading or "
             "patching tools do), which would bypass the rotation: undo that before adapting, or "
@@ -169,11 +177,10 @@ def _place(model: nn.Module, site: Site, name: str, rotation: Rotation | SharedR
     assert isinstance(adapters, nn.ModuleDict)
     if site.kind != "functional":
         adapters[name] = rotation
-        module.__class__ = rotating(base)
-        rebind(module)
+        become(module, rotating(base))
         return
     if name not in adapters:
         adapters[name] = nn.ModuleDict()
     adapters[name][parameter] = rotation  # type: ignore[operator]
     shadowed = {*getattr(module, "oft_shadowed", ()), (parameter, site.layout)}
-    module.__class__ = folding(base, tuple(sorted(shadowed)))
+    become(module, folding(base, tuple(sorted(shadowed))))

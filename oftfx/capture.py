@@ -9,9 +9,10 @@ import copy
 import re
 import traceback
 import types
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import optree
 import torch
@@ -41,6 +42,11 @@ class Capture:
     tensors: dict[str, Tensor]
     aliases: dict[str, tuple[str, ...]]
     parameters: dict[fx.Node, str] = field(default_factory=dict)
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside the wrapper that torch.compile puts around it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def capture(model: Model, example_inputs: Any = None) -> Capture:
@@ -73,23 +79,15 @@ def _module(model: nn.Module, example_inputs: Any) -> Capture:
     else:
         args, kwargs = _arguments(example_inputs)
     shadow = _shadow(model)
-    found = Capture([], *_names(shadow.named_parameters(remove_duplicate=False)))
-    names = {id(tensor): found.aliases[name][0] for name, tensor in found.tensors.items()}
-
-    def collect(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        for node, tensor in zip(placeholders, tensors, strict=True):
-            if id(tensor) in names:
-                found.parameters[node] = names[id(tensor)]
-        found.graphs.append(graph)
-        return graph.forward
-
+    found = Capture([], *_names(_parameters(shadow)))
+    recorder = _Recorder(found)
     # A new code object per capture: Dynamo's cache entry hangs on it and dies with it, instead of
     # counting towards the recompile limit of the model's own forward.
     frame = types.FunctionType(_call.__code__.replace(), _call.__globals__)
     try:
-        with torch.enable_grad():
-            torch.compile(frame, backend=collect, dynamic=False)(shadow, args, kwargs)
+        with torch.enable_grad(), torch.device("meta"), recorder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Dynamo's advice on the user's code, not on planning
+            torch.compile(frame, backend=_collect, dynamic=False)(shadow, args, kwargs)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} could not be traced to a graph at {_where(error)}: "
@@ -106,6 +104,56 @@ def _module(model: nn.Module, example_inputs: Any) -> Capture:
         )
     _enter_bodies(found)
     return found
+
+
+class _Recorder:
+    """Collects the graphs that run while it is entered, with the parameters each ran on.
+
+    Where the graph is broken, layers that share a code frame share one compiled graph, and so do
+    captures of one class: what tells them apart is the tensors each call comes with.
+    """
+
+    active: ClassVar["_Recorder | None"] = None
+
+    def __init__(self, found: Capture) -> None:
+        self.found = found
+        self.names = {id(tensor): found.aliases[n][0] for n, tensor in found.tensors.items()}
+        self.seen: set[tuple[int, tuple[str | None, ...]]] = set()
+
+    def __enter__(self) -> None:
+        self.before, _Recorder.active = _Recorder.active, self
+
+    def __exit__(self, *exception: object) -> None:
+        _Recorder.active = self.before
+
+    def record(self, graph: fx.GraphModule, tensors: Sequence[Any]) -> None:
+        names = tuple(self.names.get(id(tensor)) for tensor in tensors)
+        if (id(graph), names) in self.seen:
+            return
+        self.seen.add((id(graph), names))
+        mine = _twin(graph)
+        for node, name in zip(mine.graph.find_nodes(op="placeholder"), names, strict=True):
+            if name is not None:
+                self.found.parameters[node] = name
+        self.found.graphs.append(mine)
+
+
+def _twin(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with nodes of its own."""
+    nodes = fx.Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {}))
+    return fx.GraphModule(graph, nodes)
+
+
+def _collect(graph: fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
+    """A Dynamo backend that runs the graph as it is and tells the recorder."""
+
+    def run(*tensors: Any) -> Any:
+        if _Recorder.active is not None:
+            _Recorder.active.record(graph, tensors)
+        return graph.forward(*tensors)
+
+    return run
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -138,8 +186,17 @@ def _shadow(model: nn.Module) -> nn.Module:
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
-    return [tensor for tensor in held if isinstance(tensor, Tensor)]
+    """Parameters, buffers, and tensors in plain attributes and the containers among them."""
+    leaves = optree.tree_leaves(cast("Any", vars(module)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters under every name they are tied to; a module of two names counts once."""
+    for fqn, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{fqn}.{name}" if fqn else name), parameter
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -180,23 +237,30 @@ def _identity(tensor: Tensor) -> int:
     return hash((tensor.data_ptr(), tensor.shape, tensor.stride()))
 
 
+def body_of(graph: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """The graph that a node hands to a higher-order op (a checkpointed or repeated region)."""
+    body = getattr(graph, str(node.target), None) if node.op == "get_attr" else None
+    return body if isinstance(body, fx.GraphModule) else None
+
+
 def _enter_bodies(found: Capture) -> None:
-    """Adds the bodies of higher-order ops (checkpointed regions, nested regions) as graphs.
+    """Adds the bodies of higher-order ops as graphs.
 
     Their placeholders stand for the op's last operands, parameters among them.
     """
     for graph in found.graphs:  # grows while it is walked
         for node in graph.graph.find_nodes(op="get_attr"):
-            body = getattr(graph, str(node.target), None)
-            if not isinstance(body, fx.GraphModule):
+            body = body_of(graph, node)
+            if body is None:
                 continue
-            found.graphs.append(body)
-            placeholders = body.graph.find_nodes(op="placeholder")
             for user in node.users:
+                inside = _twin(body)
+                placeholders = inside.graph.find_nodes(op="placeholder")
                 operands = user.args[len(user.args) - len(placeholders) :]
                 for inner, outer in zip(placeholders, operands, strict=False):
-                    if outer in found.parameters:
+                    if isinstance(outer, fx.Node) and outer in found.parameters:
                         found.parameters[inner] = found.parameters[outer]
+                found.graphs.append(inside)
 
 
 def _where(error: BaseException) -> str:

@@ -19,12 +19,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from oftfx import insert, modules
-from oftfx.adapter import adapt, unwrap
+from oftfx.adapter import adapt
 from oftfx.attach import record_holder
-from oftfx.capture import Model
+from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
 from oftfx.host import host_of
-from oftfx.plan import Plan
+from oftfx.plan import Plan, Site
 from oftfx.rotations import oft
 
 M = TypeVar("M", nn.Module, ExportedProgram)
@@ -67,8 +67,14 @@ def save(model: Model, directory: str | os.PathLike[str], name: str = "default")
     path = Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        before = (path / TENSORS).read_bytes() if (path / TENSORS).is_file() else None
         _write(path / TENSORS, payload)
-        _write(path / MANIFEST, json.dumps(manifest, indent=1).encode())
+        try:
+            _write(path / MANIFEST, json.dumps(manifest, indent=1).encode())
+        except OSError:
+            if before is not None:  # the adapter that was here stays whole
+                _write(path / TENSORS, before)
+            raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}.") from error
 
@@ -120,10 +126,12 @@ def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
     else:
         held = dict(model.named_parameters())
     return {
-        f"{site.fqn}.theta": held[f"{modules.parameter_path(site.weight, name)}.theta"]
-        for site in plan.sites
-        if not site.shared
+        f"{site.fqn}.theta": held[_parameter(site, name)] for site in plan.sites if not site.shared
     }
+
+
+def _parameter(site: Site, name: str) -> str:
+    return f"{modules.parameter_path(site.weight, name, site.kind == 'functional')}.theta"
 
 
 def _weights(model: Model) -> dict[str, Tensor]:
@@ -156,8 +164,10 @@ def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is no directory; oftfx.save writes one.")
     if not (path / MANIFEST).is_file():
         foreign = (path / "adapter_config.json").is_file()
-        hint = ": it is PEFT's, which this version does not read" if foreign else ""
-        raise CheckpointError(f"{path} holds no {MANIFEST}{hint}.")
+        hint = ": it is PEFT's, which this version does not read." if foreign else "."
+        if nested := sorted(path.glob(f"*/{MANIFEST}")):
+            hint = f"; did you mean {nested[0].parent}?"
+        raise CheckpointError(f"{path} holds no {MANIFEST}{hint}")
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         stated = manifest.pop("checksum")

@@ -1,6 +1,8 @@
 """The ``oftfx`` command."""
 
+import signal
 import sys
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -286,13 +288,20 @@ def merge(
             oftfx.load(model, adapter)
         with stage(console, "Folding"):
             report = publish.publish(model, tokenizer, fresh)
-            (fresh / MARKER).write_text(f'{{"version": "{oftfx.__version__}"}}\n')
-    print(report)
+            record = {"version": oftfx.__version__, "base": base, "adapter": str(adapter)}
+            (fresh / MARKER).write_text(dumps(record, indent=1) + "\n")
+    worst = max(report.sites, key=lambda site: site.output_error)
+    console.print(
+        f"{len(report.sites)} rotations folded; a layer's output changed by at most "
+        f"{worst.output_error:.1e} of itself ({worst.fqn})"
+    )
     console.print(f"merged model  {out}")
 
 
 def main() -> None:
     """Runs the command; errors raised on purpose become one message and exit code 2."""
+    # A job that is told to stop cleans up as it does when interrupted from the keyboard.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except OftfxError as error:

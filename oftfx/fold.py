@@ -9,7 +9,7 @@ the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
 
@@ -18,13 +18,13 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from oftfx import insert, match, ops, sites
-from oftfx.adapter import parameters, remove, unwrap
+from oftfx.adapter import parameters, remove
 from oftfx.attach import detach
-from oftfx.capture import read
+from oftfx.capture import read, unwrap
 from oftfx.errors import MergeError, PlanError
-from oftfx.host import host_of
+from oftfx.host import Host, host_of
 from oftfx.modules import Adapted, Rotation, SharedRotation
-from oftfx.sites.matmul import parameter_behind
+from oftfx.sites.matmul import is_view_of_weight, parameter_behind, tensor_behind
 from oftfx.table import table
 
 M = TypeVar("M", nn.Module, ExportedProgram)
@@ -187,7 +187,7 @@ def _merge_module(model: nn.Module, report: bool) -> tuple[nn.Module, list[Merge
     found = list(_module_sites(model))
     for site in found:
         site.fold().check()
-    names = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
+    names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     costs, any_untied = [], False
     for site in found:
         fold = site.fold()
@@ -247,33 +247,35 @@ def _merge_graph(
     host = host_of(model, edit=True)
     rotations = {found.node: found for found in insert.inserted(host)}
     graph = read(host)
+    uses = match.uses(graph)
+    chains = [_chains(host, use, graph.aliases[use.weight], rotations) for use in uses]
+    turning = {node for through_x, _ in chains for node in through_x}
+    for node in turning:
+        if others := _users(node) - {use.node for use in uses} - turning:
+            raise MergeError(f"{rotations[node].site}: {others.pop()} reads what it rotates, too.")
+    for node in rotations.keys() - turning - {n for _, through_w in chains for n in through_w}:
+        raise MergeError(f"{rotations[node].site}: no weight was found behind its rotation.")
+
     folds: dict[str, _Fold] = {}
     turned: dict[str, list[str]] = {}
-    feeds: list[tuple[match.Use, fx.Node]] = []
-    for use in match.uses(graph):
-        chain, x = _chain(use.x, rotations)
-        by = [found.parameter for found in chain]
-        if turned.setdefault(use.weight, by) != by:
-            raise MergeError(f"{use.weight} is read both rotated and not; it cannot be folded.")
-        if not chain:
-            continue
-        assert x is not None
-        feeds.append((use, x))
-        if use.weight not in folds:
-            cores = [insert.evaluate(host, found.core) for found in chain]
-            weight, fqn = host.parameters()[use.weight], use.weight.removesuffix(".weight")
-            folds[use.weight] = _Fold(fqn, weight, use.layout == "out_in", cores)
-    readers = host.readers()
-    for found in rotations.values():  # a weight that its module folds on the fly
-        start, swapped, chain = _behind(found, rotations)
-        if start in readers:
-            name = readers[start]
-            cores = [insert.evaluate(host, inner.core).mT for inner in chain]
-            weight, fqn = host.parameters()[name], name.removesuffix(".weight")
-            folds[name] = _Fold(fqn, weight, not swapped, cores)
+    for use, (through_x, through_w) in zip(uses, chains, strict=True):
+        name = use.weight
+        by = [rotations[node].parameter for node in (*through_x, *through_w)]
+        if turned.setdefault(name, by) != by:
+            raise MergeError(f"{name} is read rotated in different ways; it cannot be folded.")
+        if by and name not in folds:
+            cores = [insert.evaluate(host, rotations[node].core) for node in through_x]
+            cores += [insert.evaluate(host, rotations[node].core).mT for node in through_w]
+            out_in = use.layout == "out_in"
+            if through_w:
+                out_in = not parameter_behind(rotations[through_w[0]].x)[1]
+            fqn = name.removesuffix(".weight")
+            folds[name] = _Fold(fqn, host.parameters()[name], out_in, cores)
     for fold in folds.values():
         fold.check()
 
+    for use in uses:
+        _read_own_name(host, use, graph.aliases[use.weight])
     costs = []
     for name, fold in folds.items():
         stored = fold.run()
@@ -281,34 +283,56 @@ def _merge_graph(
             costs.append(fold.cost(stored, untied=len(graph.aliases[name]) > 1))
         requires_grad = host.parameters()[name].requires_grad
         host.set(name, nn.Parameter(stored, requires_grad=requires_grad))
-    for use, x in feeds:
-        use.feed(x)
     return remove(host.finish()), costs
 
 
-def _chain(
-    x: fx.Node | None, rotations: dict[fx.Node, insert.Inserted]
-) -> tuple[list[insert.Inserted], fx.Node | None]:
-    """The rotations an activation went through, in the order it met them, and what it was."""
-    chain: list[insert.Inserted] = []
-    while x in rotations:
-        assert x is not None
-        chain.insert(0, rotations[x])
-        x = rotations[x].x
-    return chain, x
+def _chains(
+    host: Host, use: match.Use, aliases: tuple[str, ...], rotations: dict[fx.Node, insert.Inserted]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The rotations a matmul's input went through and those its weight did, as x meets them.
 
-
-def _behind(
-    found: insert.Inserted, rotations: dict[fx.Node, insert.Inserted]
-) -> tuple[fx.Node, bool, list[insert.Inserted]]:
-    """What a chain of rotations of a weight starts from, whether transposed, and the chain.
-
-    The last rotation of a weight is the first of x, so the chain is in the order x meets it.
+    The last rotation of a weight is the first of x.
     """
-    chain, swapped = [found], False
-    while True:
-        start, odd = parameter_behind(chain[-1].x)
-        swapped ^= odd
-        if start not in rotations:
-            return start, swapped, chain
-        chain.append(rotations[start])
+    readers = host.readers()
+    reads = [n for n in use.node.all_input_nodes if readers.get(parameter_behind(n)[0]) in aliases]
+    through_x = [] if use.x is None else [n for n in _path(use.x) if n in rotations]
+    through_w = [n for read in reads for n in _path(read) if n in rotations]
+    return through_x[::-1], through_w
+
+
+def _path(node: fx.Node) -> list[fx.Node]:
+    """The casts, views and rotations between a node and where it comes from, and the latter."""
+    path = [node]
+    while is_view_of_weight(path[-1]) or tensor_behind(path[-1]) is not path[-1]:
+        path.append(path[-1].all_input_nodes[0])
+    return path
+
+
+def _users(node: fx.Node) -> set[fx.Node]:
+    """What reads a node, directly or through casts and views."""
+    users = set()
+    for user in node.users:
+        users |= _users(user) if tensor_behind(user) is not user else {user}
+    return users
+
+
+def _read_own_name(host: Host, use: match.Use, aliases: tuple[str, ...]) -> None:
+    """Lets a node read a tied weight under its owner's name; tracers use one name for all."""
+    readers, graph = host.readers(), host.module.graph
+    for given in use.node.all_input_nodes:
+        *path, start = _path(given)
+        if use.weight == readers.get(start, use.weight) or readers[start] not in aliases:
+            continue
+        own = next((node for node, name in readers.items() if name == use.weight), None)
+        if own is None:  # a GraphModule needs no node for a name that nothing reads
+            with graph.inserting_before(start):
+                own = graph.get_attr(use.weight)
+        moved = {start: own}
+        for node in reversed(path):
+            with graph.inserting_before(use.node):
+                moved[node] = graph.node_copy(node, _looked_up(moved))
+        use.node.replace_input_with(given, moved[given])
+
+
+def _looked_up(moved: dict[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:
+    return lambda node: moved.get(node, node)

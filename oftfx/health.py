@@ -9,8 +9,7 @@ from torch.export import ExportedProgram
 from torch.utils.weak import WeakIdKeyDictionary
 
 from oftfx import insert, modules
-from oftfx.adapter import unwrap
-from oftfx.capture import Model
+from oftfx.capture import Model, unwrap
 from oftfx.errors import OftfxWarning, PlanError
 from oftfx.host import host_of
 from oftfx.rotations import oft
@@ -43,7 +42,7 @@ class Health:
 
     def warn(self) -> None:
         """Warns once per site whose ‖Q‖₂ has reached 1. Waits for the device."""
-        reached = (self.norm >= 1).tolist()
+        reached = (~(self.norm < 1)).tolist()  # NaN, after a divergence, counts as well
         new = [i for i, outside in enumerate(reached) if outside and self.thetas[i] not in _WARNED]
         if not new:
             return

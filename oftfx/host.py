@@ -100,6 +100,9 @@ class _Program:
     def __init__(self, program: ExportedProgram, edit: bool) -> None:
         self.program = program
         self.module = copy.deepcopy(program.graph_module) if edit else program.graph_module
+        nodes = zip(program.graph.nodes, self.module.graph.nodes, strict=True)
+        for given, copied in nodes:  # a copy renames what is called like a builtin, such as `input`
+            copied.name = given.name
         self.state = dict(program.state_dict)
         self.inputs = list(program.graph_signature.input_specs)
 
@@ -107,7 +110,9 @@ class _Program:
         return {n: value for n, value in self.state.items() if isinstance(value, nn.Parameter)}
 
     def readers(self) -> dict[fx.Node, str]:
-        names = {spec.arg.name: spec.target for spec in self.inputs if spec.target in self.state}
+        names = {
+            spec.arg.name: spec.target for spec in self.inputs if spec.kind is InputKind.PARAMETER
+        }
         nodes = self.module.graph.find_nodes(op="placeholder")
         return {node: names[node.name] for node in nodes if node.name in names}
 

@@ -39,6 +39,10 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     if value.is_floating_point():
         value = value.to(next(model.parameters()).dtype)
     kwargs: dict[str, Any] = {main: value}
+    towers = hasattr(config, "text_config") and hasattr(config, "vision_config")
+    if towers and "pixel_values" in known and not getattr(model, "can_generate", bool)():
+        # A contrastive pair of encoders needs both; a language model that sees can do without.
+        kwargs["pixel_values"] = _pixels(config).to(next(model.parameters()).dtype)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in known:
         kwargs["decoder_input_ids"] = _tokens(config)
     if "use_cache" in known or "past_key_values" in known:

@@ -55,10 +55,13 @@ class Inserted:
 
     def spec(self, host: Host) -> OFT:
         """The spec this rotation was made from, read off its nodes."""
-        cayleys = []
-        stack = [self.core]
+        cayleys: list[fx.Node] = []
+        stack, seen = [self.core], set()
         while stack:
             node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
             if node.target is CAYLEY:
                 cayleys.append(node)
             elif node.op == "call_function":
@@ -96,6 +99,8 @@ def insert(
     located = _locate(host, plan)
 
     trained = [n for n, p in host.parameters().items() if p.requires_grad]
+    for record in records(model).values():  # the first adapter saw the base's own flags
+        trained = record["trained"]
     ours = {rotation.parameter for rotation in inserted(host)}
     for weight, value in host.parameters().items():
         if weight not in ours:
@@ -144,7 +149,10 @@ def remove(
     before = records(model)
     for rotation in found:
         if name in (None, rotation.adapter):
-            rotation.node.replace_all_uses_with(rotation.x)
+            # Not `rotation.x`, which may be another adapter's rotation that is gone by now.
+            x = rotation.node.args[0]
+            assert isinstance(x, fx.Node)
+            rotation.node.replace_all_uses_with(x)
             erase(host, rotation)
     if before and (name is None or has == {name}):
         trained = set(next(iter(before.values()))["trained"])
@@ -161,17 +169,22 @@ def erase(host: Host, found: Inserted) -> None:
     graph = host.module.graph
     readers = host.readers()
     graph.erase_node(found.node)
-    stack, erased = [found.core], set()
+    behind, stack = set(), [found.core]
     while stack:
         node = stack.pop()
-        if node.users or node in erased:
-            continue  # another node still reads it
-        erased.add(node)
-        if node in readers:
-            host.remove(node, readers[node])
+        if node not in behind:
+            behind.add(node)
+            stack.extend(node.all_input_nodes)
+    for node in reversed(list(graph.nodes)):
+        # A trace leaves nodes beside the core of which nothing comes, such as notes on casts.
+        beside = node.op == "call_function" and not behind.isdisjoint(node.all_input_nodes)
+        if node.users or not (node in behind or beside):
             continue
-        stack.extend(node.all_input_nodes)
-        graph.erase_node(node)
+        if readers.get(node) == found.parameter:
+            host.remove(node, found.parameter)
+        elif node.op == "call_function":
+            behind.update(node.all_input_nodes)
+            graph.erase_node(node)
 
 
 def inserted(host: Host) -> list[Inserted]:
@@ -185,9 +198,10 @@ def inserted(host: Host) -> list[Inserted]:
             while start.op == "call_function":
                 start = start.all_input_nodes[-1]
             parameter = readers[start]
-            owner, _, tail = parameter.rpartition(".theta")[0].rpartition(f"{CHILD}.")
-            adapter, _, weight = tail.partition(".")
-            site = ".".join(filter(None, (owner.rstrip("."), weight)))
+            owner, _, path = parameter.rpartition(".theta")[0].rpartition(f"{CHILD}.")
+            adapter, _, weight = path.partition(".")
+            tail = "" if weight == "weight" else weight
+            site = ".".join(filter(None, (owner.rstrip("."), tail))) or "weight"
             out.append(Inserted(node, x, core, parameter, adapter, site))
     return out
 
@@ -206,6 +220,7 @@ def evaluate(host: Host, node: fx.Node) -> Tensor:
     """The value of a node that depends on parameters alone, such as a core."""
     readers = host.readers()
 
+    @functools.cache  # a guard squares a matrix again and again
     def value(source: fx.Node) -> Any:
         if source in readers:
             return host.parameters()[readers[source]]
@@ -251,7 +266,8 @@ def _add_core(host: Host, plan: Plan, site: Site, name: str) -> fx.Node:
     spec = plan.spec_of(site)
     device = host.parameters()[site.weight].device
     rotation = Rotation(spec, site.in_features, device, plan.seed_of(site))
-    theta = host.add(f"{parameter_path(site.weight, name)}.theta", rotation.theta)
+    functional = site.kind == "functional"
+    theta = host.add(f"{parameter_path(site.weight, name, functional)}.theta", rotation.theta)
     graph = host.module.graph
     traced = _traced_core(spec, site.in_features, device)
     values: dict[fx.Node, fx.Node] = {}

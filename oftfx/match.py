@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from oftfx.capture import Capture
+from oftfx.capture import Capture, body_of
 from oftfx.sites import matmul, provider_of
 
 Layout = Literal["out_in", "in_out"]
@@ -65,6 +65,8 @@ def _graph_uses(capture: Capture, graph: fx.GraphModule) -> Iterator[Use]:
             continue
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             continue  # export's note beside a cast, no read
+        if any(body_of(graph, argument) for argument in node.all_input_nodes):
+            continue  # a higher-order op: what reads the parameter is in its body
         spelled = matmul.spelling(node)
         for read in node.all_input_nodes:
             start, swapped = matmul.parameter_behind(read)
@@ -75,7 +77,9 @@ def _graph_uses(capture: Capture, graph: fx.GraphModule) -> Iterator[Use]:
             weight = _as_owner_calls_it(capture.aliases[name], owner, start)
             x = spelled.x.of(node) if spelled and spelled.w.of(node) is read else None
             if spelled is None or x is None:
-                yield Use(graph, node, weight, owner, why_not=_describe(node))
+                left = spelled is not None and spelled.x.of(node) is read
+                why_not = _describe(node) + (", from the left" if left else "")
+                yield Use(graph, node, weight, owner, why_not=why_not)
             elif capture.tensors[name].dim() != 2:
                 why_not = f"{capture.tensors[name].dim()}-D weight of {_describe(node)}"
                 yield Use(graph, node, weight, owner, why_not=why_not)

@@ -11,6 +11,7 @@ everything that holds on to the module keeps working, compiled graphs included.
 """
 
 import functools
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,8 +51,8 @@ class Rotation(nn.Module):
         self.enabled = True
         shape = oft.shape(spec, width)
         self.theta = nn.Parameter(torch.empty(shape, dtype=spec.dtype, device=device))
-        self._cached: tuple[Any, Tensor] | None = None
-        self._rotated: tuple[Any, Tensor, int] | None = None
+        self._cached: tuple[Any, Tensor, Tensor] | None = None
+        self._rotated: tuple[Any, Any, Tensor, set[nn.Module]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,24 +74,32 @@ class Rotation(nn.Module):
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
             self._cached = None
             return oft.core(self.theta, self.spec)
-        if self.theta.is_inference():
+        if not _traceable(self.theta):
             return oft.core(self.theta, self.spec)
         inference = torch.is_inference_mode_enabled()
         key = (self.theta.data_ptr(), self.theta._version, self.theta.dtype, inference)
         if self._cached is None or self._cached[0] != key:
-            self._cached = (key, oft.core(self.theta, self.spec))
-        return self._cached[1]
+            # The storage is kept beside its address, so that it cannot be another's meanwhile.
+            self._cached = (key, self.theta.detach(), oft.core(self.theta, self.spec))
+        return self._cached[2]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, reader: nn.Module | None = None) -> Tensor:
         """``x·M``; sites that share this rotation and read the same x compute it once."""
-        if self.readers == 1 or torch.compiler.is_compiling():
-            return ops.rotate(x, self.core())
-        key = (id(x), x._version, torch.is_grad_enabled(), self.theta._version)
-        if self._rotated is None or self._rotated[0][0] != key:
-            # x is kept beside its key so that its id cannot be another tensor's meanwhile.
-            self._rotated = ((key, x), ops.rotate(x, self.core()), self.readers)
-        held, rotated, left = self._rotated
-        self._rotated = (held, rotated, left - 1) if left > 1 else None
+        to = _autocast_dtype(x)
+        plain = self.readers == 1 or torch.compiler.is_compiling()
+        if plain or not (_traceable(x) and _traceable(self.theta)):
+            return ops.rotate(x if to is None else x.to(to), self.core())
+        key = (id(x), x._version, torch.is_grad_enabled(), to, id(self.theta), self.theta._version)
+        reader = self if reader is None else reader
+        if self._rotated is None or self._rotated[0] != key or reader in self._rotated[3]:
+            # A reader that asks again is in another forward, whose graph must be its own. What
+            # the ids name is kept beside them, so that they cannot be another tensor's meanwhile.
+            rotated = ops.rotate(x if to is None else x.to(to), self.core())
+            self._rotated = (key, (x, self.theta), rotated, set())
+        _, _, rotated, served = self._rotated
+        served.add(reader)
+        if len(served) == self.readers:
+            self._rotated = None
         return rotated
 
     def fold(self, weight: Tensor, layout: str) -> Tensor:
@@ -136,11 +145,26 @@ class SharedRotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``."""
-        return self.rotation(x)
+        return self.rotation(x, self)
 
     def fold(self, weight: Tensor, layout: str) -> Tensor:
         """``W Mᵀ``."""
         return self.rotation.fold(weight, layout)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What the matmul would cast x to anyway: rotating fewer bytes gives the same product."""
+    device = x.device.type
+    if device == "meta":  # which has no autocast, not even to ask about
+        return None
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _traceable(tensor: Tensor) -> bool:
+    """Whether a tensor has a version that tells its changes: not in inference mode or vmap."""
+    return not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 class Adapted(nn.Module):
@@ -165,11 +189,6 @@ def rotating(base: Class) -> type[nn.Module]:
     """
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        device = input.device.type
-        available = torch.amp.is_autocast_available(device)  # `meta`, say, has none
-        if available and torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
-            # Where the matmul would cast anyway: rotating fewer bytes gives the same product.
-            input = input.to(torch.get_autocast_dtype(device))
         for rotation in self.oft.values():
             if rotation.enabled:
                 input = rotation(input)
@@ -220,26 +239,38 @@ def _rebuild(base: Class, shadowed: tuple[tuple[str, str], ...]) -> nn.Module:
 def bare(module: Adapted) -> None:
     """Gives a module its own class back and drops its rotations."""
     del module._modules[CHILD]
-    module.__class__ = module.oft_base  # type: ignore[assignment]
-    rebind(module)
+    become(module, module.oft_base)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether accelerate wrapped this module's forward, in the way `rebind` knows."""
+    """Whether accelerate wrapped this module's forward, in the way `become` knows."""
     inner = vars(module).get("_old_forward")
     return "_hf_hook" in vars(module) and isinstance(inner, types.MethodType)
 
 
-def rebind(module: nn.Module) -> None:
-    """Lets accelerate's instance-level forward call the forward of the module's present class."""
+def own_forward(module: nn.Module) -> bool:
+    """Whether an instance's forward is merely its class's, as accelerate's hooks leave behind."""
+    return getattr(vars(module)["forward"], "__func__", None) is type(module).forward
+
+
+def become(module: nn.Module, cls: Class) -> None:
+    """Gives a module another class, and accelerate's instance-level forward that class's."""
+    if "forward" in vars(module) and own_forward(module):
+        del vars(module)["forward"]
+    module.__class__ = cls
     if hooked(module):
         vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
-def parameter_path(weight: str, name: str) -> str:
+def parameter_path(weight: str, name: str, functional: bool = False) -> str:
     """Where a rotation lives: `fc.oft.default` for `fc.weight`, `fc.oft.default.w` for `fc.w`."""
     owner, _, leaf = weight.rpartition(".")
-    return ".".join(filter(None, (owner, CHILD, name, "" if leaf == "weight" else leaf)))
+    return ".".join(filter(None, (owner, CHILD, name, leaf if functional else "")))
+
+
+def is_rotation(parameter: str) -> bool:
+    """Whether a parameter of this name is a rotation's, of any adapter."""
+    return re.fullmatch(rf"(.+\.)?{CHILD}\.\w+\.(\w+\.)?theta", parameter) is not None
 
 
 def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Rotation]]:
@@ -252,7 +283,7 @@ def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, 
             for parameter, rotation in by_parameter:
                 if name in (None, adapter) and isinstance(rotation, Rotation):
                     tail = "" if parameter == "weight" else parameter
-                    yield ".".join(filter(None, (fqn, tail))), rotation
+                    yield ".".join(filter(None, (fqn, tail))) or "weight", rotation
 
 
 @contextmanager

@@ -7,16 +7,16 @@ import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from torch import Tensor, nn
 
-from oftfx import match, sites
-from oftfx.capture import Capture, Model, capture
+from oftfx import match, modules, sites
+from oftfx.capture import Capture, Model, capture, unwrap
 from oftfx.errors import OftfxError, PlanError, SpecError
 from oftfx.match import Layout, Use
 from oftfx.rotations import oft
-from oftfx.spec import ALL_LINEAR, OFT, Spec, matches
+from oftfx.spec import ALL_LINEAR, OFT, Spec, Target, matches
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ def plan(
         PlanError: A target matches nothing, or a matched site cannot be adapted.
         SpecError: ``spec`` is no spec.
     """
+    model = unwrap(model)
     _check_types(model, spec)
     if capture == "modules":
         if not isinstance(model, nn.Module):
@@ -218,7 +219,7 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
     candidates = []
     for weight, reads in by_weight.items():
         tensor = found.tensors[weight]
-        if tensor.dim() < 2:
+        if tensor.dim() < 2 or modules.is_rotation(weight):
             continue
         fitting = [use for use in reads if use.x is not None]
         why_not = _why_not(found, weight, reads)
@@ -247,7 +248,7 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
         candidates.append(_Candidate(site, role, why_not))
     used = {name for use in all_uses for name in found.aliases[use.weight]}
     for name, tensor in found.tensors.items():
-        if name not in used and tensor.dim() >= 2:
+        if name not in used and tensor.dim() >= 2 and not modules.is_rotation(name):
             out, width = tensor.shape[-2:]
             fqn = name.removesuffix(".weight")
             site = Site(fqn, "unused", name, width, out, "out_in", len(groups), fqn, 0)
@@ -272,7 +273,7 @@ def _why_not(found: Capture, weight: str, reads: list[Use]) -> str:
 
 def _kind(model: Model, fqn: str, weight: str, fitting: list[Use]) -> str:
     """A provider's kind where a module's own forward does the matmul, else "functional"."""
-    own = (use.owner == fqn or fqn.endswith("." + use.owner) for use in fitting)
+    own = (_is_owner(model, use.owner, fqn) for use in fitting)
     if not fitting or not weight.endswith(".weight") or not all(own):
         return "functional"
     if isinstance(model, nn.Module):
@@ -283,6 +284,16 @@ def _kind(model: Model, fqn: str, weight: str, fitting: list[Use]) -> str:
         name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
         provider = sites.provider_named(name)
     return provider.KIND if provider else "functional"
+
+
+def _is_owner(model: Model, owner: str, fqn: str) -> bool:
+    """Whether a call stack's module is the weight's: by its end, or by another of its names."""
+    if owner == fqn or fqn.endswith("." + owner):
+        return True
+    names = (
+        dict(model.named_modules(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+    )
+    return owner in names and names[owner] is names.get(fqn)
 
 
 def _known_heads(model: Model, found: Iterable[Use]) -> set[Any]:
@@ -368,26 +379,26 @@ def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "mod
 
 
 def _wanted(candidates: list[_Candidate], spec: Spec) -> Callable[[_Candidate], bool]:
-    targets = spec.targets
-    if targets == ALL_LINEAR:
-        return lambda candidate: not candidate.role and not candidate.why_not
+    """The choice that ``targets`` makes, once every rule is known to match something."""
+    names = [candidate.site.fqn for candidate in candidates]
+    targets: Any = spec.targets
+    by_rule = targets != ALL_LINEAR and not callable(targets)
+    for field, rules in (
+        ("targets", targets if by_rule else ()),
+        ("exclude", spec.exclude),
+        ("overrides", spec.overrides),
+    ):
+        for rule in cast("Iterable[Target]", rules):
+            if not any(matches(rule, name) for name in names):
+                raise PlanError(
+                    f"{field}: {getattr(rule, 'pattern', rule)!r} matches no weight of this model"
+                    f"{_near_misses(rule, names)}"
+                )
+    if by_rule:
+        return lambda candidate: any(matches(rule, candidate.site.fqn) for rule in targets)
     if callable(targets):
         return lambda candidate: not candidate.why_not and bool(targets(candidate.site))
-    rules: tuple[Any, ...] = tuple(targets)  # type: ignore[arg-type]  # normalised by Spec
-    names = [candidate.site.fqn for candidate in candidates]
-    for rule in rules:
-        if not any(matches(rule, name) for name in names):
-            raise PlanError(
-                f"target {getattr(rule, 'pattern', rule)!r} matches no weight of this model"
-                f"{_near_misses(rule, names)}"
-            )
-    for pattern in spec.overrides:
-        if not any(matches(pattern, name) for name in names):
-            raise PlanError(
-                f"overrides[{pattern!r}] matches no weight of this model"
-                f"{_near_misses(pattern, names)}"
-            )
-    return lambda candidate: any(matches(rule, candidate.site.fqn) for rule in rules)
+    return lambda candidate: not candidate.role and not candidate.why_not
 
 
 def _near_misses(rule: Any, names: list[str]) -> str:

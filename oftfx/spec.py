@@ -72,6 +72,8 @@ class Spec:
             )
         allowed = self.method_fields()
         for pattern, fields in self.overrides.items():
+            if not isinstance(pattern, str):
+                raise SpecError(f"overrides has the key {pattern!r}: must be a name or regex text.")
             _rules("overrides", pattern)
             if not isinstance(fields, Mapping):
                 raise SpecError(f"overrides[{pattern!r}]={fields!r}: must be a mapping of fields.")
@@ -135,16 +137,7 @@ class Spec:
         for key in fields:
             if key not in known:
                 raise SpecError(f"{name} has no field {key!r}{_nearest(key, known)}.")
-        for holder in (fields, *fields.get("overrides", {}).values()):
-            if "dtype" in holder:
-                holder["dtype"] = getattr(torch, str(holder["dtype"]), holder["dtype"])
-        for rules in ("targets", "exclude"):
-            if rules in fields:
-                fields[rules] = [
-                    re.compile(rule["regex"]) if isinstance(rule, Mapping) else rule
-                    for rule in fields[rules]
-                ]
-        return cls(**fields)
+        return cls(**{key: _from_json(key, value) for key, value in fields.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +152,9 @@ class OFT(Spec):
         order: k of the Cayley–Neumann series ``(I+Q)(I+Q+…+Q^k)``. Even k is quadratically
             closer to orthogonal than odd k.
         exact: The exact Cayley transform ``(I+Q)(I−Q)⁻¹`` instead of the series.
-        guard: What to do where ``‖Q‖₂ ≥ 1`` and the series means nothing: ``None`` leaves it
-            (``oftfx.health`` warns), ``"rescale"`` shrinks Q back into the disc, ``"exact"`` uses
-            the exact transform for that block.
+        guard: What to do as ‖Q‖₂ nears 1, beyond which the series means nothing: ``None`` leaves
+            it (``oftfx.health`` warns); from ‖Q‖₂ = 0.9 on, ``"rescale"`` shrinks Q back to there
+            and ``"exact"`` uses the exact transform for that block.
     """
 
     block_size: int = 32
@@ -226,10 +219,30 @@ def _to_json(value: Any) -> Any:
         case torch.dtype():
             return str(value).removeprefix("torch.")
         case re.Pattern():
-            return {"regex": value.pattern}
+            flags = value.flags & ~re.UNICODE
+            return {"regex": value.pattern} | ({"flags": flags} if flags else {})
         case Mapping():
             return {key: _to_json(item) for key, item in value.items()}
         case tuple():
             return [_to_json(item) for item in value]
+        case _:
+            return value
+
+
+def _from_json(key: str, value: Any) -> Any:
+    """One field's value; what is no valid one stays as it is, for the constructor to refuse."""
+    match key, value:
+        case "dtype", str():
+            return getattr(torch, value, value)
+        case (("targets" | "exclude"), list()):
+            return [_from_json("rule", rule) for rule in value]
+        case "rule", {"regex": str(pattern)}:
+            try:
+                return re.compile(pattern, dict(value).get("flags", 0))
+            except (re.error, TypeError, ValueError):
+                return pattern
+        case "overrides" | "fields", Mapping():
+            below = "fields" if key == "overrides" else None
+            return {name: _from_json(below or name, item) for name, item in value.items()}
         case _:
             return value

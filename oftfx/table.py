@@ -28,9 +28,14 @@ def compact(names: Sequence[str]) -> str:
     parts = [re.split(r"(\d+)", name) for name in names]
     out = []
     for column in zip(*parts, strict=True):
-        values = list(dict.fromkeys(column))
+        values = sorted(set(column), key=lambda text: (len(text), text))
         out.append(values[0] if len(values) == 1 else f"{{{values[0]}…{values[-1]}}}")
     return "".join(out)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural but for 1."""
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def shape_of(name: str) -> str:
@@ -65,8 +70,9 @@ def plan_table(plan: "Plan") -> str:
         skipped = [(compact(names), f"{len(names)}", reason) for (_, reason), names in gone.items()]
         text += "\n\n" + table(("skipped", "×", "why"), skipped, right="×")
     total = (
-        f"{len(plan.sites)} sites, {len(plan.groups)} input tensors, "
-        f"{plan.num_trainable:,} trainable parameters, {len(plan.skipped)} weights left alone"
+        f"{counted(len(plan.sites), 'site')}, {counted(len(plan.groups), 'input tensor')}, "
+        f"{plan.num_trainable:,} trainable parameters, "
+        f"{counted(len(plan.skipped), 'weight')} left alone"
     )
     if plan.capture == "modules":
         total += "\nread off the module tree: functional matmuls and shared inputs are not seen"

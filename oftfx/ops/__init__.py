@@ -1,6 +1,6 @@
 """The semantic ops, `torch.ops.oftfx.*`: what a rotation is, in eager, exported and compiled."""
 
-from oftfx.ops.cayley import cayley
+from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 
-__all__ = ["block_gram", "cayley", "rotate", "rotate_grad"]
+__all__ = ["block_gram", "cayley", "cayley_grad", "rotate", "rotate_grad"]

@@ -25,9 +25,11 @@ def rotate(x: Tensor, core: Tensor) -> Tensor:
     Raises:
         RuntimeError: The width of x is not n·b.
     """
-    blocks = _blocks(x, core)
-    rotated = torch.baddbmm(blocks, blocks, core.to(x.dtype))
-    return rotated.transpose(0, 1).reshape(x.shape)
+    _check(x, core)
+    rotated = x.clone(memory_format=torch.contiguous_format)
+    # In place, block by block of the one new tensor: large temporaries cost more than the matmuls.
+    _blocks(rotated, core).baddbmm_(_blocks(x, core), core.to(x.dtype))
+    return rotated
 
 
 @rotate.register_fake

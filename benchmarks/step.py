@@ -1,0 +1,191 @@
+"""One training step, forward and backward, beside the frozen model's and PEFT's.
+
+    python benchmarks/step.py --model smollm2-135m --tokens 512 --out benchmarks/results/cpu.json
+
+All rows run in one process on the same random weights and the same random tokens, turn by turn, so
+that a slow moment of the machine hits every row. The base's gradient reaches the embeddings, as in
+the adapted models, so that a row's ratio is the cost of its adapter alone.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+
+import oftfx
+from oftfx.table import table
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "smollm2-135m": lambda: LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b": lambda: Qwen2Config(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=32000,
+    ),
+}
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    # Without this the base would skip its backward altogether.
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+    return model
+
+
+def peft_oft(model: nn.Module) -> nn.Module:
+    config = peft.OFTConfig(oft_block_size=32, r=0, target_modules="all-linear")
+    return peft.get_peft_model(model, config)
+
+
+def peft_lora(model: nn.Module) -> nn.Module:
+    return peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
+
+
+ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "frozen base": frozen,
+    "oftfx OFT b32": lambda model: oftfx.adapt(model, oftfx.OFT(block_size=32)),
+    "oftfx OFT b32, shared": lambda model: oftfx.adapt(
+        model, oftfx.OFT(block_size=32, share_inputs=True)
+    ),
+    "PEFT OFT b32": peft_oft,
+    "PEFT LoRA r16": peft_lora,
+}
+
+
+def main() -> None:
+    args = _arguments()
+    config = CONFIGS[args.model]()
+    if args.layers:
+        config.num_hidden_layers = args.layers
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (args.batch, args.tokens), generator=generator)
+    tokens = tokens.to(device)
+
+    def build(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        with warnings.catch_warnings(), device:
+            warnings.simplefilter("ignore")
+            return ROWS[name](AutoModelForCausalLM.from_config(config, dtype=dtype)).train()
+
+    def step(model: nn.Module) -> tuple[float, float]:
+        """Seconds of one step, and the norm of its gradients."""
+        model.zero_grad()
+        _wait(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        _wait(device)
+        seconds = time.perf_counter() - start
+        norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        return seconds, float(torch.stack(norms).norm()) if norms else 0.0
+
+    names = args.rows or list(ROWS)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    norms: dict[str, float] = {}
+    peaks: dict[str, float] = {}
+    if device.type == "cuda":  # one model at a time: its peak is its own
+        for name in names:
+            model = build(name)
+            for _ in range(3):
+                step(model)
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(args.steps):
+                took, norms[name] = step(model)
+                seconds[name].append(took)
+            peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+    else:
+        models = {name: build(name) for name in names}
+        for turn in range(args.steps + 1):
+            for name, model in models.items():
+                took, norms[name] = step(model)
+                if turn:
+                    seconds[name].append(took)
+            print(f"turn {turn} of {args.steps}", file=sys.stderr)
+
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    base = medians[names[0]]
+    rows = [
+        (
+            name,
+            f"{medians[name] * 1000:.1f}",
+            f"{medians[name] / base:.3f}",
+            f"{peaks[name]:.1f}" if name in peaks else "",
+            f"{norms[name]:.2e}",
+        )
+        for name in names
+    ]
+    header = ("model", "ms", "× base", "peak GiB", "gradient norm")
+    print(table(header, rows, right=" ".join(header)))
+    result: dict[str, Any] = {
+        "setting": {
+            **{key: value for key, value in vars(args).items() if key not in ("out", "rows")},
+            "threads": torch.get_num_threads(),
+            "machine": torch.cuda.get_device_name() if peaks else platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "oftfx": oftfx.__version__,
+        },
+        "seconds": seconds,
+        "peak_gib": peaks,
+        "gradient_norm": norms,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", choices=CONFIGS, default="smollm2-135m")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the real model")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", nargs="*", choices=ROWS)
+    parser.add_argument("--out", type=Path, help="JSON with every measurement and the setting")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Finetuning on transformers' Trainer: the job behind ``oftfx finetune``.
+
+Needs the ``train`` extra: ``pip install 'oftfx[train]'``.
+"""
+
+from oftfx.train.callback import HealthCallback, watch
+from oftfx.train.errors import DataError, ModelError, OutputError
+from oftfx.train.job import Job, run
+from oftfx.train.report import Report, show
+
+__all__ = [
+    "Job",
+    "run",
+    "Report",
+    "show",
+    "HealthCallback",
+    "watch",
+    "DataError",
+    "ModelError",
+    "OutputError",
+]

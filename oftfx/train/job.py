@@ -1,0 +1,241 @@
+"""The finetuning job: measure, adapt, train, measure again, fold, and check from outside."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import oftfx
+from oftfx.errors import SpecError
+from oftfx.train import data, measure, models, plot, publish
+from oftfx.train.errors import DataError
+from oftfx.train.measure import Change
+from oftfx.train.output import MARKER, staged
+from oftfx.train.progress import stage
+from oftfx.train.report import Reload, Report, Samples, SiteHealth
+from oftfx.train.trainer import train
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to finetune, on what, and how.
+
+    Attributes:
+        model: A model directory, a Hub id or a ``.gguf`` file.
+        data: Training text: a text file, a ``.jsonl`` file or the id of a dataset on the Hub.
+        out: The directory to write; it appears when the job succeeds.
+        spec: The rotations.
+        held_out: Text that is measured and never trained on: a source like ``data``, or the
+            fraction of ``data`` to split off its end.
+        unrelated: Text of another kind; its loss tells what the model forgot.
+        steps: Optimizer steps.
+        batch_size: Blocks of ``seq_len`` tokens in a step.
+        seq_len: Tokens in a block.
+        lr: Peak learning rate; warmed up over a tenth of the steps, then a cosine to zero.
+        eval_tokens: How many tokens of each text a loss is measured on, at most.
+        prompt: What to continue before and after training; ``None`` draws no samples.
+        merge: Whether to fold the rotations into an ordinary model directory.
+        dtype: Of the base model's weights; ``"auto"`` keeps the stored one.
+        seed: Seeds the order of the blocks and the samples.
+        force: Replace an earlier result at ``out``.
+
+    Raises:
+        SpecError: A number is outside its range.
+    """
+
+    model: str
+    data: str
+    out: Path
+    spec: oftfx.OFT = field(default_factory=oftfx.OFT)
+    held_out: str | float = 0.1
+    unrelated: str | None = None
+    steps: int = 60
+    batch_size: int = 1
+    seq_len: int = 512
+    lr: float = 3e-4
+    eval_tokens: int = 8192
+    prompt: str | None = None
+    merge: bool = True
+    dtype: str = "auto"
+    seed: int = 0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("seq_len", 2), ("eval_tokens", 1)):
+            if getattr(self, name) < least:
+                raise SpecError(f"{name}={getattr(self, name)}: must be an integer ≥ {least}.")
+        if not 0 < self.lr < math.inf:
+            raise SpecError(f"lr={self.lr}: must be a positive number.")
+        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
+            raise SpecError(f"held_out={self.held_out}: a fraction must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Packed blocks: to train on, and to measure on."""
+
+    train: "Dataset"
+    held_out: "Dataset"
+    unrelated: "Dataset | None"
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What one state of the model scores and says; the losses are one a block."""
+
+    held_out: Tensor
+    unrelated: Tensor | None
+    sample: str
+
+
+def run(job: Job, console: Console | None = None) -> Report:
+    """Runs a job and writes its directory: adapter, merged model, report and picture.
+
+    Args:
+        job: What to do.
+        console: Where progress is shown; the terminal by default.
+
+    Raises:
+        OftfxError: Bad input, found before anything is trained, or a step that failed.
+            ``job.out`` is then as it was.
+    """
+    with staged(job.out, job.force) as out:
+        report = _run(job, out, console or Console())
+        report.save(out / MARKER)
+    return report
+
+
+def _run(job: Job, out: Path, console: Console) -> Report:
+    documents = _read(job)  # bad text is cheaper to find than a model is to load
+    with stage(console, "Loading the model"):
+        model, tokenizer = models.load(job.model, job.dtype)
+        device = torch.accelerator.current_accelerator(check_available=True)
+        model.to(device or torch.device("cpu"))
+        texts = _pack(job, documents, tokenizer)
+    parameters = model.num_parameters()
+
+    before = _take(model, tokenizer, texts, job, "Measuring before", console)
+    with stage(console, "Planning and adapting"):
+        oftfx.adapt(model, job.spec)
+        trainable = sum(parameter.numel() for parameter in oftfx.parameters(model))
+    start = time.perf_counter()
+    with stage(console, "Training", job.steps) as line:
+        curves = train(model, texts.train, texts.held_out, job, line)
+    seconds = time.perf_counter() - start
+    after = _take(model, tokenizer, texts, job, "Measuring after", console)
+    curves.held_out.insert(0, (0, before.held_out.mean().item()))
+    curves.held_out.append((job.steps, after.held_out.mean().item()))
+
+    oftfx.save(model, out / "adapter")
+    sites = _health(model)
+    reload = _fold(model, tokenizer, texts, out / "merged", console) if job.merge else None
+    report = Report(
+        version=oftfx.__version__,
+        job={**vars(job), "spec": job.spec.to_json()},
+        parameters=parameters,
+        trainable=trainable,
+        tokens=job.steps * job.batch_size * job.seq_len,
+        seconds=seconds,
+        task=Change.between(before.held_out, after.held_out),
+        unrelated=(
+            None
+            if before.unrelated is None or after.unrelated is None
+            else Change.between(before.unrelated, after.unrelated)
+        ),
+        samples=Samples(job.prompt, before.sample, after.sample) if job.prompt else None,
+        sites=sites,
+        reload=reload,
+        curves=curves,
+    )
+    plot.draw(report, out / "training.png")
+    return report
+
+
+def _read(job: Job) -> dict[str, "Dataset"]:
+    sources = [job.data, job.unrelated, job.held_out]
+    return {source: data.read(source) for source in sources if isinstance(source, str)}
+
+
+def _pack(
+    job: Job, documents: dict[str, "Dataset"], tokenizer: "PreTrainedTokenizerBase"
+) -> _Texts:
+    """Packs the texts, splits off the held-out one, and thins those to measure on."""
+
+    def packed(source: str, least: int) -> "Dataset":
+        blocks = data.pack(documents[source], tokenizer, job.seq_len)
+        if len(blocks) < least:
+            raise DataError(
+                f"{source} makes {len(blocks)} of the {least} blocks of {job.seq_len} tokens that "
+                "are needed: give more text or a smaller seq_len."
+            )
+        return blocks
+
+    if isinstance(job.held_out, str):
+        train_blocks, held_out = packed(job.data, 1), packed(job.held_out, 1)
+    else:
+        train_blocks, held_out = data.split(packed(job.data, 2), job.held_out)
+    count = max(1, job.eval_tokens // job.seq_len)
+    return _Texts(
+        train=train_blocks,
+        held_out=data.spread(held_out, count),
+        unrelated=data.spread(packed(job.unrelated, 1), count) if job.unrelated else None,
+    )
+
+
+def _take(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: _Texts,
+    job: Job,
+    title: str,
+    console: Console,
+) -> _Reading:
+    total = len(texts.held_out) + len(texts.unrelated or ())
+    with stage(console, title, total) as line:
+        held_out = measure.losses(model, texts.held_out, job.batch_size, line.advance)
+        line.note(f"loss {held_out.mean():.3f}")
+        unrelated = None
+        if texts.unrelated:
+            unrelated = measure.losses(model, texts.unrelated, job.batch_size, line.advance)
+        sample = measure.sample(model, tokenizer, job.prompt, job.seed) if job.prompt else ""
+    return _Reading(held_out, unrelated, sample)
+
+
+def _health(model: "PreTrainedModel") -> list[SiteHealth]:
+    health = oftfx.health(model)
+    return [
+        SiteHealth(*row)
+        for row in zip(
+            health.fqns,
+            health.norm.tolist(),
+            health.angle.tolist(),
+            health.orthogonality_error.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _fold(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: _Texts,
+    out: Path,
+    console: Console,
+) -> Reload:
+    ids = texts.held_out[0]["input_ids"][None, :PROBE_TOKENS]
+    with stage(console, "Folding"):
+        expected = measure.logits(model, ids)
+        publish.publish(model, tokenizer, out)
+    with stage(console, "Reloading without oftfx"):
+        return publish.reload(out, ids, expected, model.dtype, str(model.device))

@@ -1,0 +1,124 @@
+"""Losses with their standard errors, and text samples."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from oftfx.train.data import collate
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over blocks of text, with the standard error of that mean."""
+
+    mean: float
+    stderr: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Estimate":
+        """Estimates the mean of ``values``, of shape ``(blocks,)``."""
+        spread = values.double().std().item() if len(values) > 1 else math.nan
+        return cls(values.double().mean().item(), spread / math.sqrt(len(values)))
+
+    def __str__(self) -> str:
+        return f"{self}"
+
+    def __format__(self, sign: str) -> str:
+        return f"{self.mean:{sign}.3f} ± {self.stderr:.3f}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A loss in nats per token before and after, on the same blocks.
+
+    Attributes:
+        before: The base model's loss.
+        after: The adapted model's loss.
+        change: ``after - before``. Its error is that of the paired differences, far smaller
+            than either loss's own: blocks are hard or easy for both.
+    """
+
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+    @classmethod
+    def between(cls, before: Tensor, after: Tensor) -> "Change":
+        """Compares losses of shape ``(blocks,)``, block by block."""
+        return cls(Estimate.of(before), Estimate.of(after), Estimate.of(after - before))
+
+
+@torch.no_grad()
+def losses(
+    model: "PreTrainedModel",
+    blocks: "Dataset",
+    batch_size: int,
+    tick: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """The mean next-token loss of every block, in evaluation mode.
+
+    Args:
+        model: A causal language model; left in the mode it was in.
+        blocks: Packed tokens.
+        batch_size: Blocks in a forward pass.
+        tick: Called after each pass with the number of blocks it took.
+
+    Returns:
+        Losses in nats per token, float32 on the CPU, of shape ``(blocks,)``.
+    """
+    training = model.training
+    model.eval()
+    found = []
+    for start in range(0, len(blocks), batch_size):
+        rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
+        ids = collate(rows)["input_ids"].to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        found.append(F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1).cpu())
+        tick(len(rows))
+    model.train(training)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def logits(model: "PreTrainedModel", ids: Tensor) -> Tensor:
+    """The logits of one batch in evaluation mode, float32 on the CPU: ``(batch, seq, vocab)``."""
+    model.eval()
+    return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+
+
+def sample(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    seed: int,
+    tokens: int = 64,
+) -> str:
+    """Continues a prompt by nucleus sampling; the same seed draws the same numbers.
+
+    Returns:
+        The continuation without the prompt.
+    """
+    model.eval()
+    batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
+            repetition_penalty=1.1,  # small models otherwise circle around one phrase
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,73 @@
+"""Folding a model into an ordinary directory, and checking it from a process without oftfx."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import oftfx
+from oftfx.errors import MergeError
+from oftfx.train.report import Reload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What rounding every folded weight to its dtype may move the largest logits by.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def publish(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path
+) -> "oftfx.MergeReport":
+    """Folds the rotations in and writes a model directory that needs no oftfx.
+
+    Args:
+        model: An adapted model; afterwards a plain one.
+        tokenizer: The model's own, written beside it.
+        out: The directory to write.
+
+    Raises:
+        MergeError: A rotation cannot be folded.
+    """
+    merged, report = oftfx.merge(model, report=True)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return report
+
+
+def reload(out: Path, ids: Tensor, expected: Tensor, dtype: torch.dtype, device: str) -> Reload:
+    """Loads a model directory in a new process, where oftfx cannot be imported.
+
+    Args:
+        out: What [`publish`][oftfx.train.publish.publish] wrote.
+        ids: Tokens to compare on, ``(batch, seq)``.
+        expected: The adapted model's logits on them, ``(batch, seq, vocab)``.
+        dtype: Of the model's weights; decides what difference is mere rounding.
+        device: Where to run, as the expected logits' difference depends on it.
+
+    Raises:
+        MergeError: The directory does not load as a plain model.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch) / "probe.safetensors"
+        save_file({"ids": ids, "logits": expected}, probe)
+        script = Path(__file__).with_name("reload.py")
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), str(out), str(probe), device],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+    if done.returncode:
+        raise MergeError(
+            f"{out} was written but does not load without oftfx:\n{done.stderr.strip()[-2000:]}"
+        )
+    return Reload(**json.loads(done.stdout.splitlines()[-1]), tolerance=TOLERANCE.get(dtype, 1e-4))

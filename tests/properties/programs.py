@@ -1,0 +1,222 @@
+"""A small language of models: Hypothesis draws programs in it, and each becomes a model two ways.
+
+    build(program)   an nn.Module that runs the program
+    graph_of(model)  the same as a torch.fx graph, built node by node
+
+A program is a list of steps over a growing list of values, of which the first is the input; what
+no later step reads is returned. Every layer can be a Linear, a Conv1D, or a bare parameter used by
+`F.linear` or `@`; layers can be called twice, share their input, or share their weight.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from transformers.pytorch_utils import Conv1D
+
+from oftfx import OFT
+
+KINDS = ("linear", "conv1d", "functional", "matmul")
+# (stream, hidden) with a common divisor; odd ones among them.
+WIDTHS = ((4, 6), (6, 9), (9, 15), (8, 12), (10, 15))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight: how it is used, its widths, and the layer it shares its weight with."""
+
+    kind: str
+    inputs: int
+    outputs: int
+    tied_to: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """`layer` (apply `layer` to values[a]), `add` or `gate` (values[a] with values[b])."""
+
+    op: str
+    a: int
+    b: int = 0
+    layer: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    width: int
+    layers: tuple[Layer, ...]
+    steps: tuple[Step, ...]
+
+
+@st.composite
+def programs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, max_steps: int = 6) -> Program:
+    width, hidden = draw(st.sampled_from(WIDTHS))
+    layers: list[Layer] = []
+    steps: list[Step] = []
+    widths = [width]
+    for i in range(draw(st.integers(1, max_steps))):
+        a = draw(st.integers(0, len(widths) - 1))
+        op = (
+            draw(st.sampled_from(("layer", "layer", "again", "tied", "add", "gate")))
+            if i
+            else "layer"
+        )
+        partners = [j for j, w in enumerate(widths) if w == widths[a]]
+        if op in ("add", "gate"):
+            steps.append(Step(op, a, draw(st.sampled_from(partners))))
+            widths.append(widths[a])
+            continue
+        fitting = [j for j, layer in enumerate(layers) if layer.inputs == widths[a]]
+        linears = [j for j in fitting if layers[j].kind == "linear" and layers[j].tied_to is None]
+        if op == "again" and fitting:
+            index = draw(st.sampled_from(fitting))
+        elif op == "tied" and linears:
+            twin = draw(st.sampled_from(linears))
+            layers.append(Layer("linear", widths[a], layers[twin].outputs, twin))
+            index = len(layers) - 1
+        else:
+            outputs = draw(st.sampled_from((width, hidden)))
+            layers.append(Layer(draw(st.sampled_from(kinds)), widths[a], outputs))
+            index = len(layers) - 1
+        steps.append(Step("layer", a, layer=index))
+        widths.append(layers[index].outputs)
+    return Program(width, tuple(layers), tuple(steps))
+
+
+class Model(nn.Module):
+    """Runs a program."""
+
+    def __init__(self, program: Program, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.program = program
+        generator = torch.Generator().manual_seed(0)
+        for i, layer in enumerate(program.layers):
+            shape = (layer.outputs, layer.inputs)
+            value = torch.randn(shape, generator=generator, dtype=torch.float64) / layer.inputs**0.5
+            if layer.kind == "linear":
+                module = nn.Linear(layer.inputs, layer.outputs)
+                module.weight = nn.Parameter(value)
+            elif layer.kind == "conv1d":
+                module = Conv1D(layer.outputs, layer.inputs)
+                module.weight = nn.Parameter(value.T.contiguous())
+            else:
+                stored = value if layer.kind == "functional" else value.T.contiguous()
+                self.register_parameter(f"w{i}", nn.Parameter(stored))
+                continue
+            nn.init.zeros_(module.bias)
+            self.add_module(f"f{i}", module)
+        self.to(dtype)
+        for i, layer in enumerate(program.layers):
+            if layer.tied_to is not None:
+                getattr(self, f"f{i}").weight = getattr(self, f"f{layer.tied_to}").weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        values = [x]
+        for step in self.program.steps:
+            a, b = values[step.a], values[step.b]
+            if step.op == "add":
+                values.append(a + b)
+            elif step.op == "gate":
+                values.append(a * torch.sigmoid(b))
+            else:
+                values.append(torch.tanh(self.apply_layer(step.layer, a)))
+        return tuple(values[i] for i in unread(self.program))
+
+    def apply_layer(self, index: int, x: Tensor) -> Tensor:
+        kind = self.program.layers[index].kind
+        if kind == "functional":
+            return F.linear(x, getattr(self, f"w{index}"))
+        if kind == "matmul":
+            return x @ getattr(self, f"w{index}")
+        return getattr(self, f"f{index}")(x)
+
+
+def build(program: Program, dtype: torch.dtype = torch.float64) -> Model:
+    return Model(program, dtype).eval()
+
+
+def unread(program: Program) -> list[int]:
+    read = {
+        i for step in program.steps for i in (step.a, *((step.b,) if step.op != "layer" else ()))
+    }
+    return [i + 1 for i in range(len(program.steps)) if i + 1 not in read]
+
+
+def graph_of(model: Model) -> fx.GraphModule:
+    """The program of a model as a graph whose nodes are written one by one."""
+    program, graph = model.program, fx.Graph()
+    values = [graph.placeholder("x")]
+    for step in program.steps:
+        a, b = values[step.a], values[step.b]
+        if step.op == "add":
+            values.append(graph.call_function(torch.add, (a, b)))
+        elif step.op == "gate":
+            values.append(graph.call_function(torch.mul, (a, graph.call_method("sigmoid", (b,)))))
+        else:
+            kind = program.layers[step.layer].kind
+            if kind in ("linear", "conv1d"):
+                out = graph.call_module(f"f{step.layer}", (a,))
+            else:
+                weight = graph.get_attr(f"w{step.layer}")
+                if kind == "functional":
+                    out = graph.call_function(F.linear, (a,), {"weight": weight})
+                else:
+                    out = graph.call_function(torch.matmul, (a, weight))
+            values.append(graph.call_function(torch.tanh, (out,)))
+    graph.output(tuple(values[i] for i in unread(program)))
+    return fx.GraphModule(model, graph).eval()
+
+
+def rows(program: Program, batch: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, 2, program.width, generator=generator, dtype=torch.float64)
+    return x.to(dtype)
+
+
+def divisors(width: int) -> list[int]:
+    return [d for d in range(2, width + 1) if width % d == 0]
+
+
+@st.composite
+def specs(
+    draw: st.DrawFn,
+    program: Program,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64,),
+    starts: tuple[float, ...] = (0.1,),
+) -> OFT:
+    """A spec that fits a program; far starts only where the series is guarded."""
+    common = math.gcd(*(layer.inputs for layer in program.layers))
+    method = {
+        "order": draw(st.integers(1, 6)),
+        "exact": draw(st.booleans()),
+        "guard": draw(st.sampled_from((None, "rescale", "exact"))),
+    }
+    start = draw(st.sampled_from(starts))
+    if start and (method["exact"] or method["guard"]):
+        start = draw(st.sampled_from((start, 5 * start)))
+    share = draw(st.booleans())
+    overrides = {}
+    if not share:  # sites that share a rotation must agree on its fields
+        for i, layer in enumerate(program.layers):
+            if draw(st.integers(0, 3)) == 0:
+                name = f"f{i}" if layer.kind in ("linear", "conv1d") else f"w{i}"
+                overrides[name] = {"block_size": draw(st.sampled_from(divisors(layer.inputs)))}
+    return OFT(
+        block_size=draw(st.sampled_from(divisors(common))),
+        share_inputs=share,
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 3)),
+        init_std=start,
+        overrides=overrides,
+        **method,
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, **options) -> tuple[Program, OFT]:
+    """A program and a spec that fits it."""
+    program = draw(programs(kinds))
+    return program, draw(specs(program, **options))

@@ -1,0 +1,145 @@
+"""The command as a user meets it: help, messages, exit codes, files."""
+
+import json
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from oftfx import cli
+from oftfx.train.output import MARKER
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A one-layer GPT-2 (its layers are Conv1D) that reads single letters."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 27}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=26, eos_token_id=26)).save_pretrained(path)
+    letters = {letter: index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz.")}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="."))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=".").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz" * 20)
+    return path
+
+
+@pytest.fixture
+def oftfx(monkeypatch, capsys):
+    """Runs a command line; returns its exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["oftfx", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("command", [[], ["finetune"], ["plan"], ["merge"]])
+def test_help_teaches(oftfx, command):
+    code, out, _ = oftfx(*command, "--help")
+    assert code == 0
+    assert "Usage" in out
+    if command:
+        assert f"oftfx {command[0]} " in out.partition("Example")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["finetune"], ["finetune", "--steps", "many"], ["plan"], ["no-such-command"]]
+)
+def test_wrong_usage_exits_2(oftfx, arguments):
+    code, _, err = oftfx(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_finetune_then_merge(oftfx, model_dir, text_file, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["finetune", "--model", model_dir, "--data", text_file, "--out", out]
+    arguments += ["--block-size", 8, "--steps", 3, "--seq-len", 16, "--lr", 0.01, "--prompt", "abc"]
+    code, printed, err = oftfx(*arguments)
+    assert code == 0, err
+    assert "agrees" in printed
+    assert str(out / "merged") in printed
+
+    code, _, err = oftfx(*arguments)
+    assert code == 2
+    assert "--force" in err
+    assert oftfx(*arguments, "--force")[0] == 0
+
+    code, printed, err = oftfx("merge", model_dir, out / "adapter", "--out", tmp_path / "merged")
+    assert code == 0, err
+    one = AutoModelForCausalLM.from_pretrained(out / "merged").state_dict()
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert MARKER in {path.name for path in (tmp_path / "merged").iterdir()}
+
+
+def test_plan_prints_a_table_or_json(oftfx, model_dir):
+    code, table, _ = oftfx("plan", model_dir, "--block-size", 8)
+    assert code == 0
+    assert "transformer.h.0.attn.c_attn" in table
+    code, text, _ = oftfx("plan", model_dir, "--block-size", 8, "--targets", "c_fc", "--json")
+    assert code == 0
+    (site,) = json.loads(text)["sites"]
+    assert site["fqn"] == "transformer.h.0.mlp.c_fc"
+
+
+FINETUNE = "finetune --model {model} --seq-len 16 --steps 1 --block-size 8"
+BAD_LINES = {
+    f"{FINETUNE} --data nowhere.txt": "nowhere.txt does not exist",
+    f"{FINETUNE} --data {{tmp}}/empty.txt": "empty.txt is empty",
+    f"{FINETUNE} --data {{tmp}}/binary.txt": "NUL byte",
+    f"{FINETUNE} --data {{tmp}}/rows.jsonl": "its fields: 'prompt'",
+    f"{FINETUNE} --data {{text}} --unrelated {{tmp}}/empty.txt": "empty.txt is empty",
+    f"{FINETUNE} --data {{text}} --seq-len 400": "a smaller seq_len",
+    f"{FINETUNE} --data {{text}} --held-out 1.5": "held_out=1.5",
+    f"{FINETUNE} --data {{text}} --steps 0": "steps=0",
+    f"{FINETUNE} --data {{text}} --order 0": "order=0",
+    f"{FINETUNE} --data {{text}} --block-size 7": "block_size=7",
+    f"{FINETUNE} --data {{text}} --targets c_fx": "c_fc",
+    "finetune --model {tmp} --data {text}": "has no config.json",
+    "finetune --model {text} --data {text}": "not a GGUF file",
+    "merge {model} no-adapter": "no-adapter",
+    "merge {model} {tmp}": "{tmp}",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_input_is_one_message_and_leaves_nothing(oftfx, model_dir, text_file, tmp_path, line):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}')
+    before = sorted(tmp_path.iterdir())
+    places = {"model": model_dir, "text": text_file, "tmp": tmp_path}
+    arguments = [part.format(**places) for part in line.split()]
+    code, _, err = oftfx(*arguments, "--out", tmp_path / "out")
+    assert code == 2
+    assert "error: " in err
+    assert BAD_LINES[line].format(**places) in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_out_that_is_not_ours_is_refused(oftfx, model_dir, text_file, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    line = FINETUNE.format(model=model_dir).split()
+    code, _, err = oftfx(*line, "--data", text_file, "--out", tmp_path, "--force")
+    assert code == 2
+    assert "not written by oftfx" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

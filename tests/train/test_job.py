@@ -1,0 +1,141 @@
+"""The whole job on a tiny model: it learns, folds, and loads without oftfx."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import oftfx
+from oftfx.errors import SpecError
+from oftfx.train import DataError, Job, run, show
+from oftfx.train.output import MARKER
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, model_dir, text_file, other_file):
+    return Job(
+        model=str(model_dir),
+        data=str(text_file),
+        unrelated=str(other_file),
+        out=tmp_path_factory.mktemp("job") / "out",
+        spec=oftfx.OFT(block_size=16),
+        steps=12,
+        batch_size=4,
+        seq_len=32,
+        lr=0.02,
+        prompt="7 little",
+    )
+
+
+@pytest.fixture(scope="module")
+def done(job):
+    """One run for all the tests that look at what it left; its report and what it printed."""
+    console = Console(file=io.StringIO(), width=120)
+    report = run(job, console)
+    show(report, job.out, console)
+    return report, console.file.getvalue()
+
+
+def test_it_learns_outside_noise(done):
+    change = done[0].task.change
+    assert change.mean < -0.1
+    assert change.mean + 5 * change.stderr < 0
+
+
+def test_it_leaves_everything(done, job):
+    assert {path.name for path in job.out.iterdir()} == {
+        MARKER,
+        "adapter",
+        "merged",
+        "training.png",
+    }
+    assert [path.name for path in job.out.parent.iterdir()] == ["out"]
+    assert (job.out / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_merged_model_needs_no_oftfx(done, job):
+    reload = done[0].reload
+    assert reload.agrees
+    assert reload.same_top == 1
+    files = {path.name for path in (job.out / "merged").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= files
+
+
+def test_adapter_and_merged_model_say_the_same(done, job, model):
+    tokenizer = AutoTokenizer.from_pretrained(job.out / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(job.out / "merged")
+    oftfx.load(model, job.out / "adapter")
+    batch = tokenizer("7 little boats", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(batch["input_ids"]).logits,
+            model(batch["input_ids"]).logits,
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_the_report_is_json(done, job):
+    stored = json.loads((job.out / MARKER).read_text())
+    assert stored["job"]["spec"] == {"method": "OFT", "block_size": 16}
+    assert stored["task"]["change"]["mean"] == done[0].task.change.mean
+    assert len(stored["curves"]["train"]) == job.steps
+    assert [point[0] for point in stored["curves"]["held_out"]] == [0, 3, 6, 9, 12]
+
+
+def test_what_the_user_sees(done):
+    text = done[1]
+    for part in ("Training", "12/12", "held out", "unrelated text", "worst orthogonality error"):
+        assert part in text
+    assert "agrees" in text
+    assert "7 little" in text
+
+
+def test_the_same_seed_gives_the_same_model(done, job, tmp_path):
+    again = dataclasses.replace(job, out=tmp_path / "out", merge=False, prompt=None)
+    report = run(again, Console(quiet=True))
+    assert report.task == done[0].task
+    assert report.reload is None
+    assert not (tmp_path / "out" / "merged").exists()
+
+
+def test_held_out_text_can_be_a_file(job, other_file, tmp_path):
+    own = dataclasses.replace(
+        job,
+        out=tmp_path / "out",
+        held_out=str(other_file),
+        unrelated=None,
+        steps=1,
+        merge=False,
+        prompt=None,
+    )
+    assert run(own, Console(quiet=True)).unrelated is None
+
+
+def test_too_little_text(job, tmp_path):
+    for changes in ({"seq_len": 4096}, {"seq_len": 2048, "held_out": 0.5}):
+        with pytest.raises(DataError, match="give more text or a smaller seq_len"):
+            run(dataclasses.replace(job, out=tmp_path / "out", **changes), Console(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"seq_len": 1},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"held_out": 1.0},
+        {"eval_tokens": 0},
+    ],
+)
+def test_numbers_out_of_range(job, changes):
+    (name,) = changes
+    with pytest.raises(SpecError, match=name):
+        dataclasses.replace(job, **changes)

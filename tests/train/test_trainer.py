@@ -1,0 +1,112 @@
+"""transformers' own Trainer on an adapted model, as a user would run it."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import oftfx
+from oftfx.train import HealthCallback, watch
+from oftfx.train.data import collate
+
+SPEC = oftfx.OFT(block_size=16)
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(1)
+    return Dataset.from_dict({"input_ids": torch.randint(258, (16, 32)).tolist()}).with_format(
+        "torch"
+    )
+
+
+def make_trainer(model, blocks, path, steps=4, **options):
+    arguments = TrainingArguments(
+        output_dir=path,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **options,
+    )
+    return Trainer(model=model, args=arguments, train_dataset=blocks, data_collator=collate)
+
+
+def rotations(model):
+    return [parameter.detach().clone() for parameter in oftfx.parameters(model)]
+
+
+def test_only_rotations_learn(model, blocks, tmp_path):
+    oftfx.adapt(model, SPEC)
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = rotations(model)
+    trainer = make_trainer(model, blocks, tmp_path, save_strategy="no")
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    assert not any(map(torch.equal, before, rotations(model)))
+    for name, parameter in model.named_parameters():
+        if name in base:
+            assert torch.equal(parameter, base[name]), name
+
+
+def test_resuming_continues_where_it_stopped(model, blocks, tmp_path):
+    twin = copy.deepcopy(model)
+    oftfx.adapt(model, SPEC)
+    make_trainer(model, blocks, tmp_path, save_steps=2).train()
+
+    oftfx.adapt(twin, SPEC)
+    resumed = make_trainer(twin, blocks, tmp_path / "again", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    for one, other in zip(rotations(model), rotations(twin), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_health_is_logged(model, blocks, tmp_path):
+    oftfx.adapt(model, SPEC)
+    trainer = make_trainer(model, blocks, tmp_path, save_strategy="no")
+    trainer.add_callback(HealthCallback())
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 4
+    for entry in logged:
+        assert 0 < entry["oft_norm"] < 1
+        assert 0 < entry["oft_angle"] < 1.6
+        assert 0 <= entry["oft_orthogonality_error"] < 1e-3
+    assert logged[0]["oft_norm"] < logged[-1]["oft_norm"]
+
+
+def test_reporters_see_health(model, blocks, tmp_path):
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs)
+
+    oftfx.adapt(model, SPEC)
+    trainer = make_trainer(model, blocks, tmp_path, steps=1, save_strategy="no")
+    trainer.add_callback(Reporter())
+    watch(trainer)
+    trainer.train()
+    assert "oft_norm" in seen[0]
+
+
+def test_leaving_the_disc_warns_once_a_site(model, blocks, tmp_path):
+    oftfx.adapt(model, oftfx.OFT(block_size=16, targets="model.layers.0.self_attn.q_proj"))
+    trainer = make_trainer(model, blocks, tmp_path, steps=3, save_strategy="no")
+    trainer.add_callback(HealthCallback())
+    with torch.no_grad():
+        for parameter in oftfx.parameters(model):
+            parameter.fill_(1.0)
+    with pytest.warns(oftfx.errors.OftfxWarning) as caught:
+        trainer.train()
+    messages = [str(w.message) for w in caught if issubclass(w.category, oftfx.errors.OftfxWarning)]
+    assert len(messages) == 1
+    assert "model.layers.0.self_attn.q_proj" in messages[0]
