@@ -95,7 +95,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     inner.graph = copy.deepcopy(adapted)  # its calling convention included
     for found in insert.inserted(host_of(inner)):
         if name in (None, found.adapter):
-            found.node.replace_all_uses_with(found.x)
+            insert.bypass(found)
     inner.recompile()
     try:
         yield

@@ -12,6 +12,7 @@ import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import optree
@@ -22,7 +23,7 @@ from torch.export import ExportedProgram
 from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
-from oftfx.modules import Adapted, bare
+from oftfx.modules import Adapted, bare, own_forward
 
 Model = nn.Module | ExportedProgram
 
@@ -182,6 +183,11 @@ def _shadow(model: nn.Module) -> nn.Module:
     for module in list(shadow.modules()):
         if isinstance(module, Adapted):
             bare(module)
+        if "_hf_hook" in vars(module):  # accelerate's, which would move `meta` to real devices
+            for name in ("_hf_hook", "_old_forward", "forward"):
+                vars(module).pop(name, None)
+        if "forward" in vars(module) and own_forward(module):  # what its hooks leave behind
+            del vars(module)["forward"]
     return shadow
 
 
@@ -270,8 +276,8 @@ def _where(error: BaseException) -> str:
         (frame.filename, frame.lineno, frame.name)
         for frame in traceback.extract_tb(error.__traceback__)
     ]
-    foreign = re.compile(r"[/\\](torch|oftfx)[/\\]|<frozen|<eval_with_key")
-    file, line, function = ([f for f in frames if not foreign.search(f[0])] or frames)[-1]
+    foreign = ("<", *(str(Path(file).parent) for file in (torch.__file__, __file__)))
+    file, line, function = ([f for f in frames if not f[0].startswith(foreign)] or frames)[-1]
     return f"{file}:{line}, in {function}"
 
 

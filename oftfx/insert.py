@@ -149,10 +149,7 @@ def remove(
     before = records(model)
     for rotation in found:
         if name in (None, rotation.adapter):
-            # Not `rotation.x`, which may be another adapter's rotation that is gone by now.
-            x = rotation.node.args[0]
-            assert isinstance(x, fx.Node)
-            rotation.node.replace_all_uses_with(x)
+            bypass(rotation)
             erase(host, rotation)
     if before and (name is None or has == {name}):
         trained = set(next(iter(before.values()))["trained"])
@@ -162,6 +159,14 @@ def remove(
             else:
                 value.requires_grad_(weight in trained)
     return host.finish()
+
+
+def bypass(found: Inserted) -> None:
+    """Gives the readers of a rotation what it rotates."""
+    # Not `found.x`, which may be another adapter's rotation that is gone by now.
+    x = found.node.args[0]
+    assert isinstance(x, fx.Node)
+    found.node.replace_all_uses_with(x)
 
 
 def erase(host: Host, found: Inserted) -> None:

@@ -57,8 +57,9 @@ class Spec:
         object.__setattr__(self, "exclude", _rules("exclude", self.exclude))
         object.__setattr__(self, "overrides", self._checked_overrides())
         _check_type(self, "share_inputs", bool)
-        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise SpecError(f"dtype={self.dtype!r}: must be a floating torch.dtype.")
+        floating = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
+        if not (floating and self.dtype.itemsize > 1):  # float8 has no arithmetic
+            raise SpecError(f"dtype={self.dtype!r}: must be a floating torch.dtype of ≥ 16 bits.")
         _check_int(self, "seed", minimum=0)
         if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)):
             raise SpecError(f"init_std={self.init_std!r}: must be a number ≥ 0.")

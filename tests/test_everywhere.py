@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import importlib.metadata
 import io
-import warnings
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.export import Dim, export
 
 import oftfx
-from oftfx import OFT, OftfxWarning, testing
+from oftfx import OFT, testing
 from oftfx.backend import oftfx as backend
 from tests.small import VOCABULARY, Attention, llama, rows, tokens
 
@@ -181,45 +179,6 @@ def test_adapting_a_part_of_a_larger_model():
     assert not whole.second.q.weight.requires_grad
     testing.assert_same_function(compiled(whole), whole, rows())
     testing.assert_folds(whole.second, rows())
-
-
-# the backend
-
-
-def test_the_backend_counts_rotations_and_cores():
-    x = rows(torch.float32)
-    model = oftfx.adapt(Attention(), OFT(block_size=4, share_inputs=True), example_inputs=x)
-    with torch.no_grad():
-        torch.compile(model, backend=backend, options={"max_autotune": False})(x)
-    assert counters["oftfx"]["graphs"] == 1
-    assert counters["oftfx"]["rotations"] >= 2
-    assert counters["oftfx"]["cores"] >= 2
-
-
-def test_the_backend_warns_of_a_model_without_rotations():
-    with pytest.warns(OftfxWarning, match="adapt"), torch.no_grad():
-        torch.compile(Attention(), backend=backend)(rows(torch.float32))
-
-
-def test_the_backend_does_not_warn_of_an_adapted_model():
-    model = oftfx.adapt(Attention(), OFT(block_size=4), example_inputs=rows(torch.float32))
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error", OftfxWarning)
-        torch.compile(model, backend=backend)(rows(torch.float32))
-
-
-def _installed() -> bool:
-    found = importlib.metadata.entry_points(group="torch_dynamo_backends")
-    return any(entry.name == "oftfx" for entry in found)
-
-
-@pytest.mark.skipif(not _installed(), reason="oftfx is not pip-installed here")
-def test_the_backend_is_found_by_its_name():
-    assert "oftfx" in torch._dynamo.list_backends()
-    model = oftfx.adapt(Attention(), OFT(block_size=4), example_inputs=rows(torch.float32))
-    with torch.no_grad():
-        torch.compile(model, backend="oftfx")(rows(torch.float32))
-    assert counters["oftfx"]["rotations"] == 4
 
 
 # torch.export

@@ -32,6 +32,7 @@ INVALID = [
     ("dtype", torch.int32, "floating"),
     ("dtype", torch.complex64, "floating"),
     ("dtype", torch.bool, "floating"),
+    ("dtype", torch.float8_e4m3fn, "16 bits"),
     ("dtype", "float32", "floating"),
     ("dtype", None, "floating"),
     ("seed", -1, "≥ 0"),
