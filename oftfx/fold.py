@@ -275,7 +275,8 @@ def _merge_graph(
         fold.check()
 
     for use in uses:
-        _read_own_name(host, use, graph.aliases[use.weight])
+        if not folds.keys().isdisjoint(graph.aliases[use.weight]):
+            _read_own_name(host, use, graph.aliases[use.weight])
     costs = []
     for name, fold in folds.items():
         stored = fold.run()
@@ -324,9 +325,8 @@ def _read_own_name(host: Host, use: match.Use, aliases: tuple[str, ...]) -> None
         if use.weight == readers.get(start, use.weight) or readers[start] not in aliases:
             continue
         own = next((node for node, name in readers.items() if name == use.weight), None)
-        if own is None:  # a GraphModule needs no node for a name that nothing reads
-            with graph.inserting_before(start):
-                own = graph.get_attr(use.weight)
+        if own is None:  # nothing read it by this name so far
+            own = host.add(use.weight, host.parameters()[use.weight])
         moved = {start: own}
         for node in reversed(path):
             with graph.inserting_before(use.node):

@@ -75,8 +75,9 @@ def test_an_adapted_module_traced_and_then_merged(kind, name):
     testing.assert_folds(traced, x)
 
 
-def test_a_tied_head_in_a_program_gets_a_weight_of_its_own():
-    program = export(tied_llama(), (), tokens())
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_a_tied_head_in_a_program_gets_a_weight_of_its_own(strict):
+    program = export(tied_llama(), (), tokens(), strict=strict)
     testing.assert_folds(program, tokens())
     merged = oftfx.merge(program).state_dict
     embedding = llama(torch.float64).state_dict()["model.embed_tokens.weight"]

@@ -8,5 +8,9 @@ LAYOUT = "in_out"
 
 
 def owns(module: nn.Module) -> bool:
-    """Whether the module is a Conv1D, told by name so that transformers is not imported."""
-    return any(f"{cls.__module__}.{cls.__name__}" == CLASS for cls in type(module).__mro__)
+    """Whether the module multiplies as a Conv1D does; told by name, without transformers."""
+    cls = getattr(module, "oft_base", type(module))
+    forward = getattr(cls, "forward", None)
+    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}" == (
+        f"{CLASS}.forward"
+    )
