@@ -161,14 +161,17 @@ def test_a_weight_read_by_its_neighbour_is_functional():
     assert (site.fqn, site.kind) == ("fc", "functional")
 
 
-def test_a_subclass_of_linear_is_a_linear():
-    class Mine(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 2
+def test_a_subclass_of_linear_is_a_linear_while_it_keeps_its_forward():
+    class Named(nn.Linear):
+        pass
 
-    model = nn.Sequential(Mine(8, 8))
-    (site,) = plan_of(model).sites
-    assert (site.fqn, site.kind) == ("0", "linear")
+    class Residual(nn.Linear):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    first, second = plan_of(nn.Sequential(Named(8, 8), Residual(8, 8))).sites
+    assert (first.fqn, first.kind) == ("0", "linear")
+    assert (second.fqn, second.kind) == ("1", "functional")  # it reads its input twice
 
 
 def test_a_bare_linear_has_an_empty_name_and_is_a_site():
