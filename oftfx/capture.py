@@ -80,23 +80,22 @@ def _module(model: nn.Module, example_inputs: Any) -> Capture:
     else:
         args, kwargs = _arguments(example_inputs)
     shadow = _shadow(model)
-    found = Capture([], *_names(_parameters(shadow)))
-    recorder = _Recorder(found)
-    # A new code object per capture: Dynamo's cache entry hangs on it and dies with it, instead of
-    # counting towards the recompile limit of the model's own forward.
-    frame = types.FunctionType(_call.__code__.replace(), _call.__globals__)
     try:
-        with torch.enable_grad(), torch.device("meta"), recorder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Dynamo's advice on the user's code, not on planning
-            torch.compile(frame, backend=_collect, dynamic=False)(shadow, args, kwargs)
+        found = _trace(shadow, args, kwargs)
     except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} could not be traced to a graph at {_where(error)}: "
-            f"{_first_line(error)}\n"
-            "Mend that line, pass other example_inputs, or plan from the module tree instead: "
-            'oftfx.plan(model, spec, capture="modules"). That sees nn.Linear and its like, but '
-            "no functional matmuls and no shared inputs."
-        ) from error
+        try:
+            # For code that makes tensors on the default device. Not the first choice: Dynamo
+            # takes four times as long under a device context.
+            with torch.device("meta"):
+                found = _trace(shadow, args, kwargs)
+        except Exception:
+            raise CaptureError(
+                f"{type(model).__name__} could not be traced to a graph at {_where(error)}: "
+                f"{_first_line(error)}\n"
+                "Mend that line, pass other example_inputs, or plan from the module tree instead: "
+                'oftfx.plan(model, spec, capture="modules"). That sees nn.Linear and its like, but '
+                "no functional matmuls and no shared inputs."
+            ) from error
     if not found.graphs:
         raise CaptureError(
             f"{type(model).__name__} gave no graph: torch.compile is switched off here "
@@ -104,6 +103,17 @@ def _module(model: nn.Module, example_inputs: Any) -> Capture:
             'Switch it on for planning, or use capture="modules".'
         )
     _enter_bodies(found)
+    return found
+
+
+def _trace(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    found = Capture([], *_names(_parameters(shadow)))
+    # A new code object per capture: Dynamo's cache entry hangs on it and dies with it, instead of
+    # counting towards the recompile limit of the model's own forward.
+    frame = types.FunctionType(_call.__code__.replace(), _call.__globals__)
+    with torch.enable_grad(), _Recorder(found), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's advice on the user's code, not on planning
+        torch.compile(frame, backend=_collect, dynamic=False)(shadow, args, kwargs)
     return found
 
 
