@@ -22,7 +22,7 @@ help:  ## show this list
 
 env: $(VENV)/.installed  ## build .venv
 
-demo: $(VENV)/.demo  ## finetune, fold and reload the real SmolLM2-135M (about 6 minutes on two cores)
+demo: $(VENV)/.demo  ## finetune, fold and reload the real SmolLM2-135M (5 minutes on two idle cores)
 	@$(SPIN) $(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed  ## the default suite

@@ -2,9 +2,10 @@
 
     python benchmarks/step.py --model smollm2-135m --tokens 512 --out benchmarks/results/cpu.json
 
-All rows run in one process on the same random weights and the same random tokens, turn by turn, so
-that a slow moment of the machine hits every row. The base's gradient reaches the embeddings, as in
-the adapted models, so that a row's ratio is the cost of its adapter alone.
+All rows run in one process on the same random weights and the same random tokens: on a CPU turn by
+turn, so that a slow moment of the machine hits every row; on a GPU one after the other, so that
+each row's peak memory is its own. The base's gradient reaches the embeddings, as in the adapted
+models, so that a row's ratio is the cost of its adapter alone. Run it in `make env`'s environment.
 """
 
 import argparse

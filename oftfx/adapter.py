@@ -1,7 +1,6 @@
 """The verbs on a model of any kind: adapt, remove, disable, and what is trainable."""
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -13,7 +12,7 @@ from oftfx import insert, modules
 from oftfx.attach import attach, detach
 from oftfx.capture import Model, unwrap
 from oftfx.errors import PlanError
-from oftfx.host import host_of
+from oftfx.host import host_of, parameters_of
 from oftfx.plan import Plan, plan
 from oftfx.spec import Spec
 
@@ -110,14 +109,17 @@ def parameters(model: Model, name: str | None = None) -> list[nn.Parameter]:
     Raises:
         PlanError: The model has no adapter (or none of this name).
     """
-    inner = unwrap(model)
-    if isinstance(inner, (fx.GraphModule, ExportedProgram)):
-        held = host_of(inner).parameters()
-        which = re.escape(name) if name else r"\w+"
-        pattern = re.compile(rf"(.+\.)?{modules.CHILD}\.{which}\.(\w+\.)?theta")
-        found = [value for key, value in held.items() if pattern.fullmatch(key)]
-    else:
-        found = [p for _, rotation in modules.rotations(inner, name) for p in rotation.parameters()]
+    found = named_parameters(model, name)
     if not found:
-        raise PlanError(f"{type(inner).__name__} has no adapter{f' {name!r}' if name else ''}.")
-    return found
+        kind = type(unwrap(model)).__name__
+        raise PlanError(f"{kind} has no adapter{f' {name!r}' if name else ''}.")
+    return list(found.values())
+
+
+def named_parameters(model: Model, name: str | None = None) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a model's adapters, each under the first of its names."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for key, parameter in parameters_of(unwrap(model)).items():
+        if modules.is_rotation(key, name):
+            found.setdefault(id(parameter), (key, parameter))
+    return dict(found.values())

@@ -53,7 +53,7 @@ def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
         )
     for _, module in model.named_modules():
         if isinstance(module, Adapted) and name in module.oft:
-            raise PlanError(f"a part of the model has an adapter {name!r} already; use another.")
+            raise PlanError(f"a part of the model has an adapter {name!r} already.")
     for site in plan.sites:
         _check(model, site)
 
@@ -131,8 +131,7 @@ def _check(model: nn.Module, site: Site) -> None:
         raise PlanError(
             f"{site.weight}: the plan's weight is not a parameter of this model; plan it anew."
         ) from None
-    stored = (site.out_features, site.in_features)
-    if tuple(weight.shape) != (stored if site.layout == "out_in" else stored[::-1]):
+    if tuple(weight.shape) != site.shape:
         raise PlanError(
             f"{site.weight} has shape {tuple(weight.shape)}, the plan expects "
             f"{site.in_features}→{site.out_features}: it was made for another model."
@@ -164,7 +163,9 @@ def _rotation(model: nn.Module, plan: Plan, site: Site) -> Rotation:
     hook = vars(module).get("_hf_hook")
     if device.type == "meta" and hook is not None:  # offloaded: its weight is elsewhere
         device = torch.device(getattr(hook, "execution_device", None) or "cpu")
-    readers = sum(other.rotation == site.fqn for other in plan.sites)
+    # A site that folds on the fly reads the core, never the rotated input.
+    rotators = (other for other in plan.sites if other.kind != "functional")
+    readers = max(1, sum(other.rotation == site.fqn for other in rotators))
     return Rotation(plan.spec_of(site), site.in_features, device, plan.seed_of(site), readers)
 
 

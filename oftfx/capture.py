@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
-from oftfx.modules import Adapted, bare, own_forward
+from oftfx.modules import Adapted, bare, unhook
 
 Model = nn.Module | ExportedProgram
 
@@ -78,7 +78,7 @@ def _module(model: nn.Module, example_inputs: Any) -> Capture:
     if example_inputs is None:
         args, kwargs = (), model_inputs.example_inputs(model)
     else:
-        args, kwargs = _arguments(example_inputs)
+        args, kwargs = optree.tree_map(_on_meta, cast("Any", arguments(example_inputs)))
     shadow = _shadow(model)
     try:
         found = _trace(shadow, args, kwargs)
@@ -193,11 +193,7 @@ def _shadow(model: nn.Module) -> nn.Module:
     for module in list(shadow.modules()):
         if isinstance(module, Adapted):
             bare(module)
-        if "_hf_hook" in vars(module):  # accelerate's, which would move `meta` to real devices
-            for name in ("_hf_hook", "_old_forward", "forward"):
-                vars(module).pop(name, None)
-        if "forward" in vars(module) and own_forward(module):  # what its hooks leave behind
-            del vars(module)["forward"]
+        unhook(module)  # its hooks would move `meta` to real devices
     return shadow
 
 
@@ -223,15 +219,15 @@ def _to_meta(tensor: Tensor) -> Tensor:
     return twin
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments on `meta`."""
-    on_meta = optree.tree_map(
-        lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf,
-        dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs,
-    )
-    if isinstance(on_meta, dict):
-        return (), on_meta
-    return (tuple(on_meta) if isinstance(on_meta, (tuple, list)) else (on_meta,)), {}
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments, from a tensor, a tuple or a dict."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def _on_meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
 
 
 def _names(

@@ -23,7 +23,7 @@ from oftfx.adapter import adapt
 from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
-from oftfx.host import host_of
+from oftfx.host import parameters_of
 from oftfx.plan import Plan, Site
 from oftfx.rotations import oft
 
@@ -98,10 +98,11 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
     inner = unwrap(model)
     plan, values, base = _read(Path(directory))
     _check_base(inner, plan, base, Path(directory))
+    taken = any(modules.is_rotation(key, name) for key in parameters_of(inner))
     try:
         adapted = adapt(model, plan, name)
     except PlanError as error:
-        if "already" in str(error):
+        if taken:
             raise
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
     with torch.no_grad():
@@ -121,10 +122,7 @@ def _plan(model: Model, name: str) -> Plan:
 
 def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
     """The adapter's trainable tensors, by site."""
-    if isinstance(model, (fx.GraphModule, ExportedProgram)):
-        held: dict[str, Tensor] = dict(host_of(model).parameters())
-    else:
-        held = dict(model.named_parameters())
+    held = parameters_of(model)
     return {
         f"{site.fqn}.theta": held[_parameter(site, name)] for site in plan.sites if not site.shared
     }
@@ -134,15 +132,9 @@ def _parameter(site: Site, name: str) -> str:
     return f"{modules.parameter_path(site.weight, name, site.kind == 'functional')}.theta"
 
 
-def _weights(model: Model) -> dict[str, Tensor]:
-    if isinstance(model, (fx.GraphModule, ExportedProgram)):
-        return dict(host_of(model).parameters())
-    return dict(model.named_parameters(remove_duplicate=False))
-
-
 def _fingerprint(model: Model, plan: Plan) -> dict[str, list[float] | None]:
     """A few values of each adapted weight; None where it is on `meta`."""
-    weights = _weights(model)
+    weights = parameters_of(model)
     return {site.weight: _samples(weights[site.weight]) for site in plan.sites}
 
 
@@ -215,15 +207,14 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
 
 
 def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> None:
-    weights = _weights(model)
+    weights = parameters_of(model)
     for site in plan.sites:
         weight = weights.get(site.weight)
         if weight is None:
             raise CheckpointError(
                 f"{path} was trained on another base: this one has no {site.weight}."
             )
-        stored = (site.out_features, site.in_features)
-        if tuple(weight.shape) != (stored if site.layout == "out_in" else stored[::-1]):
+        if tuple(weight.shape) != site.shape:
             raise CheckpointError(
                 f"{path} was trained on another base: {site.weight} is {tuple(weight.shape)} here, "
                 f"{site.out_features}×{site.in_features} there."

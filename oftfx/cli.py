@@ -54,8 +54,8 @@ Exact = Annotated[
 Guard = Annotated[
     Literal["none", "rescale", "exact"],
     typer.Option(
-        help="What happens where ‖Q‖ reaches 1 and the series means nothing: only warn, "
-        "shrink Q back, or use the exact transform there.",
+        help="What happens as ‖Q‖ nears 1, beyond which the series means nothing: only warn, or "
+        "from 0.9 on shrink Q back, or use the exact transform there.",
         rich_help_panel=ROTATIONS,
     ),
 ]

@@ -23,7 +23,7 @@ from oftfx.attach import detach
 from oftfx.capture import read, unwrap
 from oftfx.errors import MergeError, PlanError
 from oftfx.host import Host, host_of
-from oftfx.modules import Adapted, Rotation, SharedRotation
+from oftfx.modules import Adapted, Rotation, SharedRotation, site_name
 from oftfx.sites.matmul import is_view_of_weight, parameter_behind, tensor_behind
 from oftfx.table import table
 
@@ -222,8 +222,7 @@ def _module_sites(model: nn.Module) -> Iterator[_Site]:
                 for rotation in module.oft.values()
                 if not isinstance(rotation, nn.ModuleDict) or name in rotation
             ]
-            tail = "" if name == "weight" else name
-            yield _Site(".".join(filter(None, (fqn, tail))), module, name, layout, held)
+            yield _Site(site_name(fqn, name), module, name, layout, held)
 
 
 def _forget_tie(model: nn.Module) -> None:

@@ -44,6 +44,13 @@ def host_of(model: fx.GraphModule | ExportedProgram, edit: bool = False) -> Host
     return _Program(model, edit) if isinstance(model, ExportedProgram) else _Module(model)
 
 
+def parameters_of(model: nn.Module | ExportedProgram) -> dict[str, nn.Parameter]:
+    """Every parameter of a model of any kind, under each of its names."""
+    if isinstance(model, (fx.GraphModule, ExportedProgram)):
+        return dict(host_of(model).parameters())
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
 class _Module:
     """A GraphModule: parameters live in its module tree."""
 

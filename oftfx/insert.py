@@ -24,7 +24,7 @@ from oftfx.capture import read
 from oftfx.errors import PlanError
 from oftfx.host import Host, call, host_of
 from oftfx.match import Use
-from oftfx.modules import CHILD, Rotation, parameter_path
+from oftfx.modules import CHILD, Rotation, parameter_path, site_name
 from oftfx.plan import Plan, Site
 from oftfx.rotations import oft
 from oftfx.spec import OFT
@@ -205,8 +205,7 @@ def inserted(host: Host) -> list[Inserted]:
             parameter = readers[start]
             owner, _, path = parameter.rpartition(".theta")[0].rpartition(f"{CHILD}.")
             adapter, _, weight = path.partition(".")
-            tail = "" if weight == "weight" else weight
-            site = ".".join(filter(None, (owner.rstrip("."), tail))) or "weight"
+            site = site_name(owner.rstrip("."), weight or "weight")
             out.append(Inserted(node, x, core, parameter, adapter, site))
     return out
 
@@ -259,8 +258,7 @@ def _locate(host: Host, plan: Plan) -> list[tuple[Site, list[Use]]]:
                     "region): adapt the module before tracing it, or exclude the site."
                 )
         shape = found.tensors[site.weight].shape
-        stored = (site.out_features, site.in_features)
-        if tuple(shape) != (stored if site.layout == "out_in" else stored[::-1]):
+        if tuple(shape) != site.shape:
             raise PlanError(f"{site.weight} has shape {tuple(shape)}; the plan is another model's.")
         located.append((site, fits))
     return located

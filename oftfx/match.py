@@ -7,15 +7,13 @@ by the call stack that the tracer recorded; that keeps tied weights apart.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import fx, nn
 
 from oftfx.capture import Capture, body_of
 from oftfx.sites import matmul, provider_of
-
-Layout = Literal["out_in", "in_out"]
+from oftfx.sites.matmul import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +96,7 @@ def _module_uses(capture: Capture, graph: fx.GraphModule, node: fx.Node) -> Iter
         if provider is not None and name == "weight" and tensor.dim() == 2:
             x = matmul.Operand(0, "input").of(node)
             assert x is not None, f"{node} has no tensor input"
-            layout: Layout = "out_in" if provider.LAYOUT == "out_in" else "in_out"
-            yield Use(graph, node, weight, owner, x, matmul.tensor_behind(x), layout)
+            yield Use(graph, node, weight, owner, x, matmul.tensor_behind(x), provider.LAYOUT)
         else:
             yield Use(graph, node, weight, owner, why_not=type(module).__name__)
 

@@ -253,6 +253,15 @@ def own_forward(module: nn.Module) -> bool:
     return getattr(vars(module)["forward"], "__func__", None) is type(module).forward
 
 
+def unhook(module: nn.Module) -> None:
+    """Takes accelerate's instance-level forward, or what its hooks left of one, off a module."""
+    if "_hf_hook" in vars(module):
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            vars(module).pop(name, None)
+    if "forward" in vars(module) and own_forward(module):
+        del vars(module)["forward"]
+
+
 def become(module: nn.Module, cls: Class) -> None:
     """Gives a module another class, and accelerate's instance-level forward that class's."""
     if "forward" in vars(module) and own_forward(module):
@@ -268,9 +277,15 @@ def parameter_path(weight: str, name: str, functional: bool = False) -> str:
     return ".".join(filter(None, (owner, CHILD, name, leaf if functional else "")))
 
 
-def is_rotation(parameter: str) -> bool:
-    """Whether a parameter of this name is a rotation's, of any adapter."""
-    return re.fullmatch(rf"(.+\.)?{CHILD}\.\w+\.(\w+\.)?theta", parameter) is not None
+def is_rotation(parameter: str, name: str | None = None) -> bool:
+    """Whether a parameter of this name is a rotation's, of one adapter or of any."""
+    which = r"\w+" if name is None else name
+    return re.fullmatch(rf"(.+\.)?{CHILD}\.{which}\.(\w+\.)?theta", parameter) is not None
+
+
+def site_name(owner: str, parameter: str) -> str:
+    """A site's fqn: its weight's name without a trailing ".weight"."""
+    return (f"{owner}.{parameter}" if owner else parameter).removesuffix(".weight")
 
 
 def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Rotation]]:
@@ -282,8 +297,7 @@ def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, 
             by_parameter = held.items() if isinstance(held, nn.ModuleDict) else [("weight", held)]
             for parameter, rotation in by_parameter:
                 if name in (None, adapter) and isinstance(rotation, Rotation):
-                    tail = "" if parameter == "weight" else parameter
-                    yield ".".join(filter(None, (fqn, tail))) or "weight", rotation
+                    yield site_name(fqn, parameter), rotation
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from oftfx import match, modules, sites
 from oftfx.capture import Capture, Model, capture, unwrap
 from oftfx.errors import OftfxError, PlanError, SpecError
-from oftfx.match import Layout, Use
+from oftfx.match import Use
 from oftfx.rotations import oft
+from oftfx.sites.matmul import Layout
 from oftfx.spec import ALL_LINEAR, OFT, Spec, Target, matches
+from oftfx.table import plan_table
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Site:
     rotation: str
     num_trainable: int
     tied: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight as it is stored."""
+        shape = (self.out_features, self.in_features)
+        return shape if self.layout == "out_in" else shape[::-1]
 
     @property
     def shared(self) -> bool:
@@ -150,8 +159,6 @@ class Plan:
             raise PlanError(f"this is no plan written by oftfx: {error!r}.") from error
 
     def __str__(self) -> str:
-        from oftfx.table import plan_table
-
         return plan_table(self)
 
 
@@ -322,9 +329,7 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
             'tells: use capture="graph", or share_inputs=False.'
         )
     named = getattr(model, "get_output_embeddings", lambda: None)()
-    owners: dict[int, int] = {}
-    for parameter in dict(model.named_parameters(remove_duplicate=False)).values():
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     candidates = []
     for index, (fqn, module) in enumerate(model.named_modules()):
         weight = getattr(module, "weight", None)
@@ -334,11 +339,11 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
         why_not = f"{type(module).__name__} is no linear layer this version knows"
         layout: Layout = "out_in"
         if provider is not None:
-            layout = "out_in" if provider.LAYOUT == "out_in" else "in_out"
+            layout = provider.LAYOUT
             why_not = "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
         out, width = weight.shape[-2:] if layout == "out_in" else reversed(weight.shape[-2:])
         kind = provider.KIND if provider else "module"
-        tied = owners.get(id(weight), 0) > 1
+        tied = names[id(weight)] > 1
         site = Site(fqn, kind, f"{fqn}.weight", width, out, layout, index, fqn, 0, tied)
         candidates.append(_Candidate(site, "output head" if module is named else "", why_not))
     return candidates
@@ -347,11 +352,12 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
 def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "modules"]) -> Plan:
     """Applies the spec's rules to what was found."""
     wanted = _wanted(candidates, spec)
+    explicit = spec.targets != ALL_LINEAR
+    exclude = cast("tuple[Target, ...]", spec.exclude)  # normalised by Spec
     chosen, skipped, errors = [], [], []
     for candidate in candidates:
         site = candidate.site
-        explicit = spec.targets != ALL_LINEAR
-        if any(matches(rule, site.fqn) for rule in _exclude(spec)):
+        if any(matches(rule, site.fqn) for rule in exclude):
             skipped.append(Skip(site.fqn, "excluded"))
         elif not wanted(candidate):
             default = candidate.role or candidate.why_not
@@ -407,10 +413,6 @@ def _near_misses(rule: Any, names: list[str]) -> str:
     close = difflib.get_close_matches(text, [*leaves, *names], n=5, cutoff=0.5)
     listed = close or sorted(leaves)[:10]
     return f"; near misses: {', '.join(listed)}." if close else f"; it has: {', '.join(listed)}."
-
-
-def _exclude(spec: Spec) -> tuple[Any, ...]:
-    return tuple(spec.exclude)  # type: ignore[arg-type]  # normalised by Spec
 
 
 def _oft(spec: Spec, site: Site) -> OFT:

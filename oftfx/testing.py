@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from oftfx.adapter import adapt, parameters
-from oftfx.capture import Model, unwrap
+from oftfx.adapter import adapt, named_parameters, parameters
+from oftfx.capture import Model, arguments, unwrap
 from oftfx.fold import merge
 from oftfx.modules import CHILD
 from oftfx.spec import Spec
@@ -62,18 +62,13 @@ def thetas(model: Model) -> dict[str, nn.Parameter]:
     They are the parameters' own, but that `oft.NAME.weight.theta` reads `oft.NAME.theta`: whether a
     weight called "weight" belongs to a layer or is used as it is, not every tracer can tell.
     """
-    inner = unwrap(model)
-    held = (
-        inner.state_dict if isinstance(inner, ExportedProgram) else dict(inner.named_parameters())
-    )
-    ours = {id(parameter) for parameter in parameters(inner)}
     own = re.compile(rf"({CHILD}\.\w+)\.weight(\.theta)$")
-    return {own.sub(r"\1\2", name): value for name, value in held.items() if id(value) in ours}
+    return {own.sub(r"\1\2", name): value for name, value in named_parameters(model).items()}
 
 
 def run(model: Model, inputs: Any) -> list[Tensor]:
     """Calls a model of any kind; the floating tensors of its output, in order."""
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     return _floats(callable_of(model)(*args, **kwargs))
 
 
@@ -91,7 +86,7 @@ def gradients(model: Model, inputs: Any, seed: int = 0) -> dict[str, Tensor]:
 
     The scalar weighs every output element with a random number, so that no error cancels.
     """
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     leaves, tree = optree.tree_flatten((args, kwargs))
     called: Any = callable_of(model)  # a program's module holds parameters of its own
     named: dict[str, Tensor] = dict(thetas(called)) if _has_adapter(called) else {}
@@ -194,20 +189,10 @@ def assert_folds(model: Model, inputs: Any, within: float | None = None) -> None
 
 
 def _has_adapter(model: Model) -> bool:
-    inner = unwrap(model)
-    held = (
-        inner.state_dict if isinstance(inner, ExportedProgram) else dict(inner.named_parameters())
-    )
-    return any(name.endswith(".theta") and CHILD in name.split(".") for name in held)
+    return bool(named_parameters(model))
 
 
 def _floats(out: Any) -> list[Tensor]:
     # A transformers output is a dict of a class that optree does not open.
     leaves = optree.tree_leaves(dict(out) if isinstance(out, Mapping) else out)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}

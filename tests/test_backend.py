@@ -16,12 +16,7 @@ from tests.small import Attention, rows
 SPEC = OFT(block_size=4, init_std=0.2)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def test_the_backend_counts_rotations_and_cores():

@@ -18,12 +18,7 @@ from tests.small import VOCABULARY, Attention, llama, rows, tokens
 SPEC = OFT(block_size=8, init_std=0.1)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.fixture

@@ -278,3 +278,20 @@ def test_a_print_shows_the_rotation_and_its_spec():
     model = oftfx.adapt(small("mlp"), OFT(block_size=4, exact=True), example_inputs=rows())
     assert "OFT[Linear]" in repr(model)
     assert "Rotation(width=8, block_size=4, exact=True)" in repr(model)
+
+
+def test_a_shared_rotation_lets_go_of_its_input_when_some_readers_fold_on_the_fly():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return self.q(x) + self.k(x) + nn.functional.linear(x, self.w)
+
+    x = torch.randn(3, 8)
+    model = oftfx.adapt(Mixed(), OFT(block_size=4, share_inputs=True), example_inputs=x)
+    model(x)
+    ((_, rotation),) = rotations(model)
+    assert rotation._rotated is None

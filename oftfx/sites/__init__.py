@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from oftfx.sites import conv1d, linear
+from oftfx.sites.matmul import Layout
 
 
 class Provider(Protocol):
@@ -17,12 +18,12 @@ class Provider(Protocol):
     Attributes:
         KIND: The site kind, as plans print it.
         CLASS: Qualified name of the module's class, as exported graphs record it.
-        LAYOUT: How the weight is stored, "out_in" or "in_out".
+        LAYOUT: How the weight is stored.
     """
 
     KIND: str
     CLASS: str
-    LAYOUT: str
+    LAYOUT: Layout
 
     def owns(self, module: nn.Module) -> bool:
         """Whether this provider knows the module."""

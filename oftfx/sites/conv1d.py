@@ -2,9 +2,11 @@
 
 from torch import nn
 
+from oftfx.sites.matmul import Layout
+
 KIND = "conv1d"
 CLASS = "transformers.pytorch_utils.Conv1D"
-LAYOUT = "in_out"
+LAYOUT: Layout = "in_out"
 
 
 def owns(module: nn.Module) -> bool:

@@ -2,9 +2,11 @@
 
 from torch import nn
 
+from oftfx.sites.matmul import Layout
+
 KIND = "linear"
 CLASS = "torch.nn.modules.linear.Linear"
-LAYOUT = "out_in"
+LAYOUT: Layout = "out_in"
 
 
 def owns(module: nn.Module) -> bool:

@@ -7,12 +7,15 @@ parameter.
 """
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
 
 from oftfx import ops  # noqa: F401  (registers torch.ops.oftfx)
+
+Layout = Literal["out_in", "in_out"]
+"""How a weight is stored: (out, in) as `Linear` does, or (in, out)."""
 
 aten = torch.ops.aten
 
