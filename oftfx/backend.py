@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 
-from oftfx import ops  # noqa: F401  (registers the ops a saved graph may call)
 from oftfx.errors import OftfxWarning
+from oftfx.ops.factor import MAPS
 from oftfx.sites import matmul
 
 log = logging.getLogger("oftfx")
@@ -37,7 +37,7 @@ def oftfx(
         options: Inductor's config patches.
     """
     nodes = list(_nodes(graph))
-    rotations = [node for node in nodes if node.target is torch.ops.oftfx.rotate.default]
+    rotations = [node for node in nodes if node.target in MAPS]
     counts = counters["oftfx"]
     counts["graphs"] += 1
     counts["rotations"] += len(rotations)

@@ -25,7 +25,7 @@ from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
 from oftfx.host import parameters_of
 from oftfx.plan import Plan, Site
-from oftfx.rotations import oft
+from oftfx.rotations import method_of
 
 M = TypeVar("M", nn.Module, ExportedProgram)
 
@@ -123,13 +123,18 @@ def _plan(model: Model, name: str) -> Plan:
 def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
     """The adapter's trainable tensors, by site."""
     held = parameters_of(model)
-    return {
-        f"{site.fqn}.theta": held[_parameter(site, name)] for site in plan.sites if not site.shared
-    }
+    values: dict[str, Tensor] = {}
+    for site in plan.sites:
+        if not site.shared:
+            path = modules.parameter_path(site.weight, name, site.kind == "functional")
+            for tensor in _shapes(plan, site):
+                values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
+    return values
 
 
-def _parameter(site: Site, name: str) -> str:
-    return f"{modules.parameter_path(site.weight, name, site.kind == 'functional')}.theta"
+def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
+    spec = plan.spec_of(site)
+    return method_of(spec).shapes(spec, site.in_features)
 
 
 def _fingerprint(model: Model, plan: Plan) -> dict[str, list[float] | None]:
@@ -193,11 +198,15 @@ def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
-    expected = {f"{site.fqn}.theta": site for site in plan.sites if not site.shared}
-    for key, site in expected.items():
+    expected = {
+        f"{site.fqn}.{tensor}": shape
+        for site in plan.sites
+        if not site.shared
+        for tensor, shape in _shapes(plan, site).items()
+    }
+    for key, shape in expected.items():
         if key not in values:
             raise CheckpointError(f"{file} lacks the tensor {key!r}.")
-        shape = oft.shape(plan.spec_of(site), site.in_features)
         if tuple(values[key].shape) != shape:
             raise CheckpointError(
                 f"{file}: {key!r} has shape {tuple(values[key].shape)}, its plan says {shape}."

@@ -8,6 +8,7 @@ The fold is the rotation itself, applied to the rows of W with the cores transpo
 the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R1ᵀ.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import insert, match, ops, sites
+from oftfx import insert, match, sites
 from oftfx.adapter import parameters, remove
 from oftfx.attach import detach
 from oftfx.capture import read, unwrap
 from oftfx.errors import MergeError, PlanError
 from oftfx.host import Host, host_of
 from oftfx.modules import Adapted, Rotation, SharedRotation, site_name
+from oftfx.ops.factor import Factor
 from oftfx.sites.matmul import is_view_of_weight, parameter_behind, tensor_behind
 from oftfx.table import table
 
@@ -37,7 +39,7 @@ class MergedSite:
     Attributes:
         fqn: The site.
         output_error: Change of the output on random inputs, merged against unmerged.
-        orthogonality_error: ‖RᵀR − I‖₂ of the worst block folded in.
+        orthogonality_error: ‖RᵀR − I‖₂ of the worst factor folded in.
         rounding_error: Distance of the stored weight from the exactly folded one.
         untied: Whether the weight was tied and got a tensor of its own.
     """
@@ -105,12 +107,12 @@ def merge(model: M, report: bool = False) -> M | tuple[M, MergeReport]:
 
 @dataclass(frozen=True)
 class _Fold:
-    """One weight to fold: its cores in the order x meets them."""
+    """One weight to fold: the factors in the order x meets them."""
 
     fqn: str
     weight: Tensor
     out_in: bool
-    cores: Sequence[Tensor]
+    factors: Sequence[Factor]
 
     def check(self) -> None:
         if self.weight.device.type == "meta":
@@ -118,19 +120,20 @@ class _Fold:
                 f"{self.fqn}: its weight is on `meta` (not loaded, or offloaded); load the whole "
                 "model onto a device before merging."
             )
-        if not all(torch.isfinite(core).all() for core in self.cores):
+        if not all(torch.isfinite(tensor).all() for tensor in self._tensors()):
             raise MergeError(f"{self.fqn}: its rotation is not finite; training diverged there.")
 
     def folded(self, dtype: torch.dtype) -> Tensor:
         """``W Mᵀ`` in (out, in), computed in this dtype."""
         rows = (self.weight if self.out_in else self.weight.mT).to(dtype)
-        for core in reversed(self.cores):
-            rows = ops.rotate(rows, core.mT)
+        for factor in reversed(self.factors):
+            rows = factor.transposed()(rows)
         return rows
 
     def run(self) -> Tensor:
         """The weight to store, in its own layout and dtype."""
-        rows = self.folded(torch.promote_types(self.weight.dtype, self.cores[0].dtype))
+        dtypes = (tensor.dtype for tensor in self._tensors())
+        rows = self.folded(functools.reduce(torch.promote_types, dtypes, self.weight.dtype))
         return (rows if self.out_in else rows.mT).to(self.weight.dtype).contiguous()
 
     def cost(self, stored: Tensor, untied: bool) -> MergedSite:
@@ -140,20 +143,20 @@ class _Fold:
         seed = torch.Generator().manual_seed(0)
         x = torch.randn(16, before.shape[1], generator=seed).to(before)
         rotated = x
-        for core in self.cores:
-            rotated = ops.rotate(rotated, core)
+        for factor in self.factors:
+            rotated = factor(rotated)
         unmerged = (rotated @ before.mT).double()
-        gram = (core.double() for core in self.cores)
-        defect = max(
-            float(torch.linalg.matrix_norm(c + c.mT + c.mT @ c, ord=2).max()) for c in gram
-        )
         return MergedSite(
             self.fqn,
             output_error=_relative((x @ after.mT).double() - unmerged, unmerged),
-            orthogonality_error=defect,
+            orthogonality_error=max(float(factor.defect()) for factor in self.factors),
             rounding_error=_relative(after.double() - exact, exact),
             untied=untied,
         )
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for factor in self.factors:
+            yield from (operand for operand in factor.operands if isinstance(operand, Tensor))
 
 
 def _relative(difference: Tensor, reference: Tensor) -> float:
@@ -173,8 +176,8 @@ class _Site:
     def fold(self) -> _Fold:
         weight = self.module._parameters[self.name]
         assert weight is not None
-        cores = [rotation.core() for rotation in self.rotations]
-        return _Fold(self.fqn, weight, self.layout == "out_in", cores)
+        factors = [factor for rotation in self.rotations for factor in rotation.factors()]
+        return _Fold(self.fqn, weight, self.layout == "out_in", factors)
 
     def replace(self, value: Tensor) -> None:
         weight = self.module._parameters[self.name]
@@ -256,20 +259,20 @@ def _merge_graph(
         raise MergeError(f"{rotations[node].site}: no weight was found behind its rotation.")
 
     folds: dict[str, _Fold] = {}
-    turned: dict[str, list[str]] = {}
+    turned: dict[str, list[tuple[str, ...]]] = {}
     for use, (through_x, through_w) in zip(uses, chains, strict=True):
         name = use.weight
-        by = [rotations[node].parameter for node in (*through_x, *through_w)]
+        by = [rotations[node].parameters for node in (*through_x, *through_w)]
         if turned.setdefault(name, by) != by:
             raise MergeError(f"{name} is read rotated in different ways; it cannot be folded.")
         if by and name not in folds:
-            cores = [insert.evaluate(host, rotations[node].core) for node in through_x]
-            cores += [insert.evaluate(host, rotations[node].core).mT for node in through_w]
+            factors = [insert.evaluate(host, rotations[node]) for node in through_x]
+            factors += [insert.evaluate(host, rotations[node]).transposed() for node in through_w]
             out_in = use.layout == "out_in"
             if through_w:
                 out_in = not parameter_behind(rotations[through_w[0]].x)[1]
             fqn = name.removesuffix(".weight")
-            folds[name] = _Fold(fqn, host.parameters()[name], out_in, cores)
+            folds[name] = _Fold(fqn, host.parameters()[name], out_in, factors)
     for fold in folds.values():
         fold.check()
 

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,8 +13,8 @@ from oftfx import insert, modules
 from oftfx.capture import Model, unwrap
 from oftfx.errors import OftfxWarning, PlanError
 from oftfx.host import host_of
-from oftfx.rotations import oft
-from oftfx.spec import OFT
+from oftfx.rotations import method_of
+from oftfx.spec import Spec
 from oftfx.table import table
 
 _WARNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -27,7 +28,7 @@ class Health:
         fqns: The sites.
         norm: (sites,) ‖Q‖₂, an upper bound within 1 %. The series converges below 1 only.
         orthogonality_error: (sites,) ‖RᵀR − I‖₂, by the error law.
-        thetas: The parameters, one tensor per site.
+        thetas: The first parameter of each site, by which `warn` knows it again.
     """
 
     fqns: tuple[str, ...]
@@ -82,35 +83,36 @@ def health(model: Model, name: str | None = None) -> Health:
     found = _rotations(unwrap(model), name)
     if not found:
         raise PlanError(f"{type(model).__name__} has no adapter{f' {name!r}' if name else ''}.")
-    batches: dict[tuple[OFT, torch.device], list[int]] = {}
-    for i, (_, theta, spec) in enumerate(found):
-        batches.setdefault((spec, theta.device), []).append(i)
+    batches: dict[Any, list[int]] = {}
+    for i, (_, tensors, spec) in enumerate(found):
+        layout = tuple((name, t.shape, t.device) for name, t in tensors.items())
+        batches.setdefault((spec, layout), []).append(i)
     norms: list[Tensor] = [torch.empty(0)] * len(found)
     errors = list(norms)
-    for (spec, _), members in batches.items():
-        thetas = [found[i][1] for i in members]
+    for (spec, layout), members in batches.items():
         wide = torch.promote_types(spec.dtype, torch.float32)
-        norm = oft.norm(torch.cat(thetas).to(wide), spec)
-        error = oft.orthogonality_error(norm, spec)
-        sizes = [len(theta) for theta in thetas]
-        for i, n, e in zip(members, norm.split(sizes), error.split(sizes), strict=True):
-            norms[i], errors[i] = n.amax().float(), e.amax().float()
+        stacked = {
+            name: torch.stack([found[i][1][name] for i in members]).to(wide) for name, *_ in layout
+        }
+        norm, error = method_of(spec).health(stacked, spec)
+        for i, n, e in zip(members, norm.float(), error.float(), strict=True):
+            norms[i], errors[i] = n, e
     device = norms[0].device
     return Health(
         fqns=tuple(fqn for fqn, _, _ in found),
         norm=torch.stack([n.to(device) for n in norms]),
         orthogonality_error=torch.stack([e.to(device) for e in errors]),
-        thetas=tuple(theta for _, theta, _ in found),
+        thetas=tuple(next(iter(tensors.values())) for _, tensors, _ in found),
     )
 
 
 def _rotations(
     model: nn.Module | ExportedProgram, name: str | None
-) -> list[tuple[str, Tensor, OFT]]:
-    """Site, parameters and spec of every rotation."""
+) -> list[tuple[str, dict[str, Tensor], Spec]]:
+    """Site, parameters by name, and spec of every rotation."""
     if not isinstance(model, (fx.GraphModule, ExportedProgram)):
         found = modules.rotations(model, name)
-        return [(fqn, rotation.theta, rotation.spec) for fqn, rotation in found]
+        return [(fqn, dict(rotation.named_parameters()), rotation.spec) for fqn, rotation in found]
     host = host_of(model)
-    once = {r.parameter: r for r in insert.inserted(host) if name in (None, r.adapter)}
-    return [(r.site, host.parameters()[r.parameter], r.spec(host)) for r in once.values()]
+    once = {r.parameters: r for r in insert.inserted(host) if name in (None, r.adapter)}
+    return [(r.site, r.tensors(host), insert.spec_of(host, r)) for r in once.values()]

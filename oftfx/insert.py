@@ -12,7 +12,7 @@ A second adapter's rotation goes between the first one's and the matmul, so that
 import functools
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,61 +25,42 @@ from oftfx.errors import PlanError
 from oftfx.host import Host, call, host_of
 from oftfx.match import Use
 from oftfx.modules import CHILD, Rotation, parameter_path, site_name
+from oftfx.ops.factor import MAPS, Factor
 from oftfx.plan import Plan, Site
-from oftfx.rotations import oft
-from oftfx.spec import OFT
+from oftfx.rotations import method_of
+from oftfx.spec import OFT, Spec
 
-ROTATE = torch.ops.oftfx.rotate.default
 CAYLEY = torch.ops.oftfx.cayley.default
 
 
 @dataclass(frozen=True, eq=False)
 class Inserted:
-    """One rotation as it stands in a graph.
+    """One factor of a rotation as it stands in a graph.
 
     Attributes:
-        node: The rotate node.
-        x: What it rotates.
-        core: The node of its residual blocks.
-        parameter: Name of its parameter.
+        node: The node that maps x.
+        x: What it maps.
+        factor: Its op, and the nodes and constants it takes besides x.
+        parameters: Names of the parameters behind those.
         adapter: Name of its adapter.
-        site: fqn of the site that holds the parameter.
+        site: fqn of the site that holds the parameters.
     """
 
     node: fx.Node
     x: fx.Node
-    core: fx.Node
-    parameter: str
+    factor: Factor
+    parameters: tuple[str, ...]
     adapter: str
     site: str
 
-    def spec(self, host: Host) -> OFT:
-        """The spec this rotation was made from, read off its nodes."""
-        cayleys: list[fx.Node] = []
-        stack, seen = [self.core], set()
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node.target is CAYLEY:
-                cayleys.append(node)
-            elif node.op == "call_function":
-                stack.extend(node.all_input_nodes)
-        orders = [node.args[2] for node in cayleys]
-        block_size, order = cayleys[0].args[1], next((o for o in orders if o is not None), None)
-        guard: Literal["rescale", "exact"] | None = None
-        if len(orders) == 2:
-            guard = "exact"
-        elif cayleys[0].args[0] not in host.readers():
-            guard = "rescale"
-        return OFT(
-            block_size=int(block_size),  # type: ignore[arg-type]
-            order=4 if order is None else int(order),  # type: ignore[arg-type]
-            exact=order is None,
-            guard=guard,
-            dtype=host.parameters()[self.parameter].dtype,
-        )
+    @property
+    def operands(self) -> list[fx.Node]:
+        """The nodes it takes besides x."""
+        return [operand for operand in self.factor.operands if isinstance(operand, fx.Node)]
+
+    def tensors(self, host: Host) -> dict[str, Tensor]:
+        """The parameters behind it by name, as its method knows them."""
+        return {name.rpartition(".")[2]: host.parameters()[name] for name in self.parameters}
 
 
 def insert(
@@ -101,7 +82,7 @@ def insert(
     trained = [n for n, p in host.parameters().items() if p.requires_grad]
     for record in records(model).values():  # the first adapter saw the base's own flags
         trained = record["trained"]
-    ours = {rotation.parameter for rotation in inserted(host)}
+    ours = {parameter for found in inserted(host) for parameter in found.parameters}
     for weight, value in host.parameters().items():
         if weight not in ours:
             if isinstance(model, ExportedProgram):  # the given program keeps its own flags
@@ -109,21 +90,24 @@ def insert(
             else:
                 value.requires_grad_(False)
 
-    cores: dict[str, fx.Node] = {}
+    factors: dict[str, tuple[Factor, ...]] = {}
     rotated: dict[tuple[str, fx.Node], fx.Node] = {}
     first: fx.Node | None = None
     for site, found in located:
-        if site.rotation not in cores:
-            cores[site.rotation] = _add_core(host, plan, site, name)
+        if site.rotation not in factors:
+            factors[site.rotation] = _add_factors(host, plan, site, name)
         for use in found:
             assert use.x is not None
             graph = host.module.graph
             key = (site.rotation, use.x)
             if key not in rotated:
+                x = use.x
                 with graph.inserting_before(use.node):
-                    rotated[key] = call(graph, ROTATE, use.x, cores[site.rotation])
-                rotated[key].meta["stack_trace"] = use.node.meta.get("stack_trace")
-                first = first or rotated[key]
+                    for factor in factors[site.rotation]:
+                        x = call(graph, factor.op, x, *factor.operands)
+                        x.meta["stack_trace"] = use.node.meta.get("stack_trace")
+                        first = first or x
+                rotated[key] = x
             use.feed(rotated[key])
     assert first is not None
     first.meta["custom"] = {
@@ -170,44 +154,83 @@ def bypass(found: Inserted) -> None:
 
 
 def erase(host: Host, found: Inserted) -> None:
-    """Erases a rotation that nothing uses any more, with its core and its parameter."""
+    """Erases a factor that nothing uses any more, and what of its operands only it used."""
     graph = host.module.graph
     readers = host.readers()
     graph.erase_node(found.node)
-    behind, stack = set(), [found.core]
-    while stack:
-        node = stack.pop()
-        if node not in behind:
-            behind.add(node)
-            stack.extend(node.all_input_nodes)
+    behind = _behind(found.operands)
     for node in reversed(list(graph.nodes)):
         # A trace leaves nodes beside the core of which nothing comes, such as notes on casts.
         beside = node.op == "call_function" and not behind.isdisjoint(node.all_input_nodes)
         if node.users or not (node in behind or beside):
             continue
-        if readers.get(node) == found.parameter:
-            host.remove(node, found.parameter)
+        if readers.get(node) in found.parameters:
+            host.remove(node, readers[node])
         elif node.op == "call_function":
             behind.update(node.all_input_nodes)
             graph.erase_node(node)
 
 
 def inserted(host: Host) -> list[Inserted]:
-    """Every rotation in a graph, read off its nodes alone, in order."""
+    """Every factor in a graph, read off its nodes alone, in order."""
     readers = host.readers()
     out = []
     for node in host.module.graph.nodes:
-        if node.op == "call_function" and node.target is ROTATE:
-            x, core = node.args
-            start = core
-            while start.op == "call_function":
-                start = start.all_input_nodes[-1]
-            parameter = readers[start]
-            owner, _, path = parameter.rpartition(".theta")[0].rpartition(f"{CHILD}.")
+        if node.op == "call_function" and node.target in MAPS:
+            x, *operands = node.args
+            nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
+            parameters = tuple(sorted(readers[n] for n in _behind(nodes) if n in readers))
+            owner, _, path = parameters[0].rpartition(".")[0].rpartition(f"{CHILD}.")
             adapter, _, weight = path.partition(".")
             site = site_name(owner.rstrip("."), weight or "weight")
-            out.append(Inserted(node, x, core, parameter, adapter, site))
+            factor = Factor(node.target, tuple(operands))
+            out.append(Inserted(node, x, factor, parameters, adapter, site))
     return out
+
+
+def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
+    """These nodes and everything they are made from."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def spec_of(host: Host, found: Inserted) -> Spec:
+    """The spec a rotation was made from: the plan's, or read off the nodes of an exported module.
+
+    Raises:
+        PlanError: The graph was exported from an adapted module and does not show it.
+    """
+    record = records(host.module).get(found.adapter)
+    if record is not None:
+        plan = Plan.from_json(record["plan"])
+        return plan.spec.at(found.site)
+    behind = _behind(found.operands)
+    cayleys = [node for node in behind if node.target is CAYLEY]
+    if not cayleys:
+        raise PlanError(
+            f"{found.site}: the graph was exported from an adapted module and does not say how "
+            "its rotation is made; ask the module it was exported from."
+        )
+    orders = [node.args[2] for node in cayleys]
+    order = next((order for order in orders if order is not None), None)
+    guard: Literal["rescale", "exact"] | None = None
+    if len(orders) == 2:
+        guard = "exact"
+    elif cayleys[0].args[0] not in host.readers():
+        guard = "rescale"
+    return OFT(
+        block_size=cast("int", cayleys[0].args[1]),
+        order=4 if order is None else cast("int", order),
+        exact=order is None,
+        guard=guard,
+        dtype=host.parameters()[found.parameters[0]].dtype,
+    )
 
 
 def records(model: fx.GraphModule | ExportedProgram) -> dict[str, dict[str, Any]]:
@@ -220,8 +243,8 @@ def records(model: fx.GraphModule | ExportedProgram) -> dict[str, dict[str, Any]
     return out
 
 
-def evaluate(host: Host, node: fx.Node) -> Tensor:
-    """The value of a node that depends on parameters alone, such as a core."""
+def evaluate(host: Host, found: Inserted) -> Factor:
+    """The factor with values for its nodes, which depend on parameters alone."""
     readers = host.readers()
 
     @functools.cache  # a guard squares a matrix again and again
@@ -235,7 +258,7 @@ def evaluate(host: Host, node: fx.Node) -> Tensor:
         return source.target(*args, **kwargs)
 
     with torch.no_grad():
-        return value(node)
+        return Factor(found.factor.op, fx.node.map_arg(found.factor.operands, value))
 
 
 def _locate(host: Host, plan: Plan) -> list[tuple[Site, list[Use]]]:
@@ -264,32 +287,35 @@ def _locate(host: Host, plan: Plan) -> list[tuple[Site, list[Use]]]:
     return located
 
 
-def _add_core(host: Host, plan: Plan, site: Site, name: str) -> fx.Node:
-    """Adds a site's parameter and the nodes that make its core from it."""
+def _add_factors(host: Host, plan: Plan, site: Site, name: str) -> tuple[Factor, ...]:
+    """Adds a site's parameters and the nodes that make the operands of its factors from them."""
     spec = plan.spec_of(site)
     device = host.parameters()[site.weight].device
     rotation = Rotation(spec, site.in_features, device, plan.seed_of(site))
-    functional = site.kind == "functional"
-    theta = host.add(f"{parameter_path(site.weight, name, functional)}.theta", rotation.theta)
+    path = parameter_path(site.weight, name, site.kind == "functional")
+    added = [host.add(f"{path}.{leaf}", value) for leaf, value in rotation.named_parameters()]
     graph = host.module.graph
-    traced = _traced_core(spec, site.in_features, device)
-    values: dict[fx.Node, fx.Node] = {}
+    traced = _traced_cores(spec, site.in_features, device)
+    values = dict(zip(traced.find_nodes(op="placeholder"), added, strict=True))
     with graph.inserting_before(_first_call(graph)):
-        for node in traced.nodes:
-            if node.op == "placeholder":
-                values[node] = theta
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = call(graph, node.target, *args, **kwargs)
-    (result,) = traced.find_nodes(op="output")[0].args
-    return values[result]
+        for node in (node for node in traced.nodes if node.op == "call_function"):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = call(graph, node.target, *args, **kwargs)
+    (cores,) = traced.find_nodes(op="output")[0].args
+    return method_of(spec).factors([values[core] for core in cores], spec)
 
 
 @functools.cache
-def _traced_core(spec: OFT, width: int, device: torch.device) -> fx.Graph:
-    """`rotations.oft.core` as a graph: one cayley node, and a few more where a guard is on."""
-    theta = torch.zeros(oft.shape(spec, width), dtype=spec.dtype, device=device)
-    graph = make_fx(lambda theta: oft.core(theta, spec))(theta).graph
+def _traced_cores(spec: Spec, width: int, device: torch.device) -> fx.Graph:
+    """A method's `cores` as a graph: for OFT one cayley node, and a few more with a guard on."""
+    method = method_of(spec)
+    shapes = method.shapes(spec, width)
+
+    def cores(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return method.cores(dict(zip(shapes, tensors, strict=True)), spec)
+
+    zeros = [torch.zeros(shape, dtype=spec.dtype, device=device) for shape in shapes.values()]
+    graph = make_fx(cores)(*zeros).graph
     graph.eliminate_dead_code()
     return graph
 

@@ -20,9 +20,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from oftfx import ops
-from oftfx.rotations import oft
-from oftfx.spec import OFT
+from oftfx.ops.factor import Factor
+from oftfx.rotations import Method, method_of
+from oftfx.spec import Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
 CHILD = "oft"
@@ -41,7 +41,7 @@ class Rotation(nn.Module):
     """
 
     def __init__(
-        self, spec: OFT, width: int, device: torch.device, seed: int, readers: int = 1
+        self, spec: Spec, width: int, device: torch.device, seed: int, readers: int = 1
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -49,65 +49,87 @@ class Rotation(nn.Module):
         self.seed = seed
         self.readers = readers
         self.enabled = True
-        shape = oft.shape(spec, width)
-        self.theta = nn.Parameter(torch.empty(shape, dtype=spec.dtype, device=device))
-        self._cached: tuple[Any, Tensor, Tensor] | None = None
+        for name, shape in self.method.shapes(spec, width).items():
+            value = torch.empty(shape, dtype=spec.dtype, device=device)
+            trained = name not in self.method.FIXED
+            self.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+        self._cached: tuple[Any, Any, tuple[Tensor, ...]] | None = None
         self._rotated: tuple[Any, Any, Tensor, set[nn.Module]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Sets the initial values: the identity, or the spec's random start."""
+        generator = torch.Generator().manual_seed(self.seed)
+        start = self.method.start(self.spec, self.width, generator)
         with torch.no_grad():
-            if self.spec.init_std and self.theta.device.type != "meta":
-                generator = torch.Generator().manual_seed(self.seed)
-                values = torch.randn(self.theta.shape, generator=generator, dtype=torch.float64)
-                self.theta.copy_(values * self.spec.init_std)
-            else:
-                self.theta.zero_()
+            for name, parameter in self.named_parameters():
+                parameter.copy_(start[name])
 
-    def core(self) -> Tensor:
-        """The residual blocks, ``(n, b, b)``; kept between calls while no gradient is wanted."""
+    @property
+    def method(self) -> Method:
+        """The mathematics of its spec."""
+        return method_of(self.spec)
+
+    def cores(self) -> tuple[Tensor, ...]:
+        """What the factors are made of; kept between calls while no gradient is wanted."""
+        tensors: dict[str, Any] = self._parameters
         if torch.compiler.is_compiling():
-            return oft.core(self.theta, self.spec)
-        if torch.is_grad_enabled() and self.theta.requires_grad:
+            return self.method.cores(tensors, self.spec)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
             self._cached = None
-            return oft.core(self.theta, self.spec)
-        if not _traceable(self.theta):
-            return oft.core(self.theta, self.spec)
+            return self.method.cores(tensors, self.spec)
+        if not all(map(_traceable, tensors.values())):
+            return self.method.cores(tensors, self.spec)
         inference = torch.is_inference_mode_enabled()
-        key = (self.theta.data_ptr(), self.theta._version, self.theta.dtype, inference)
+        key = (inference, *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()))
         if self._cached is None or self._cached[0] != key:
-            # The storage is kept beside its address, so that it cannot be another's meanwhile.
-            self._cached = (key, self.theta.detach(), oft.core(self.theta, self.spec))
+            # The storages are kept beside their addresses, which cannot be another's meanwhile.
+            held = [tensor.detach() for tensor in tensors.values()]
+            self._cached = (key, held, self.method.cores(tensors, self.spec))
         return self._cached[2]
+
+    def factors(self) -> tuple[Factor, ...]:
+        """``M = F_1·F_2·…``, in the order x meets them."""
+        return self.method.factors(self.cores(), self.spec)
 
     def forward(self, x: Tensor, reader: nn.Module | None = None) -> Tensor:
         """``x·M``; sites that share this rotation and read the same x compute it once."""
         to = _autocast_dtype(x)
-        plain = self.readers == 1 or torch.compiler.is_compiling()
-        if plain or not (_traceable(x) and _traceable(self.theta)):
-            return ops.rotate(x if to is None else x.to(to), self.core())
-        key = (id(x), x._version, torch.is_grad_enabled(), to, id(self.theta), self.theta._version)
+        if self.readers == 1 or torch.compiler.is_compiling():
+            return self._rotate(x, to)
+        known: tuple[Any, ...] = (x, *self._parameters.values())
+        if not all(map(_traceable, known)):
+            return self._rotate(x, to)
+        key = (torch.is_grad_enabled(), to, *((id(t), t._version) for t in known))
         reader = self if reader is None else reader
         if self._rotated is None or self._rotated[0] != key or reader in self._rotated[3]:
             # A reader that asks again is in another forward, whose graph must be its own. What
             # the ids name is kept beside them, so that they cannot be another tensor's meanwhile.
-            rotated = ops.rotate(x if to is None else x.to(to), self.core())
-            self._rotated = (key, (x, self.theta), rotated, set())
+            self._rotated = (key, known, self._rotate(x, to), set())
         _, _, rotated, served = self._rotated
         served.add(reader)
         if len(served) == self.readers:
             self._rotated = None
         return rotated
 
+    def _rotate(self, x: Tensor, to: torch.dtype | None) -> Tensor:
+        if to is not None:
+            x = x.to(to)
+        for factor in self.factors():
+            x = factor(x)
+        return x
+
     def fold(self, weight: Tensor, layout: str) -> Tensor:
-        """``W Mᵀ`` block by block, in the weight's dtype or the core's, whichever is wider."""
-        core = self.core().mT
+        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider."""
+        cores = self.cores()
         # torch.promote_types would leave a node of its own in an exported graph.
-        wide = weight.to(max(weight.dtype, core.dtype, key=lambda dtype: dtype.itemsize))
-        return ops.rotate(wide, core) if layout == "out_in" else ops.rotate(wide.mT, core).mT
+        wide = weight.to(max(weight.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
+        rows = wide if layout == "out_in" else wide.mT
+        for factor in reversed(self.method.factors(cores, self.spec)):
+            rows = factor.transposed()(rows)
+        return rows if layout == "out_in" else rows.mT
 
     def extra_repr(self) -> str:
         """The width and the fields that differ from the defaults."""
@@ -139,9 +161,9 @@ class SharedRotation(nn.Module):
         """Whether the shared rotation is in use."""
         return self.rotation.enabled
 
-    def core(self) -> Tensor:
-        """The residual blocks."""
-        return self.rotation.core()
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors of the rotation."""
+        return self.rotation.factors()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``."""
@@ -184,7 +206,7 @@ def rotating(base: Class) -> type[nn.Module]:
     """The subclass of a linear layer's class that rotates its input.
 
     before                after
-    y = base(x)           x = rotate(x, cayley(theta))      once per adapter, in order
+    y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
                           y = base(x)
     """
 
@@ -280,7 +302,7 @@ def parameter_path(weight: str, name: str, functional: bool = False) -> str:
 def is_rotation(parameter: str, name: str | None = None) -> bool:
     """Whether a parameter of this name is a rotation's, of one adapter or of any."""
     which = r"\w+" if name is None else name
-    return re.fullmatch(rf"(.+\.)?{CHILD}\.{which}\.(\w+\.)?theta", parameter) is not None
+    return re.fullmatch(rf"(.+\.)?{CHILD}\.{which}\.(\w+\.)?\w+", parameter) is not None
 
 
 def site_name(owner: str, parameter: str) -> str:

@@ -16,9 +16,9 @@ from oftfx import match, modules, sites
 from oftfx.capture import Capture, Model, capture, unwrap
 from oftfx.errors import OftfxError, PlanError, SpecError
 from oftfx.match import Use
-from oftfx.rotations import oft
+from oftfx.rotations import method_of, num_trainable
 from oftfx.sites.matmul import Layout
-from oftfx.spec import ALL_LINEAR, OFT, Spec, Target, matches
+from oftfx.spec import ALL_LINEAR, Spec, Target, matches
 from oftfx.table import plan_table
 
 
@@ -112,11 +112,9 @@ class Plan:
         """Trainable numbers of all sites together."""
         return sum(site.num_trainable for site in self.sites)
 
-    def spec_of(self, site: Site) -> OFT:
+    def spec_of(self, site: Site) -> Spec:
         """The spec that holds at a site, overrides applied."""
-        spec = self.spec.at(site.rotation)
-        assert isinstance(spec, OFT)
-        return spec
+        return self.spec.at(site.rotation)
 
     def seed_of(self, site: Site) -> int:
         """Seed of a site's initial values: the same whatever else is adapted."""
@@ -365,7 +363,8 @@ def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "mod
         elif candidate.why_not:
             errors.append(f"{site.fqn}: {candidate.why_not}")
         else:
-            misfit = oft.misfit(_oft(spec, site), site.in_features)
+            at = spec.at(site.fqn)
+            misfit = method_of(at).misfit(at, site.in_features)
             if misfit:
                 errors.append(f"{site.fqn}: {misfit}")
             chosen.append(site)
@@ -415,24 +414,18 @@ def _near_misses(rule: Any, names: list[str]) -> str:
     return f"; near misses: {', '.join(listed)}." if close else f"; it has: {', '.join(listed)}."
 
 
-def _oft(spec: Spec, site: Site) -> OFT:
-    at = spec.at(site.fqn)
-    assert isinstance(at, OFT)
-    return at
-
-
 def _with_parameters(chosen: list[Site], spec: Spec) -> tuple[Site, ...]:
     """Decides which site holds each rotation and counts its parameters."""
     holders: dict[int, Site] = {}
     out = []
     for site in chosen:
         holder = holders.setdefault(site.group, site) if spec.share_inputs else site
-        if _oft(spec, holder) != _oft(spec, site):
+        at = spec.at(holder.fqn)
+        if at != spec.at(site.fqn):
             raise PlanError(
                 f"share_inputs: {site.fqn} and {holder.fqn} read the same tensor, but overrides "
                 "give them different fields; give both the same, or exclude one."
             )
-        n, k = oft.shape(_oft(spec, holder), site.in_features)
-        held = n * k if holder is site else 0
+        held = num_trainable(at, site.in_features) if holder is site else 0
         out.append(dataclasses.replace(site, rotation=holder.fqn, num_trainable=held))
     return tuple(out)

@@ -62,7 +62,7 @@ def thetas(model: Model) -> dict[str, nn.Parameter]:
     They are the parameters' own, but that `oft.NAME.weight.theta` reads `oft.NAME.theta`: whether a
     weight called "weight" belongs to a layer or is used as it is, not every tracer can tell.
     """
-    own = re.compile(rf"({CHILD}\.\w+)\.weight(\.theta)$")
+    own = re.compile(rf"({CHILD}\.\w+)\.weight(\.\w+)$")
     return {own.sub(r"\1\2", name): value for name, value in named_parameters(model).items()}
 
 

@@ -258,7 +258,7 @@ def test_the_reported_orthogonality_error_is_the_real_one(fields, low, high):
     model, _ = adapted("module", "mlp", spec=spec)
     real = {}
     for fqn, rotation in oftfx.modules.rotations(model):
-        r = rotation.core().detach() + torch.eye(4, dtype=torch.float64)
+        r = rotation.cores()[0].detach() + torch.eye(4, dtype=torch.float64)
         defect = r.mT @ r - torch.eye(4, dtype=torch.float64)
         real[fqn] = float(torch.linalg.matrix_norm(defect, ord=2).max())
     _, report = oftfx.merge(model, report=True)

@@ -232,7 +232,7 @@ def test_a_tensor_written_to_between_two_sharers_is_rotated_anew():
     shared = oftfx.adapt(layer, plan)
     x = rows()
     with torch.no_grad():
-        core = shared.a.oft.default.core()
+        (core,) = shared.a.oft.default.cores()
         turned = [torch.ops.oftfx.rotate(x * scale, core) for scale in (1, 2)]
         base = [
             nn.functional.linear(t, m.weight, m.bias)

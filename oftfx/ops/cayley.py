@@ -14,23 +14,24 @@ def cayley(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # n
     """``R − I`` of every block, by the series of the given order or exactly.
 
     Args:
-        theta: (n, b(b−1)/2), the strict upper triangles.
+        theta: (…, b(b−1)/2), the strict upper triangles.
         block_size: b.
         order: k of the Cayley–Neumann series; None for the exact Cayley transform.
 
     Returns:
-        (n, b, b), float32 (float64 for float64 parameters): a core keeps its digits even where
+        (…, b, b), float32 (float64 for float64 parameters): a core keeps its digits even where
         parameters and activations are stored in less.
     """
     known = _layout(block_size, theta.device)
-    q = maths.skew(theta.to(_core_dtype(theta)), block_size, known)
-    return maths.exact(q) if order is None else maths.neumann(q, order)
+    q = maths.skew(theta.flatten(0, -2).to(_core_dtype(theta)), block_size, known)
+    core = maths.exact(q) if order is None else maths.neumann(q, order)
+    return core.view(*theta.shape[:-1], block_size, block_size)
 
 
 @cayley.register_fake
 def _(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
     torch._check(theta.shape[-1] == block_size * (block_size - 1) // 2)
-    return theta.new_empty(theta.shape[0], block_size, block_size, dtype=_core_dtype(theta))
+    return theta.new_empty(*theta.shape[:-1], block_size, block_size, dtype=_core_dtype(theta))
 
 
 @torch.library.custom_op("oftfx::cayley_grad", mutates_args=())
@@ -40,7 +41,7 @@ def cayley_grad(
     block_size: int,
     order: Optional[int],  # noqa: UP045
 ) -> Tensor:
-    """Gradient of [`cayley`][oftfx.ops.cayley]: (n, b, b) to theta's shape and dtype."""
+    """Gradient of [`cayley`][oftfx.ops.cayley]: (…, b, b) to theta's shape and dtype."""
     return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
 
 
@@ -56,12 +57,13 @@ def _gradient(
     order: int | None,
     known: maths.Layout | None = None,
 ) -> Tensor:
-    q = maths.skew(theta.to(grad.dtype), block_size, known)
+    q = maths.skew(theta.flatten(0, -2).to(grad.dtype), block_size, known)
+    grad = grad.flatten(0, -3)
     if order is None:
         grad_q = maths.exact_grad(maths.exact(q), grad)
     else:
         grad_q = maths.neumann_grad(q, order, grad)
-    return maths.skew_grad(grad_q, known).to(theta.dtype)
+    return maths.skew_grad(grad_q, known).to(theta.dtype).view(theta.shape)
 
 
 @functools.cache

@@ -1,1 +1,62 @@
-"""The mathematics: pure functions of tensors, which know nothing of graphs or modules."""
+"""The mathematics: pure functions of tensors, which know nothing of graphs or modules.
+
+Every method is one product ``M = ∏ (I + Pᵀ(T − I)P)``; its file says which parameters a site has,
+the cores made from them, and the factors made from the cores.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from oftfx.ops.factor import Factor
+from oftfx.rotations import oft
+from oftfx.spec import OFT, Spec
+
+
+class Method(Protocol):
+    """What a method's file defines.
+
+    ``tensors`` are a site's parameters by name. ``cores`` and ``health`` take any number of leading
+    axes, over which sites of equal shapes are batched.
+
+    Attributes:
+        FIXED: Names of the tensors that are kept with a rotation but never trained.
+    """
+
+    FIXED: frozenset[str]
+
+    def shapes(self, spec: Any, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of a site whose input has this width."""
+
+    def misfit(self, spec: Any, width: int) -> str | None:
+        """Why this spec cannot rotate an input of this width, and what would; None when it can."""
+
+    def start(self, spec: Any, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initial values of the parameters, on the CPU."""
+
+    def cores(self, tensors: Mapping[str, Tensor], spec: Any) -> tuple[Tensor, ...]:
+        """The tensors that the factors take, at least float32: all the work on parameters."""
+
+    def factors(self, cores: Sequence[Any], spec: Any) -> tuple[Factor, ...]:
+        """The factors of one site in the order x meets them; ``cores`` may be graph nodes."""
+
+    def health(self, tensors: Mapping[str, Tensor], spec: Any) -> tuple[Tensor, Tensor]:
+        """‖Q‖₂ and ‖MᵀM − I‖₂ of the worst factor of each site."""
+
+
+_METHODS: dict[type[Spec], Method] = {OFT: oft}
+
+
+def method_of(spec: Spec) -> Method:
+    """The mathematics of a spec."""
+    return _METHODS[type(spec)]
+
+
+def num_trainable(spec: Spec, width: int) -> int:
+    """How many numbers a site of this width trains."""
+    method = method_of(spec)
+    shapes = method.shapes(spec, width)
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in method.FIXED)

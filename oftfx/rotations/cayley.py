@@ -2,7 +2,7 @@
 
 Conventions of the whole package: a block's parameters are the strict upper triangle of U, row by
 row, ``Q = U − Uᵀ``, and a *core* is ``T − I``, so that the identity is exactly zero in every dtype.
-All functions are batched over the leading axis of blocks, n.
+All functions are batched: the series over one leading axis, the others over any number.
 """
 
 import math
@@ -40,16 +40,16 @@ def layout(block_size: int, device: torch.device) -> Layout:
 
 
 def skew(theta: Tensor, block_size: int, known: Layout | None = None) -> Tensor:
-    """Unpacks ``(n, b(b−1)/2)`` parameters to skew matrices ``(n, b, b)``."""
+    """Unpacks ``(…, b(b−1)/2)`` parameters to skew matrices ``(…, b, b)``."""
     place, sign, _ = known or layout(block_size, theta.device)
     # A gather, not a scatter: exported graphs hold functional ops only.
-    return theta[:, place] * sign.to(theta.dtype)
+    return theta[..., place] * sign.to(theta.dtype)
 
 
 def skew_grad(grad: Tensor, known: Layout | None = None) -> Tensor:
-    """Gradient of [`skew`][oftfx.rotations.cayley.skew]: ``(n, b, b)`` to ``(n, b(b−1)/2)``."""
+    """Gradient of [`skew`][oftfx.rotations.cayley.skew]: ``(…, b, b)`` to ``(…, b(b−1)/2)``."""
     _, _, upper = known or layout(grad.shape[-1], grad.device)
-    return (grad - grad.mT).flatten(1)[:, upper]
+    return (grad - grad.mT).flatten(-2)[..., upper]
 
 
 def neumann(q: Tensor, order: int) -> Tensor:
@@ -99,7 +99,7 @@ def exact_grad(core: Tensor, grad: Tensor) -> Tensor:
 
 
 def spectral_norm(q: Tensor, squarings: int = 8) -> Tensor:
-    """``‖Q‖₂`` of skew matrices ``(n, b, b)`` to within 0.7 % at b = 64, never below it.
+    """``‖Q‖₂`` of skew matrices ``(…, b, b)`` to within 0.7 % at b = 64, never below it.
 
     The singular values of a skew matrix come in pairs, so ``‖Q‖₂^{2p} ≤ tr((QᵀQ)^p)/2``; squaring
     ``QᵀQ`` repeatedly makes that tight (a factor of at most ``(b/2)^{1/2p}``). Matmuls only:

@@ -1,17 +1,23 @@
 """OFT: a block-diagonal rotation, the parameters of each block a skew matrix."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from oftfx import ops
+from oftfx.ops.factor import Factor
 from oftfx.rotations import cayley
 from oftfx.spec import OFT
 
+FIXED: frozenset[str] = frozenset()
 
-def shape(spec: OFT, width: int) -> tuple[int, int]:
+
+def shapes(spec: OFT, width: int) -> dict[str, tuple[int, ...]]:
     """Shape of a site's parameters: ``(width/b, b(b−1)/2)``."""
     b = spec.block_size
-    return width // b, b * (b - 1) // 2
+    return {"theta": (width // b, b * (b - 1) // 2)}
 
 
 def misfit(spec: OFT, width: int) -> str | None:
@@ -24,14 +30,39 @@ def misfit(spec: OFT, width: int) -> str | None:
     return f"block_size={b} does not divide its input width {width} (near divisors: {near})"
 
 
+def start(spec: OFT, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The identity, or skew entries of the spec's standard deviation."""
+    shape = shapes(spec, width)["theta"]
+    if not spec.init_std:
+        return {"theta": torch.zeros(shape)}
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return {"theta": values * spec.init_std}
+
+
+def cores(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor]:
+    """The residual blocks ``R_i − I``, ``(…, n, b, b)``, at least float32."""
+    return (core(tensors["theta"], spec),)
+
+
+def factors(cores: Sequence[Any], spec: OFT) -> tuple[Factor]:
+    """One block-diagonal factor."""
+    return (Factor(torch.ops.oftfx.rotate.default, (cores[0],)),)
+
+
+def health(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor, Tensor]:
+    """‖Q‖₂ and, by the error law, ‖RᵀR − I‖₂ of the worst block."""
+    norms = norm(tensors["theta"], spec)
+    return norms.amax(-1), orthogonality_error(norms, spec).amax(-1)
+
+
 def core(theta: Tensor, spec: OFT) -> Tensor:
-    """The residual blocks ``R_i − I``, ``(n, b, b)``, at least float32."""
+    """The residual blocks ``R_i − I``, ``(…, n, b, b)``, at least float32."""
     b, order = spec.block_size, None if spec.exact else spec.order
     if spec.guard is None or spec.exact:
         return ops.cayley(theta, b, order)
 
     norm = cayley.spectral_norm(cayley.skew(theta.detach().float(), b))
-    outside = (norm > cayley.DISC)[:, None]
+    outside = (norm > cayley.DISC)[..., None]
     if spec.guard == "exact":
         return torch.where(
             outside[..., None], ops.cayley(theta, b, None), ops.cayley(theta, b, order)
@@ -39,11 +70,11 @@ def core(theta: Tensor, spec: OFT) -> Tensor:
     # The inner where keeps the norm's gradient finite for the blocks that are not rescaled.
     safe = torch.where(outside, theta, torch.ones_like(theta))
     scale = cayley.DISC / cayley.spectral_norm(cayley.skew(safe, b))
-    return ops.cayley(torch.where(outside, theta * scale[:, None], theta), b, order)
+    return ops.cayley(torch.where(outside, theta * scale[..., None], theta), b, order)
 
 
 def norm(theta: Tensor, spec: OFT) -> Tensor:
-    """``‖Q_i‖₂`` per block, ``(n,)``, of the skew matrices the core is made from."""
+    """``‖Q_i‖₂`` per block, ``(…, n)``, of the skew matrices the core is made from."""
     value = cayley.spectral_norm(cayley.skew(theta, spec.block_size))
     return value.clamp_max(cayley.DISC) if spec.guard == "rescale" and not spec.exact else value
 

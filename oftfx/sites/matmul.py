@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import fx
 
-from oftfx import ops  # noqa: F401  (registers torch.ops.oftfx)
+from oftfx.ops.factor import MAPS
 
 Layout = Literal["out_in", "in_out"]
 """How a weight is stored: (out, in) as `Linear` does, or (in, out)."""
@@ -87,7 +87,7 @@ _SWAPS = {
 }
 _ATTRIBUTES = ("T", "mT", "H", "mH")
 _CASTS = {
-    torch.ops.oftfx.rotate.default,  # another adapter's: the base is what is matched
+    *MAPS,  # another adapter's: the base is what is matched
     aten._to_copy.default,
     aten.to.dtype,
     aten.to.dtype_layout,
@@ -110,7 +110,7 @@ _CASTS = {
     "clone",
 }
 _VIEWS = {
-    torch.ops.oftfx.rotate.default,
+    *MAPS,
     torch.reshape,
     torch.flatten,
     aten.view.default,

@@ -26,7 +26,7 @@ def defects(core: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("width", "b"), [(64, 32), (12, 4), (6, 2), (9, 3), (7, 7)])
 def test_every_block_has_its_strict_upper_triangle(width, b):
-    assert oft.shape(OFT(block_size=b), width) == (width // b, b * (b - 1) // 2)
+    assert oft.shapes(OFT(block_size=b), width) == {"theta": (width // b, b * (b - 1) // 2)}
     assert oft.misfit(OFT(block_size=b), width) is None
 
 
