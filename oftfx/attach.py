@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from oftfx.bank import Bank
 from oftfx.errors import PlanError
 from oftfx.modules import (
     CHILD,
@@ -23,6 +24,7 @@ from oftfx.modules import (
 from oftfx.plan import Plan, Site
 
 RECORD = "_oftfx"
+BANK = "_oftfx_bank"
 
 
 @dataclass
@@ -74,6 +76,7 @@ def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
             held[site.fqn] = _rotation(model, plan, site)
             _place(model, site, name, held[site.fqn])
     vars(model)[RECORD] = {**records, name: Record(plan, trained)}
+    _open_bank(model)
     return model
 
 
@@ -99,6 +102,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 parameter.requires_grad_(parameter_name in trained)
     if not records:
         vars(model).pop(RECORD, None)
+    _open_bank(model)
     return model
 
 
@@ -114,6 +118,14 @@ def record_holder(model: nn.Module, name: str | None = None) -> dict[str, Record
         which = "" if name is None else f" {name!r}"
         raise PlanError(f"{type(model).__name__} has no adapter{which}; {has}.")
     return records
+
+
+def _open_bank(model: nn.Module) -> None:
+    """Gives the model a bank of the rotations it has now."""
+    if (old := vars(model).pop(BANK, None)) is not None:
+        old.remove()
+    if found := [rotation for _, rotation in rotations(model)]:
+        vars(model)[BANK] = Bank(model, found)
 
 
 def _owner(model: nn.Module, site: Site) -> tuple[nn.Module, str]:

@@ -15,7 +15,7 @@ import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ from oftfx.spec import Spec
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
 CHILD = "oft"
 """Name of the child that holds a module's rotations, by adapter name."""
+
+
+class Given(Protocol):
+    """Cores that were built for a rotation beforehand, with those of others."""
+
+    def take(self, tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
+        """The cores, if they are those of these parameters and may be used now."""
 
 
 class Rotation(nn.Module):
@@ -49,10 +56,12 @@ class Rotation(nn.Module):
         self.seed = seed
         self.readers = readers
         self.enabled = True
-        for name, shape in self.method.shapes(spec, width).items():
+        self.shapes = self.method.shapes(spec, width)
+        for name, shape in self.shapes.items():
             value = torch.empty(shape, dtype=spec.dtype, device=device)
             trained = name not in self.method.FIXED
             self.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+        self.given: Given | None = None
         self._cached: tuple[Any, Any, tuple[Tensor, ...]] | None = None
         self._rotated: tuple[Any, Any, Tensor, set[nn.Module]] | None = None
         self.reset_parameters()
@@ -70,17 +79,22 @@ class Rotation(nn.Module):
         """The mathematics of its spec."""
         return method_of(self.spec)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parameters by name, as whoever manages them left them for this forward."""
+        return {name: getattr(self, name) for name in self.shapes}
+
     def cores(self) -> tuple[Tensor, ...]:
         """What the factors are made of; kept between calls while no gradient is wanted."""
-        tensors: dict[str, Any] = self._parameters
+        tensors = self.tensors()
         if torch.compiler.is_compiling():
             return self.method.cores(tensors, self.spec)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
             self._cached = None
-            return self.method.cores(tensors, self.spec)
-        if not all(map(_traceable, tensors.values())):
+            given = None if self.given is None else self.given.take(list(tensors.values()))
+            return given or self.method.cores(tensors, self.spec)
+        if not all(map(traceable, tensors.values())):
             return self.method.cores(tensors, self.spec)
         inference = torch.is_inference_mode_enabled()
         key = (inference, *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()))
@@ -99,8 +113,8 @@ class Rotation(nn.Module):
         to = _autocast_dtype(x)
         if self.readers == 1 or torch.compiler.is_compiling():
             return self._rotate(x, to)
-        known: tuple[Any, ...] = (x, *self._parameters.values())
-        if not all(map(_traceable, known)):
+        known = (x, *self.tensors().values())
+        if not all(map(traceable, known)):
             return self._rotate(x, to)
         key = (torch.is_grad_enabled(), to, *((id(t), t._version) for t in known))
         reader = self if reader is None else reader
@@ -137,11 +151,11 @@ class Rotation(nn.Module):
         return ", ".join(filter(None, (f"width={self.width}", fields)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotation":
-        self._cached = self._rotated = None
+        self.given = self._cached = self._rotated = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cached": None, "_rotated": None}
+        return {**super().__getstate__(), "given": None, "_cached": None, "_rotated": None}
 
 
 class SharedRotation(nn.Module):
@@ -184,7 +198,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _traceable(tensor: Tensor) -> bool:
+def traceable(tensor: Tensor) -> bool:
     """Whether a tensor has a version that tells its changes: not in inference mode or vmap."""
     return not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 

@@ -1,0 +1,136 @@
+"""All cores of a model in one launch per forward, instead of one per layer.
+
+    before                                  after, at the start of the model's forward
+    layer 1: C_1 = cayley(theta_1) …        C = cayley(stack(theta_1 … theta_n)), once a width
+    layer n: C_n = cayley(theta_n) …        layer i: C_i = C[i] …
+
+A layer builds its own core wherever it cannot take this one: called by itself, compiled, under
+functorch, sharded, or in a region that is recomputed with a graph of its own.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from oftfx.modules import Rotation, traceable
+
+
+class Bank:
+    """Hands every rotation of a model its cores while the model's forward runs.
+
+    Args:
+        root: The model whose forward opens the bank.
+        rotations: Its rotations.
+    """
+
+    def __init__(self, root: nn.Module, rotations: Iterable[Rotation]) -> None:
+        self.root = root
+        self.rotations = list(rotations)
+        self.useful = True
+        self.handed: list[Given] = []
+        self.handles: tuple[RemovableHandle, ...] = (
+            root.register_forward_pre_hook(self.fill),
+            root.register_forward_hook(self.close, always_call=True),
+        )
+
+    def fill(self, root: nn.Module, args: Any) -> None:
+        """Builds the cores of every rotation that is in use; a forward pre-hook."""
+        if torch.compiler.is_compiling():
+            return
+        self.clear()
+        # A data-parallel replica calls the same hook with rotations of its own.
+        if root is not self.root or not (self.useful and torch.is_grad_enabled()):
+            return
+        batches: dict[Any, list[Rotation]] = {}
+        for rotation in self.rotations:
+            if rotation.enabled and _ready(rotation):
+                tensors = rotation.tensors().values()
+                key = (rotation.spec, *((t.shape, t.dtype, t.device) for t in tensors))
+                batches.setdefault(key, []).append(rotation)
+        for members in batches.values():
+            if len(members) > 1:
+                self.handed += _build(members)
+
+    def close(self, root: nn.Module, args: Any, output: Any) -> None:
+        """Ends the forward; a forward hook. Gives up where compiled layers build their own."""
+        if torch.compiler.is_compiling():
+            return
+        for given in self.handed:
+            given.open = False
+        if self.handed:
+            self.useful = any(given.taken for given in self.handed)
+
+    def clear(self) -> None:
+        """Lets go of the cores handed out before."""
+        self.handed.clear()
+        for rotation in self.rotations:
+            rotation.given = None
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        self.clear()
+        for handle in self.handles:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "handed": []}
+
+
+class Given:
+    """One rotation's share of a bank.
+
+    Attributes:
+        tensors: The parameters it was made from, with their versions.
+        cores: Its cores, which carry the gradient to the parameters.
+        open: Whether the forward it was made for still runs.
+        taken: Whether the rotation used it in that forward, with gradient.
+    """
+
+    def __init__(self, tensors: list[Tensor], cores: tuple[Tensor, ...]) -> None:
+        self.tensors = [(tensor, tensor._version) for tensor in tensors]
+        self.cores = cores
+        self.open = True
+        self.taken = False
+
+    def take(self, tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
+        """The cores, if they may be used now."""
+        if not (self.open or (self.taken and _running_again())):
+            return None
+        for (tensor, version), now in zip(self.tensors, tensors, strict=True):
+            if now is not tensor or now._version != version:
+                return None
+        self.taken = True
+        return self.cores
+
+
+def _running_again() -> bool:
+    """Whether a checkpointed region is run again to find the tensors that its graph saved.
+
+    Only then does its graph hang on the cores of the forward. Reentrant checkpointing also runs a
+    region again while a backward runs, but for a graph of its own, and watches no saved tensors.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _ready(rotation: Rotation) -> bool:
+    """Whether its parameters are plain tensors: not sharded, flattened, wrapped or on `meta`."""
+    for name, tensor in rotation.tensors().items():
+        plain = type(tensor) in (Tensor, nn.Parameter) and traceable(tensor)
+        if not plain or tensor.is_meta or tuple(tensor.shape) != rotation.shapes[name]:
+            return False
+    return any(tensor.requires_grad for tensor in rotation.tensors().values())
+
+
+def _build(members: list[Rotation]) -> Iterator[Given]:
+    """Builds the cores of rotations of one spec and shape, and gives each its share."""
+    held = [rotation.tensors() for rotation in members]
+    stacked = {name: torch.stack([tensors[name] for tensors in held]) for name in held[0]}
+    cores = members[0].method.cores(stacked, members[0].spec)
+    shares = zip(*(core.unbind() for core in cores), strict=True)
+    for rotation, tensors, share in zip(members, held, shares, strict=True):
+        rotation.given = given = Given(list(tensors.values()), share)
+        yield given

@@ -1,0 +1,150 @@
+"""Cores built together are those that each layer would build, wherever a layer is called."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import oftfx
+from oftfx import OFT, testing
+from oftfx.modules import rotations
+from tests.small import llama, rows, small, tokens
+from tests.test_modules import ran
+
+SPEC = OFT(block_size=4, init_std=0.2)
+
+
+@pytest.fixture
+def model():
+    return oftfx.adapt(llama(torch.float64), SPEC)
+
+
+def alone(model):
+    """The same model, whose layers build their own cores."""
+    twin = copy.deepcopy(model)
+    vars(twin)["_oftfx_bank"].remove()
+    return twin
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        OFT(block_size=4, init_std=0.2, share_inputs=True),
+        OFT(block_size=4, init_std=0.5, guard="rescale"),
+        OFT(block_size=4, init_std=0.5, guard="exact"),
+        OFT(block_size=4, init_std=0.2, overrides={"q_proj": {"block_size": 8, "order": 3}}),
+        OFT(block_size=4, init_std=0.2, overrides={"up_proj": {"dtype": torch.bfloat16}}),
+    ],
+    ids=lambda spec: str(spec.to_json()),
+)
+def test_gives_what_each_layer_would_build(spec):
+    model = oftfx.adapt(llama(torch.float64), spec)
+    testing.assert_same_function(model, alone(model), tokens())
+
+
+def test_builds_one_core_for_every_width(model):
+    assert ran(model, tokens()["input_ids"]) == (2, 14)  # of 14 layers, two read 96 features
+    assert ran(alone(model), tokens()["input_ids"]) == (14, 14)
+
+
+def test_a_layer_called_by_itself_builds_its_own(model):
+    layer = model.model.layers[0].mlp
+    x = torch.randn(3, 64, dtype=torch.float64)
+    for _ in range(2):  # also after a forward of the model, whose graph is gone
+        assert ran(layer, x) == (3, 3)
+        layer(x).sum().backward()
+        model(**tokens()).logits.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_regions_that_run_again(reentrant):
+    model = oftfx.adapt(small("attention"), SPEC, example_inputs=rows())
+
+    class Twice(torch.nn.Module):
+        """A region that is recomputed, between two calls of the model that are not."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            x = self.inner(x)
+            return self.inner(checkpoint(self.inner, x, use_reentrant=reentrant))
+
+    outer = oftfx.adapt(Twice(), SPEC, "outer", rows())
+    plain = copy.deepcopy(outer)
+    plain.forward = lambda x: plain.inner(plain.inner(plain.inner(x)))
+    testing.assert_same_function(outer, plain, rows())
+
+
+def test_every_checkpointed_layer_in_either_way(model):
+    for reentrant in (False, True):
+        twin = copy.deepcopy(model).train()
+        kwargs = {"use_reentrant": reentrant}
+        twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        twin.enable_input_require_grads()
+        testing.assert_same_function(twin, model, tokens())
+        testing.assert_same_function(twin, model, tokens())
+
+
+def test_two_forwards_before_one_backward(model):
+    a, b = tokens(seed=1), tokens(seed=2)
+    both = {}
+    for twin in (model, alone(model)):
+        loss = twin(**a).logits.sin().sum() + twin(**b).logits.cos().sum()
+        both[twin] = torch.autograd.grad(loss, oftfx.parameters(twin))
+    for ours, theirs in zip(*both.values(), strict=True):
+        testing.assert_close(ours, theirs, "gradient")
+
+
+def test_a_disabled_or_frozen_adapter_builds_nothing(model):
+    ids = tokens()["input_ids"].requires_grad_(False)
+    with oftfx.disabled(model):
+        assert ran(model, ids) == (0, 0)
+    for _, rotation in rotations(model):
+        rotation.theta.requires_grad_(False)
+    ran(model, ids)
+    assert ran(model, ids) == (0, 14)
+
+
+def test_parameters_replaced_for_one_call_are_those_that_count(model):
+    values = {name: value.detach() * 2 for name, value in testing.thetas(model).items()}
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in oftfx.parameters(twin):
+            value.mul_(2)
+    called = torch.func.functional_call(model, values, (), tokens()).logits
+    testing.assert_close(called.detach(), twin(**tokens()).logits.detach(), "output")
+
+
+def test_a_change_between_two_layers_is_seen(model):
+    def double(module, args):
+        with torch.no_grad():
+            for _, rotation in rotations(model.model.layers[1]):
+                rotation.theta.mul_(2)
+
+    hook = model.model.layers[1].register_forward_pre_hook(double)
+    out = model(**tokens()).logits.detach()
+    hook.remove()
+    testing.assert_close(out, model(**tokens()).logits.detach(), "output")
+
+
+def test_gives_up_where_no_layer_takes_a_core(model, fresh_compiler):
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    ids = tokens()["input_ids"]
+    model(ids).logits.sum().backward()
+    assert not vars(model)["_oftfx_bank"].useful
+    assert ran(model, ids)[0] == 14
+
+
+def test_leaves_with_the_adapter(model):
+    oftfx.adapt(model, SPEC, "second")
+    assert len(vars(model)["_oftfx_bank"].rotations) == 28
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+    oftfx.remove(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert "_oftfx_bank" not in vars(model)
