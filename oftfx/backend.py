@@ -1,7 +1,7 @@
-"""`torch.compile(model, backend="oftfx")`: checks and counts the rotations, then inductor.
+"""`torch.compile(model, backend="oftfx")`: counts the rotations, runs the passes, then inductor.
 
-Counts land in Dynamo's own counters, `torch._dynamo.utils.counters["oftfx"]`: graphs, rotations
-and distinct cores.
+Counts land in Dynamo's own counters, `torch._dynamo.utils.counters["oftfx"]`: graphs, rotations,
+distinct cores, and under each pass's name how many ops it saved.
 """
 
 import logging
@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from oftfx.errors import OftfxWarning
 from oftfx.ops.factor import MAPS
+from oftfx.passes import PASSES
 from oftfx.sites import matmul
 
 log = logging.getLogger("oftfx")
@@ -34,7 +35,7 @@ def oftfx(
         graph: The graph Dynamo traced.
         example_inputs: Its inputs.
         mode: As for ``torch.compile`` with inductor.
-        options: Inductor's config patches.
+        options: ``{pass: False}`` leaves a pass out; the rest are inductor's config patches.
     """
     nodes = list(_nodes(graph))
     rotations = [node for node in nodes if node.target in MAPS]
@@ -50,7 +51,13 @@ def oftfx(
             OftfxWarning,
             stacklevel=2,
         )
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    given = dict(options or {})
+    wanted = [run for name, run in PASSES.items() if given.pop(name, True)]
+    for module in [m for m in graph.modules() if isinstance(m, fx.GraphModule)]:
+        for run in wanted:
+            counts[run.__name__] += run(module)
+        module.recompile()
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **given}
     inductor: Any = lookup_backend("inductor")
     compiled: Callable[..., Any] = inductor(graph, example_inputs, config_patches=patches)
     return compiled

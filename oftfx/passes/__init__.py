@@ -1,0 +1,17 @@
+"""Graph passes: each replaces oftfx's ops by cheaper ones that compute the same.
+
+A pass takes one `fx.GraphModule` of torch-level nodes, as Dynamo hands it to a backend, edits its
+graph in place, and returns how many ops it removed. It runs before autograd, whose formulas of the
+ops then give the backward, and before the compile caches, which so never see a graph without it.
+"""
+
+from collections.abc import Callable
+
+from torch import fx
+
+from oftfx.passes.batch_cores import batch_cores
+
+Pass = Callable[[fx.GraphModule], int]
+
+PASSES: dict[str, Pass] = {"batch_cores": batch_cores}
+"""Every pass by the name of its option, in the order they run."""

@@ -1,0 +1,52 @@
+"""All cores of a graph in one launch.
+
+    before                                  after
+    C_1 = cayley(theta_1, b, k)             C = cayley(cat(theta_1 … theta_n), b, k)
+    …                                       C_1, … C_n = split(C)
+    C_n = cayley(theta_n, b, k)
+
+for parameters of one block size, order, dtype and device that the graph reads as inputs.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+CAYLEY = torch.ops.oftfx.cayley.default
+
+
+def batch_cores(graph: fx.GraphModule) -> int:
+    """Batches every `oftfx::cayley` of inputs; returns how many ops that saved."""
+    batches: dict[Any, list[fx.Node]] = {}
+    for node in graph.graph.find_nodes(op="call_function", target=CAYLEY):
+        (theta,), (block_size, order) = node.all_input_nodes, node.args[1:]
+        value = theta.meta.get("example_value")
+        if theta.op in ("placeholder", "get_attr") and value is not None and value.dim() == 2:
+            kind = (block_size, order, value.dtype, value.device)
+            batches.setdefault(kind, []).append(node)
+    saved = 0
+    for (block_size, order, *_), nodes in batches.items():
+        if len(nodes) > 1:
+            _batch(graph.graph, nodes, block_size, order)
+            saved += len(nodes) - 1
+    return saved
+
+
+def _batch(graph: fx.Graph, nodes: list[fx.Node], block_size: int, order: int | None) -> None:
+    thetas = [node.all_input_nodes[0] for node in nodes]
+    sizes = [theta.meta["example_value"].shape[0] for theta in thetas]
+    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    for theta in thetas:
+        if theta.op == "get_attr":  # read where it was first used, perhaps far below
+            first.prepend(theta)
+    with graph.inserting_before(first):
+        stacked = graph.call_function(torch.cat, (thetas,))
+        core = graph.call_function(CAYLEY, (stacked, block_size, order))
+        shares = graph.call_function(torch.split, (core, sizes))
+        cores = [graph.call_function(operator.getitem, (shares, i)) for i in range(len(nodes))]
+    for node, share in zip(nodes, cores, strict=True):
+        share.meta = node.meta
+        node.replace_all_uses_with(share)
+        graph.erase_node(node)
