@@ -10,8 +10,9 @@ from collections.abc import Callable
 from torch import fx
 
 from oftfx.passes.batch_cores import batch_cores
+from oftfx.passes.group import group
 
 Pass = Callable[[fx.GraphModule], int]
 
-PASSES: dict[str, Pass] = {"batch_cores": batch_cores}
+PASSES: dict[str, Pass] = {"batch_cores": batch_cores, "group": group}
 """Every pass by the name of its option, in the order they run."""

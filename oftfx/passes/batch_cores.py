@@ -35,7 +35,8 @@ def batch_cores(graph: fx.GraphModule) -> int:
 
 
 def _batch(graph: fx.Graph, nodes: list[fx.Node], block_size: int, order: int | None) -> None:
-    thetas = [node.all_input_nodes[0] for node in nodes]
+    # Sites that share a rotation each ask for its core.
+    thetas = list(dict.fromkeys(node.all_input_nodes[0] for node in nodes))
     sizes = [theta.meta["example_value"].shape[0] for theta in thetas]
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     for theta in thetas:
@@ -45,8 +46,10 @@ def _batch(graph: fx.Graph, nodes: list[fx.Node], block_size: int, order: int | 
         stacked = graph.call_function(torch.cat, (thetas,))
         core = graph.call_function(CAYLEY, (stacked, block_size, order))
         shares = graph.call_function(torch.split, (core, sizes))
-        cores = [graph.call_function(operator.getitem, (shares, i)) for i in range(len(nodes))]
-    for node, share in zip(nodes, cores, strict=True):
+        cores = [graph.call_function(operator.getitem, (shares, i)) for i in range(len(thetas))]
+    by_theta = dict(zip(thetas, cores, strict=True))
+    for node in nodes:
+        share = by_theta[node.all_input_nodes[0]]
         share.meta = node.meta
         node.replace_all_uses_with(share)
         graph.erase_node(node)

@@ -1,0 +1,49 @@
+"""What may write to a tensor that already exists."""
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from oftfx.passes.effects import writes
+
+
+def node(op, target, *args, **kwargs):
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    return graph.create_node(op, target, (x, *args), kwargs)
+
+
+WRITING = [
+    node("call_method", "mul_", 2),
+    node("call_function", operator.iadd, 2),
+    node("call_function", operator.setitem, 0, 1.0),
+    node("call_function", torch.relu_),
+    node("call_function", F.relu, inplace=True),
+    node("call_function", torch.add, 1, out=node("call_method", "clone")),
+    node("call_function", torch.ops.aten.add_.Tensor, 1),
+    node("call_function", torch.ops.higher_order.cond, 1),
+    node("call_module", "layer"),
+]
+READING = [
+    node("call_method", "mul", 2),
+    node("call_method", "__getitem__", 0),
+    node("call_function", operator.add, 2),
+    node("call_function", operator.getitem, 0),
+    node("call_function", operator.invert),
+    node("call_function", F.relu, inplace=False),
+    node("call_function", torch.ops.aten.add.Tensor, 1),
+    node("call_function", torch.ops.oftfx.rotate.default, 1),
+    torch.fx.Graph().placeholder("x"),
+]
+
+
+@pytest.mark.parametrize("writing", WRITING, ids=str)
+def test_writes(writing):
+    assert writes(writing)
+
+
+@pytest.mark.parametrize("reading", READING, ids=str)
+def test_only_reads(reading):
+    assert not writes(reading)
