@@ -1,6 +1,7 @@
 """Plan → nn.Module: every site's module takes on the class that rotates its input."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from oftfx.modules import (
     rotations,
 )
 from oftfx.plan import Plan, Site
+from oftfx.readers import Readers
 
 RECORD = "_oftfx"
 BANK = "_oftfx_bank"
@@ -75,6 +77,7 @@ def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
         else:
             held[site.fqn] = _rotation(model, plan, site)
             _place(model, site, name, held[site.fqn])
+    _acquaint(model, plan, name)
     vars(model)[RECORD] = {**records, name: Record(plan, trained)}
     _open_bank(model)
     return model
@@ -175,10 +178,22 @@ def _rotation(model: nn.Module, plan: Plan, site: Site) -> Rotation:
     hook = vars(module).get("_hf_hook")
     if device.type == "meta" and hook is not None:  # offloaded: its weight is elsewhere
         device = torch.device(getattr(hook, "execution_device", None) or "cpu")
-    # A site that folds on the fly reads the core, never the rotated input.
-    rotators = (other for other in plan.sites if other.kind != "functional")
-    readers = max(1, sum(other.rotation == site.fqn for other in rotators))
-    return Rotation(plan.spec_of(site), site.in_features, device, plan.seed_of(site), readers)
+    return Rotation(plan.spec_of(site), site.in_features, device, plan.seed_of(site))
+
+
+def _acquaint(model: nn.Module, plan: Plan, name: str) -> None:
+    """Lets the rotations of one input tensor know of each other."""
+    groups: dict[int, list[Any]] = {}
+    for site in plan.sites:
+        if site.kind != "functional":  # which folds on the fly, and never rotates its input
+            adapters: Any = _owner(model, site)[0].oft
+            groups.setdefault(site.group, []).append(adapters[name])
+    for members in groups.values():
+        if len(members) > 1:
+            turns = {m: m.rotation if isinstance(m, SharedRotation) else m for m in members}
+            readers = Readers(turns)
+            for member in members:
+                member.readers = readers
 
 
 def _place(model: nn.Module, site: Site, name: str, rotation: Rotation | SharedRotation) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from oftfx.modules import Rotation, traceable
+from oftfx.modules import Rotation
+from oftfx.readers import traceable
 
 
 class Bank:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from oftfx.ops.factor import Factor
+from oftfx.readers import Readers, rotated, traceable
 from oftfx.rotations import Method, method_of
 from oftfx.spec import Spec
 
@@ -44,17 +45,14 @@ class Rotation(nn.Module):
         width: Width of the input.
         device: Where the parameters live.
         seed: Seeds the initial values when the spec asks for random ones.
-        readers: How many sites rotate the same tensor with it.
     """
 
-    def __init__(
-        self, spec: Spec, width: int, device: torch.device, seed: int, readers: int = 1
-    ) -> None:
+    def __init__(self, spec: Spec, width: int, device: torch.device, seed: int) -> None:
         super().__init__()
         self.spec = spec
         self.width = width
         self.seed = seed
-        self.readers = readers
+        self.readers: Readers | None = None
         self.enabled = True
         self.shapes = self.method.shapes(spec, width)
         for name, shape in self.shapes.items():
@@ -63,7 +61,6 @@ class Rotation(nn.Module):
             self.register_parameter(name, nn.Parameter(value, requires_grad=trained))
         self.given: Given | None = None
         self._cached: tuple[Any, Any, tuple[Tensor, ...]] | None = None
-        self._rotated: tuple[Any, Any, Tensor, set[nn.Module]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,32 +105,11 @@ class Rotation(nn.Module):
         """``M = F_1·F_2·…``, in the order x meets them."""
         return self.method.factors(self.cores(), self.spec)
 
-    def forward(self, x: Tensor, reader: nn.Module | None = None) -> Tensor:
-        """``x·M``; sites that share this rotation and read the same x compute it once."""
-        to = _autocast_dtype(x)
-        if self.readers == 1 or torch.compiler.is_compiling():
-            return self._rotate(x, to)
-        known = (x, *self.tensors().values())
-        if not all(map(traceable, known)):
-            return self._rotate(x, to)
-        key = (torch.is_grad_enabled(), to, *((id(t), t._version) for t in known))
-        reader = self if reader is None else reader
-        if self._rotated is None or self._rotated[0] != key or reader in self._rotated[3]:
-            # A reader that asks again is in another forward, whose graph must be its own. What
-            # the ids name is kept beside them, so that they cannot be another tensor's meanwhile.
-            self._rotated = (key, known, self._rotate(x, to), set())
-        _, _, rotated, served = self._rotated
-        served.add(reader)
-        if len(served) == self.readers:
-            self._rotated = None
-        return rotated
-
-    def _rotate(self, x: Tensor, to: torch.dtype | None) -> Tensor:
-        if to is not None:
-            x = x.to(to)
-        for factor in self.factors():
-            x = factor(x)
-        return x
+    def forward(self, x: Tensor) -> Tensor:
+        """``x·M``, in autocast's dtype where that is on."""
+        if self.readers is None or torch.compiler.is_compiling():
+            return rotated(x, self.factors())
+        return self.readers.rotate(self, x)
 
     def fold(self, weight: Tensor, layout: str) -> Tensor:
         """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider."""
@@ -151,11 +127,13 @@ class Rotation(nn.Module):
         return ", ".join(filter(None, (f"width={self.width}", fields)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotation":
-        self.given = self._cached = self._rotated = None
+        self.given = self._cached = None
+        if self.readers is not None:
+            self.readers.clear()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "given": None, "_cached": None, "_rotated": None}
+        return {**super().__getstate__(), "given": None, "_cached": None}
 
 
 class SharedRotation(nn.Module):
@@ -164,6 +142,7 @@ class SharedRotation(nn.Module):
     def __init__(self, rotation: Rotation) -> None:
         super().__init__()
         self._held = (rotation,)  # a tuple hides the module from the module tree
+        self.readers: Readers | None = None
 
     @property
     def rotation(self) -> Rotation:
@@ -181,26 +160,13 @@ class SharedRotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``."""
-        return self.rotation(x, self)
+        if self.readers is None or torch.compiler.is_compiling():
+            return self.rotation(x)
+        return self.readers.rotate(self, x)
 
     def fold(self, weight: Tensor, layout: str) -> Tensor:
         """``W Mᵀ``."""
         return self.rotation.fold(weight, layout)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What the matmul would cast x to anyway: rotating fewer bytes gives the same product."""
-    device = x.device.type
-    if device == "meta":  # which has no autocast, not even to ask about
-        return None
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def traceable(tensor: Tensor) -> bool:
-    """Whether a tensor has a version that tells its changes: not in inference mode or vmap."""
-    return not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 class Adapted(nn.Module):

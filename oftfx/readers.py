@@ -1,0 +1,130 @@
+"""Layers that read one tensor rotate it together, when the first of them asks.
+
+    before                          after
+    x_q = rotate(x, C_q)            x_q, x_k, x_v = rotate_group(x, [C_q, C_k, C_v])
+    x_k = rotate(x, C_k)
+    x_v = rotate(x, C_v)
+
+and layers that share a rotation use one rotated tensor. A compiled graph gets the same from the
+pass `group`.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from oftfx import ops
+from oftfx.ops.factor import Factor
+
+ROTATE = torch.ops.oftfx.rotate.default
+
+
+class Turns(Protocol):
+    """A rotation, as far as its readers are concerned."""
+
+    enabled: bool
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parameters."""
+
+    def factors(self) -> tuple[Factor, ...]:
+        """Its factors, in the order x meets them."""
+
+
+class Kept(NamedTuple):
+    """What the first reader of a tensor left for the others.
+
+    Attributes:
+        key: Which tensor and parameters it was made from, in which state.
+        held: Those tensors, so that the ids in the key cannot be others' meanwhile.
+        rotated: The rotated tensor, by rotation.
+        served: The readers that have had theirs.
+    """
+
+    key: Any
+    held: tuple[Tensor, ...]
+    rotated: dict[Turns, Tensor]
+    served: set[nn.Module]
+
+
+class Readers:
+    """The readers of one input tensor, each with the rotation it turns it by.
+
+    Args:
+        rotations: By reader; one that several share, or one each.
+    """
+
+    def __init__(self, rotations: dict[Any, Turns]) -> None:
+        self.rotations = rotations
+        self.useful = True
+        self._kept: Kept | None = None
+
+    def rotate(self, reader: nn.Module, x: Tensor) -> Tensor:
+        """The reader's rotated x, computed once for all that read it in this forward."""
+        own = self.rotations[reader]
+        turns = dict.fromkeys(self.rotations.values())
+        if len(turns) > 1 and not (self.useful and all(turn.enabled for turn in turns)):
+            return rotated(x, own.factors())
+        held = (x, *(tensor for turn in turns for tensor in turn.tensors().values()))
+        if not all(map(traceable, held)):
+            return rotated(x, own.factors())
+        versions = ((id(tensor), tensor._version) for tensor in held)
+        key = (torch.is_grad_enabled(), autocast_dtype(x), *versions)
+        if self._kept is None or self._kept.key != key or reader in self._kept.served:
+            # A reader that asks again is in another forward, whose graph must be its own.
+            if self._kept is not None and torch._C._current_graph_task_id() == -1:
+                self.useful = False  # the others did not come for theirs: they read something else
+            self._kept = Kept(key, held, together(x, list(turns)), set())
+        kept = self._kept
+        kept.served.add(reader)
+        if len(kept.served) == len(self.rotations):
+            self._kept = None
+        return kept.rotated[own]
+
+    def clear(self) -> None:
+        """Lets go of what was kept."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_kept": None}
+
+
+def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
+    """``x·M`` for several M, in one op where each is one block rotation of the same blocks."""
+    factors = [turn.factors() for turn in turns]
+    alike = {(f[0].op, len(f), len(f[0].operands), f[0].operands[0].shape) for f in factors}
+    ((op, count, operands, _), *others) = alike
+    if len(turns) > 1 and not others and (op, count, operands) == (ROTATE, 1, 1):
+        outs = ops.rotate_group(cast(x), [factor.operands[0] for (factor,) in factors])
+        return dict(zip(turns, outs, strict=True))
+    return {turn: rotated(x, own) for turn, own in zip(turns, factors, strict=True)}
+
+
+def rotated(x: Tensor, factors: tuple[Factor, ...]) -> Tensor:
+    """``x·F_1·F_2·…``, in autocast's dtype where that is on."""
+    x = cast(x)
+    for factor in factors:
+        x = factor(x)
+    return x
+
+
+def cast(x: Tensor) -> Tensor:
+    """Casts as the matmul would anyway: rotating fewer bytes gives the same product."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast x to before a matmul; None where it is off."""
+    device = x.device.type
+    if device == "meta":  # which has no autocast, not even to ask about
+        return None
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def traceable(tensor: Tensor) -> bool:
+    """Whether a tensor has a version that tells its changes: not in inference mode or vmap."""
+    return not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))

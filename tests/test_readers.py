@@ -1,0 +1,136 @@
+"""Layers that read one tensor rotate it together, with rotations of their own or a shared one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import oftfx
+from oftfx import OFT, testing
+from oftfx.modules import rotations
+from tests.small import llama, rows, small, tokens
+
+SPEC = OFT(block_size=4, init_std=0.2)
+
+
+class Ops(TorchDispatchMode):
+    """The names of oftfx's ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "oftfx" and "cayley" not in func.name():
+            self.ran.append(func.name().removeprefix("oftfx::"))
+        return func(*args, **(kwargs or {}))
+
+
+def ran(model, x) -> list[str]:
+    with Ops() as ops:
+        model(x)
+    return ops.ran
+
+
+def apart(model):
+    """The same model, whose layers know nothing of each other."""
+    twin = copy.deepcopy(model)
+    for _, rotation in rotations(twin):
+        rotation.readers = None
+    return twin
+
+
+def test_q_k_and_v_are_one_op_and_so_is_their_gradient():
+    model = oftfx.adapt(small("attention"), SPEC, example_inputs=rows())
+    with Ops() as ops:
+        model(rows()).sum().backward()
+    assert ops.ran == ["rotate_group", "rotate", "rotate_grad", "rotate_group_grad"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        OFT(block_size=4, init_std=0.2, overrides={"k_proj": {"block_size": 8}}),
+        OFT(block_size=4, init_std=0.2, overrides={"k_proj": {"dtype": torch.bfloat16}}),
+        OFT(block_size=4, init_std=0.2, exclude=["k_proj"]),
+    ],
+    ids=lambda spec: str(spec.to_json()),
+)
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_computes_what_each_layer_would(spec, reentrant):
+    model = oftfx.adapt(llama(torch.float64), spec)
+    twin = apart(model)
+    if reentrant is not None:
+        model.train()
+        kwargs = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.enable_input_require_grads()
+    for _ in range(2):
+        testing.assert_same_function(model, twin, tokens())
+
+
+def test_under_autocast():
+    model = oftfx.adapt(small("attention").float(), SPEC, example_inputs=rows(torch.float32))
+    x = rows(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ran(model, x) == ["rotate_group", "rotate"]
+        assert torch.equal(model(x), apart(model)(x))
+
+
+class Chooses(nn.Module):
+    """Reads its input with all of its layers, or with some."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8).double() for _ in range(3))
+        self.use = "abc"
+
+    def forward(self, x):
+        return sum(getattr(self, name)(x) for name in self.use)
+
+
+def test_gives_up_where_the_others_do_not_come_and_stays_right():
+    model = oftfx.adapt(Chooses(), SPEC, example_inputs=rows())
+    twin = apart(model)
+    assert ran(model, rows()) == ["rotate_group"]
+    for use in ("a", "ab", "abc", "ca"):
+        model.use = twin.use = use
+        testing.assert_same_function(model, twin, rows())
+        testing.assert_same_function(model, twin, rows())
+    assert ran(model, rows()) == ["rotate"] * 2
+
+
+def test_a_second_adapter_rotates_what_the_first_left_apart():
+    model = oftfx.adapt(small("attention"), SPEC, example_inputs=rows())
+    oftfx.adapt(model, SPEC, "second", example_inputs=rows())
+    testing.assert_same_function(model, apart(model), rows())
+    assert ran(model, rows()) == ["rotate_group"] + ["rotate"] * 5
+
+
+def test_a_tensor_written_to_between_two_readers_is_rotated_anew():
+    class Writes(Chooses):
+        def forward(self, x):
+            first = self.a(x)
+            x.mul_(2)
+            return first + self.b(x) + self.c(x)
+
+    plan = oftfx.plan(Chooses(), SPEC, rows())
+    model = oftfx.adapt(Writes(), plan)
+    with torch.no_grad():
+        testing.assert_close(model(rows()), apart(model)(rows()), "output")
+
+
+def test_one_that_is_disabled_leaves_the_others():
+    model = oftfx.adapt(Chooses(), SPEC, example_inputs=rows())
+    model.b.oft.default.enabled = False
+    assert ran(model, rows()) == ["rotate"] * 2
+    testing.assert_same_function(model, apart(model), rows())
+
+
+def test_nothing_is_kept_after_a_forward():
+    model = oftfx.adapt(small("attention"), SPEC, example_inputs=rows())
+    model(rows())
+    assert all(r.readers is None or r.readers._kept is None for _, r in rotations(model))
