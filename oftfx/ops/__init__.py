@@ -2,5 +2,14 @@
 
 from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
+from oftfx.ops.subspace import subspace, subspace_grad
 
-__all__ = ["block_gram", "cayley", "cayley_grad", "rotate", "rotate_grad"]
+__all__ = [
+    "block_gram",
+    "cayley",
+    "cayley_grad",
+    "rotate",
+    "rotate_grad",
+    "subspace",
+    "subspace_grad",
+]
