@@ -14,12 +14,17 @@ from oftfx.errors import (
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
-from oftfx.spec import OFT, Spec
+from oftfx.spec import BOFT, COFT, GOFT, HRA, OFT, QGOFT, Spec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOFT",
+    "COFT",
+    "GOFT",
+    "HRA",
     "OFT",
+    "QGOFT",
     "CaptureError",
     "CheckpointError",
     "Group",
