@@ -2,6 +2,7 @@
 
 from oftfx.adapter import adapt, disabled, parameters, remove
 from oftfx.checkpoint import load, save
+from oftfx.constrain import penalty, project
 from oftfx.errors import (
     CaptureError,
     CheckpointError,
@@ -46,7 +47,9 @@ __all__ = [
     "load",
     "merge",
     "parameters",
+    "penalty",
     "plan",
+    "project",
     "remove",
     "save",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from oftfx.ops.factor import Factor
 from oftfx.rotations import Method, method_of
+from oftfx.rotations.oft import dropped
 from oftfx.spec import Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
@@ -117,13 +118,23 @@ class Rotation(nn.Module):
     def _rotate(self, x: Tensor, to: torch.dtype | None) -> Tensor:
         if to is not None:
             x = x.to(to)
-        for factor in self.factors():
+        for factor in self.method.factors(self._dropped(self.cores()), self.spec):
             x = factor(x)
         return x
 
+    def _dropped(self, cores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Multiplicative dropout: in training mode some blocks are the identity."""
+        rate = getattr(self.spec, "dropout", 0.0)
+        if not (self.training and rate):
+            return cores
+        return tuple(dropped(core, rate, self.width) for core in cores)
+
     def fold(self, weight: Tensor, layout: str) -> Tensor:
-        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider."""
-        cores = self.cores()
+        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider.
+
+        What a forward reads in place of W, dropout included.
+        """
+        cores = self._dropped(self.cores())
         # torch.promote_types would leave a node of its own in an exported graph.
         wide = weight.to(max(weight.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         rows = wide if layout == "out_in" else wide.mT

@@ -52,6 +52,16 @@ def health(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor, Tensor]:
     return norms.amax(-1), orthogonality_error(norms, spec).amax(-1)
 
 
+def dropped(core: Tensor, rate: float, width: int) -> Tensor:
+    """The blocks ``(n, b, b)`` of a site, each the identity with this probability.
+
+    Drawn from torch's own generator, one number a block, also where all blocks share parameters.
+    """
+    blocks = width // core.shape[-1]
+    kept = torch.rand(blocks, 1, 1, device=core.device) >= rate
+    return core * kept.to(core.dtype)
+
+
 def projected(tensors: Mapping[str, Tensor], spec: COFT) -> dict[str, Tensor]:
     """The parameters with every ``‖Q_i‖_F`` at most ``eps / √n``; unchanged where it is already.
 
