@@ -64,11 +64,10 @@ def scaled(blocks: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     if "scale" not in tensors:
         return blocks
     scale = tensors["scale"].to(blocks.dtype)
-    width = scale.shape[-1]
-    last = [i for step, _ in stages(width) for i in range(step, width, 2 * step)]
     first = torch.zeros_like(scale[..., 1:])
     first = torch.cat((first[..., :-1], scale[..., :1]), -1)
-    columns = torch.stack((first, scale[..., last]), -1)[..., None, :]
+    second = torch.cat([scale[..., step :: 2 * step] for step, _ in stages(scale.shape[-1])], -1)
+    columns = torch.stack((first, second), -1)[..., None, :]
     eye = torch.eye(2, dtype=blocks.dtype, device=blocks.device)
     return blocks + (blocks + eye) * columns
 
