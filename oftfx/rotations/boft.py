@@ -37,8 +37,8 @@ def misfit(spec: BOFT, width: int) -> str | None:
     blocks = width // b
     most = (blocks & -blocks).bit_length()  # one more than the twos in the number of blocks
     return (
-        f"factors={m} needs blocks in multiples of {2 ** (m - 1)}, and block_size={b} makes "
-        f"{blocks} of its input width {width} (factors of 1 to {most} fit)"
+        f"factors={m} needs blocks in multiples of {2 ** (m - 1)}, and a block_size of {b} makes "
+        f"{blocks} of its input width {width} (at most factors={most})"
     )
 
 
