@@ -27,9 +27,11 @@ def penalty(model: Model, name: str | None = None) -> Tensor:
     found = rotations_of(unwrap(model), name)
     device = next(iter(found[0].tensors.values())).device
     total = torch.zeros((), device=device)
-    for spec, stacked, _ in batches(found):
-        if (regulariser := penalty_of(spec)) is not None:
-            total = total + regulariser(stacked, spec).sum().to(device)
+    regularised = [rotation for rotation in found if penalty_of(rotation.spec)]
+    for spec, stacked, _ in batches(regularised):
+        regulariser = penalty_of(spec)
+        assert regulariser is not None
+        total = total + regulariser(stacked, spec).sum().to(device)
     return total
 
 

@@ -75,21 +75,28 @@ class Rotation(nn.Module):
         """What the factors are made of; kept between calls while no gradient is wanted."""
         tensors: dict[str, Any] = self._parameters
         if torch.compiler.is_compiling():
-            return self.method.cores(tensors, self.spec)
+            return self._made(tensors)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
             self._cached = None
-            return self.method.cores(tensors, self.spec)
+            return self._made(tensors)
         if not all(map(_traceable, tensors.values())):
-            return self.method.cores(tensors, self.spec)
+            return self._made(tensors)
         inference = torch.is_inference_mode_enabled()
         key = (inference, *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()))
         if self._cached is None or self._cached[0] != key:
             # The storages are kept beside their addresses, which cannot be another's meanwhile.
             held = [tensor.detach() for tensor in tensors.values()]
-            self._cached = (key, held, self.method.cores(tensors, self.spec))
+            self._cached = (key, held, self._made(tensors))
         return self._cached[2]
+
+    def _made(self, tensors: dict[str, Any]) -> tuple[Tensor, ...]:
+        device = next(iter(tensors.values())).device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return self.method.cores(tensors, self.spec)
+        with torch.autocast(device, enabled=False):  # which would halve the cores' digits
+            return self.method.cores(tensors, self.spec)
 
     def factors(self) -> tuple[Factor, ...]:
         """``M = F_1·F_2·…``, in the order x meets them."""
