@@ -2,6 +2,7 @@
 
 from oftfx.adapter import adapt, disabled, parameters, remove
 from oftfx.checkpoint import load, save
+from oftfx.constrain import penalty, project
 from oftfx.errors import (
     CaptureError,
     CheckpointError,
@@ -14,12 +15,17 @@ from oftfx.errors import (
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
-from oftfx.spec import OFT, Spec
+from oftfx.spec import BOFT, COFT, GOFT, HRA, OFT, QGOFT, Spec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOFT",
+    "COFT",
+    "GOFT",
+    "HRA",
     "OFT",
+    "QGOFT",
     "CaptureError",
     "CheckpointError",
     "Group",
@@ -41,7 +47,9 @@ __all__ = [
     "load",
     "merge",
     "parameters",
+    "penalty",
     "plan",
+    "project",
     "remove",
     "save",
 ]

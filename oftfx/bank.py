@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from oftfx.modules import Rotation
+from oftfx.modules import Rotation, built
 from oftfx.readers import traceable
 
 
@@ -130,7 +130,7 @@ def _build(members: list[Rotation]) -> Iterator[Given]:
     """Builds the cores of rotations of one spec and shape, and gives each its share."""
     held = [rotation.tensors() for rotation in members]
     stacked = {name: torch.stack([tensors[name] for tensors in held]) for name in held[0]}
-    cores = members[0].method.cores(stacked, members[0].spec)
+    cores = built(members[0].spec, stacked)
     shares = zip(*(core.unbind() for core in cores), strict=True)
     for rotation, tensors, share in zip(members, held, shares, strict=True):
         rotation.given = given = Given(list(tensors.values()), share)

@@ -13,7 +13,7 @@ everything that holds on to the module keeps working, compiled graphs included.
 import functools
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from oftfx.ops.factor import Factor
 from oftfx.readers import Readers, rotated, traceable
 from oftfx.rotations import Method, method_of
+from oftfx.rotations.oft import dropped
 from oftfx.spec import Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
@@ -84,36 +85,50 @@ class Rotation(nn.Module):
         """What the factors are made of; kept between calls while no gradient is wanted."""
         tensors = self.tensors()
         if torch.compiler.is_compiling():
-            return self.method.cores(tensors, self.spec)
+            return built(self.spec, tensors)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
             self._cached = None
             given = None if self.given is None else self.given.take(list(tensors.values()))
-            return given or self.method.cores(tensors, self.spec)
+            return given or built(self.spec, tensors)
         if not all(map(traceable, tensors.values())):
-            return self.method.cores(tensors, self.spec)
+            return built(self.spec, tensors)
         inference = torch.is_inference_mode_enabled()
         key = (inference, *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()))
         if self._cached is None or self._cached[0] != key:
             # The storages are kept beside their addresses, which cannot be another's meanwhile.
             held = [tensor.detach() for tensor in tensors.values()]
-            self._cached = (key, held, self.method.cores(tensors, self.spec))
+            self._cached = (key, held, built(self.spec, tensors))
         return self._cached[2]
 
     def factors(self) -> tuple[Factor, ...]:
         """``M = F_1·F_2·…``, in the order x meets them."""
         return self.method.factors(self.cores(), self.spec)
 
+    def applied(self) -> tuple[Factor, ...]:
+        """The factors that a forward applies: while training, without the blocks it drops."""
+        return self.method.factors(self._dropped(self.cores()), self.spec)
+
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``, in autocast's dtype where that is on."""
         if self.readers is None or torch.compiler.is_compiling():
-            return rotated(x, self.factors())
+            return rotated(x, self.applied())
         return self.readers.rotate(self, x)
 
+    def _dropped(self, cores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Multiplicative dropout: in training mode some blocks are the identity."""
+        rate = getattr(self.spec, "dropout", 0.0)
+        if not (self.training and rate):
+            return cores
+        return tuple(dropped(core, rate, self.width) for core in cores)
+
     def fold(self, weight: Tensor, layout: str) -> Tensor:
-        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider."""
-        cores = self.cores()
+        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider.
+
+        What a forward reads in place of W, dropout included.
+        """
+        cores = self._dropped(self.cores())
         # torch.promote_types would leave a node of its own in an exported graph.
         wide = weight.to(max(weight.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         rows = wide if layout == "out_in" else wide.mT
@@ -134,6 +149,15 @@ class Rotation(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "given": None, "_cached": None}
+
+
+def built(spec: Spec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """A method's cores, in full precision under autocast too, which would halve their digits."""
+    device = next(iter(tensors.values())).device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return method_of(spec).cores(tensors, spec)
+    with torch.autocast(device, enabled=False):
+        return method_of(spec).cores(tensors, spec)
 
 
 class SharedRotation(nn.Module):

@@ -28,8 +28,8 @@ class Turns(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Its parameters."""
 
-    def factors(self) -> tuple[Factor, ...]:
-        """Its factors, in the order x meets them."""
+    def applied(self) -> tuple[Factor, ...]:
+        """The factors that this forward applies, in the order x meets them."""
 
 
 class Kept(NamedTuple):
@@ -65,10 +65,10 @@ class Readers:
         own = self.rotations[reader]
         turns = dict.fromkeys(self.rotations.values())
         if len(turns) > 1 and not (self.useful and all(turn.enabled for turn in turns)):
-            return rotated(x, own.factors())
+            return rotated(x, own.applied())
         held = (x, *(tensor for turn in turns for tensor in turn.tensors().values()))
         if not all(map(traceable, held)):
-            return rotated(x, own.factors())
+            return rotated(x, own.applied())
         versions = ((id(tensor), tensor._version) for tensor in held)
         key = (torch.is_grad_enabled(), autocast_dtype(x), *versions)
         if self._kept is None or self._kept.key != key or reader in self._kept.served:
@@ -92,7 +92,7 @@ class Readers:
 
 def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
     """``x·M`` for several M, in one op where each is one block rotation of the same blocks."""
-    factors = [turn.factors() for turn in turns]
+    factors = [turn.applied() for turn in turns]
     alike = {(f[0].op, len(f), len(f[0].operands), f[0].operands[0].shape) for f in factors}
     ((op, count, operands, _), *others) = alike
     if len(turns) > 1 and not others and (op, count, operands) == (ROTATE, 1, 1):

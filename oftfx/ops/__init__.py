@@ -1,15 +1,21 @@
 """The semantic ops, `torch.ops.oftfx.*`: what a rotation is, in eager, exported and compiled."""
 
 from oftfx.ops.cayley import cayley, cayley_grad
+from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
+from oftfx.ops.subspace import subspace, subspace_grad
 
 __all__ = [
     "block_gram",
     "cayley",
     "cayley_grad",
+    "givens",
+    "givens_grad",
     "rotate",
     "rotate_grad",
     "rotate_group",
     "rotate_group_grad",
+    "subspace",
+    "subspace_grad",
 ]

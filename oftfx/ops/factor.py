@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from oftfx.ops import rotate  # noqa: F401  (registers torch.ops.oftfx)
+from oftfx.ops import givens, rotate, subspace  # noqa: F401  (registers torch.ops.oftfx)
 
 
 class Factor(NamedTuple):
@@ -52,7 +52,30 @@ def _block_defect(core: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(c + c.mT + c.mT @ c, ord=2).max()
 
 
+def _subspace_defect(support: Tensor, kernel: Tensor) -> Tensor:
+    """With ``G = PPᵀ``, ``FᵀF − I = Pᵀ(K + Kᵀ + KᵀGK)P``: no (d, d) matrix is needed.
+
+    Its nonzero eigenvalues are those of ``√G (…) √G``, whether P's rows are orthonormal or not.
+    """
+    p, k = support.double(), kernel.double()
+    gram = p @ p.mT
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors * values.clamp_min(0).sqrt()
+    inner = k + k.mT + k.mT @ gram @ k
+    return torch.linalg.matrix_norm(root.mT @ inner @ root, ord=2)
+
+
 MAPS: dict[Any, Map] = {
-    torch.ops.oftfx.rotate.default: Map(lambda core: (core.mT,), _block_defect),
+    # The defect of its worst stage: a stage is a factor, whose blocks are these.
+    torch.ops.oftfx.givens.default: Map(
+        lambda core, transposed=False: (core, not transposed),
+        lambda core, transposed=False: _block_defect(core),
+    ),
+    torch.ops.oftfx.rotate.default: Map(
+        lambda core, stride=1: (core.mT, stride), lambda core, stride=1: _block_defect(core)
+    ),
+    torch.ops.oftfx.subspace.default: Map(
+        lambda support, kernel: (support, kernel.mT), _subspace_defect
+    ),
 }
 """Every op that maps x."""

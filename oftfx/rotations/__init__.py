@@ -5,15 +5,15 @@ the cores made from them, and the factors made from the cores.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from oftfx.ops.factor import Factor
-from oftfx.rotations import oft
-from oftfx.spec import OFT, Spec
+from oftfx.rotations import boft, goft, hra, oft, qgoft
+from oftfx.spec import BOFT, COFT, GOFT, HRA, OFT, QGOFT, Spec
 
 
 class Method(Protocol):
@@ -47,12 +47,38 @@ class Method(Protocol):
         """‖Q‖₂ and ‖MᵀM − I‖₂ of the worst factor of each site."""
 
 
-_METHODS: dict[type[Spec], Method] = {OFT: oft}
+_METHODS: dict[type[Spec], Method] = {
+    OFT: oft,
+    COFT: oft,
+    BOFT: boft,
+    GOFT: goft,
+    QGOFT: qgoft,
+    HRA: hra,
+}
+_PENALTIES: dict[type[Spec], Callable[[Mapping[str, Tensor], Any], Tensor]] = {
+    QGOFT: qgoft.penalty,
+    HRA: hra.penalty,
+}
+_PROJECTIONS: dict[type[Spec], Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {
+    COFT: oft.projected,
+}
 
 
 def method_of(spec: Spec) -> Method:
     """The mathematics of a spec."""
     return _METHODS[type(spec)]
+
+
+def penalty_of(spec: Spec) -> Callable[[Mapping[str, Tensor], Any], Tensor] | None:
+    """The regulariser of a spec, ``(tensors, spec)`` to one number a site; None without one."""
+    return _PENALTIES.get(type(spec))
+
+
+def projection_of(
+    spec: Spec,
+) -> Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] | None:
+    """What keeps a site's parameters where a spec wants them; None where they are free."""
+    return _PROJECTIONS.get(type(spec))
 
 
 def num_trainable(spec: Spec, width: int) -> int:
