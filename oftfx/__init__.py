@@ -1,6 +1,7 @@
 """Orthogonal finetuning as a compiler pass for PyTorch."""
 
 from oftfx.adapter import adapt, disabled, parameters, remove
+from oftfx.calibrate import Calibration, calibrate
 from oftfx.checkpoint import load, save
 from oftfx.errors import (
     CaptureError,
@@ -14,12 +15,15 @@ from oftfx.errors import (
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
-from oftfx.spec import OFT, Spec
+from oftfx.spec import LOFT, OFT, PSOFT, Spec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOFT",
     "OFT",
+    "PSOFT",
+    "Calibration",
     "CaptureError",
     "CheckpointError",
     "Group",
@@ -36,6 +40,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "adapt",
+    "calibrate",
     "disabled",
     "health",
     "load",

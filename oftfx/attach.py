@@ -1,11 +1,13 @@
 """Plan → nn.Module: every site's module takes on the class that rotates its input."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from oftfx.errors import PlanError
+from oftfx.fixed import Fixed
 from oftfx.modules import (
     CHILD,
     Adapted,
@@ -38,8 +40,14 @@ class Record:
     trained: frozenset[str]
 
 
-def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
+def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
     """Adapts a module in place and freezes its base.
+
+    Args:
+        model: The module.
+        plan: What to adapt.
+        name: Of the adapter.
+        fixed: Called once the plan is known to fit, before anything is changed.
 
     Raises:
         PlanError: The plan does not fit the model, or an adapter of this name is there already.
@@ -56,6 +64,7 @@ def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
             raise PlanError(f"a part of the model has an adapter {name!r} already.")
     for site in plan.sites:
         _check(model, site)
+    values = fixed()
 
     if records:  # the first adapter saw the base's own flags
         trained = next(iter(records.values())).trained
@@ -69,10 +78,11 @@ def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
     held: dict[str, Rotation] = {}
     for site in plan.sites:
         if site.shared:
-            _place(model, site, name, SharedRotation(held[site.rotation]))
+            place(model, site, name, SharedRotation(held[site.rotation]))
         else:
             held[site.fqn] = _rotation(model, plan, site)
-            _place(model, site, name, held[site.fqn])
+            held[site.fqn].fill(values.get(site.fqn, {}))
+            place(model, site, name, held[site.fqn])
     vars(model)[RECORD] = {**records, name: Record(plan, trained)}
     return model
 
@@ -84,14 +94,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         PlanError: There is no such adapter.
     """
     records = record_holder(model, name)
-    for module in list(model.modules()):
-        if not isinstance(module, Adapted):
-            continue
-        for adapter in list(module.oft) if name is None else [name]:
-            if adapter in module.oft:
-                del module.oft[adapter]
-        if not len(module.oft):
-            bare(module)
+    displace(model, None if name is None else [name])
     for adapter in list(records) if name is None else [name]:
         trained = records.pop(adapter).trained
         if not records:
@@ -114,6 +117,37 @@ def record_holder(model: nn.Module, name: str | None = None) -> dict[str, Record
         which = "" if name is None else f" {name!r}"
         raise PlanError(f"{type(model).__name__} has no adapter{which}; {has}.")
     return records
+
+
+def place(model: nn.Module, site: Site, name: str, rotation: nn.Module) -> None:
+    """Puts what maps a site's input in its place, after what is there."""
+    module, parameter = _owner(model, site)
+    if CHILD not in module._modules:
+        module.add_module(CHILD, nn.ModuleDict())
+    base: Class = module.oft_base if isinstance(module, Adapted) else type(module)
+    adapters = module.get_submodule(CHILD)
+    assert isinstance(adapters, nn.ModuleDict)
+    if site.kind != "functional":
+        adapters[name] = rotation
+        become(module, rotating(base))
+        return
+    if name not in adapters:
+        adapters[name] = nn.ModuleDict()
+    adapters[name][parameter] = rotation  # type: ignore[operator]
+    shadowed = {*getattr(module, "oft_shadowed", ()), (parameter, site.layout)}
+    become(module, folding(base, tuple(sorted(shadowed))))
+
+
+def displace(model: nn.Module, names: Iterable[str] | None) -> None:
+    """Takes what was placed under these names away (all for None)."""
+    for module in list(model.modules()):
+        if not isinstance(module, Adapted):
+            continue
+        for adapter in list(module.oft) if names is None else names:
+            if adapter in module.oft:
+                del module.oft[adapter]
+        if not len(module.oft):
+            bare(module)
 
 
 def _owner(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
@@ -167,21 +201,3 @@ def _rotation(model: nn.Module, plan: Plan, site: Site) -> Rotation:
     rotators = (other for other in plan.sites if other.kind != "functional")
     readers = max(1, sum(other.rotation == site.fqn for other in rotators))
     return Rotation(plan.spec_of(site), site.in_features, device, plan.seed_of(site), readers)
-
-
-def _place(model: nn.Module, site: Site, name: str, rotation: Rotation | SharedRotation) -> None:
-    module, parameter = _owner(model, site)
-    if CHILD not in module._modules:
-        module.add_module(CHILD, nn.ModuleDict())
-    base: Class = module.oft_base if isinstance(module, Adapted) else type(module)
-    adapters = module.get_submodule(CHILD)
-    assert isinstance(adapters, nn.ModuleDict)
-    if site.kind != "functional":
-        adapters[name] = rotation
-        become(module, rotating(base))
-        return
-    if name not in adapters:
-        adapters[name] = nn.ModuleDict()
-    adapters[name][parameter] = rotation  # type: ignore[operator]
-    shadowed = {*getattr(module, "oft_shadowed", ()), (parameter, site.layout)}
-    become(module, folding(base, tuple(sorted(shadowed))))

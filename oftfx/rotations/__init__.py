@@ -6,14 +6,15 @@ the cores made from them, and the factors made from the cores.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from oftfx.ops.factor import Factor
-from oftfx.rotations import oft
-from oftfx.spec import OFT, Spec
+from oftfx.rotations import loft, oft, psoft
+from oftfx.rotations.supports import Weight
+from oftfx.spec import LOFT, OFT, PSOFT, Spec
 
 
 class Method(Protocol):
@@ -35,7 +36,7 @@ class Method(Protocol):
         """Why this spec cannot rotate an input of this width, and what would; None when it can."""
 
     def start(self, spec: Any, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Initial values of the parameters, on the CPU."""
+        """Initial values of the trained parameters, on the CPU."""
 
     def cores(self, tensors: Mapping[str, Tensor], spec: Any) -> tuple[Tensor, ...]:
         """The tensors that the factors take, at least float32: all the work on parameters."""
@@ -47,12 +48,37 @@ class Method(Protocol):
         """‖Q‖₂ and ‖MᵀM − I‖₂ of the worst factor of each site."""
 
 
-_METHODS: dict[type[Spec], Method] = {OFT: oft}
+class Anchored(Method, Protocol):
+    """What the file of a method with FIXED tensors defines besides."""
+
+    def fixed(
+        self, spec: Any, width: int, generator: torch.Generator, weight: Weight
+    ) -> dict[str, Tensor]:
+        """Values of the FIXED tensors; ``weight`` is called only where they depend on W."""
+
+
+_METHODS: dict[type[Spec], Method] = {OFT: oft, PSOFT: psoft, LOFT: loft}
 
 
 def method_of(spec: Spec) -> Method:
     """The mathematics of a spec."""
     return _METHODS[type(spec)]
+
+
+def fixed(spec: Spec, width: int, seed: int, weight: Weight) -> dict[str, Tensor]:
+    """Values of the tensors that a rotation keeps but never trains, on any device."""
+    method = method_of(spec)
+    if not method.FIXED:
+        return {}
+    # Not the stream that the trained parameters start from.
+    generator = torch.Generator().manual_seed(seed + 1)
+    return cast("Anchored", method).fixed(spec, width, generator, weight)
+
+
+def is_fixed(parameter: str) -> bool:
+    """Whether a rotation's parameter of this name is kept but never trained."""
+    leaf = parameter.rpartition(".")[2]
+    return any(leaf in method.FIXED for method in _METHODS.values())
 
 
 def num_trainable(spec: Spec, width: int) -> int:

@@ -98,10 +98,11 @@ def exact_grad(core: Tensor, grad: Tensor) -> Tensor:
     return both.mT @ grad @ both.mT / 2
 
 
-def spectral_norm(q: Tensor, squarings: int = 8) -> Tensor:
+def spectral_norm(q: Tensor, squarings: int = 8, multiplicity: int = 2) -> Tensor:
     """``‖Q‖₂`` of skew matrices ``(…, b, b)`` to within 0.7 % at b = 64, never below it.
 
-    The singular values of a skew matrix come in pairs, so ``‖Q‖₂^{2p} ≤ tr((QᵀQ)^p)/2``; squaring
+    The singular values of a skew matrix come in pairs, so ``‖Q‖₂^{2p} ≤ tr((QᵀQ)^p)/2``, without
+    the half for any other matrix, of ``multiplicity`` 1; squaring
     ``QᵀQ`` repeatedly makes that tight (a factor of at most ``(b/2)^{1/2p}``). Matmuls only:
     no SVD and no synchronisation with the host.
     """
@@ -115,7 +116,7 @@ def spectral_norm(q: Tensor, squarings: int = 8) -> Tensor:
             power, log_trace = power @ power, 2 * log_trace
         trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
         power, log_trace = power / trace[..., None, None], log_trace + trace.log()
-    norm = ((log_trace - math.log(2)) / 2 ** (squarings + 1)).exp() * scale[..., 0, 0]
+    norm = ((log_trace - math.log(multiplicity)) / 2 ** (squarings + 1)).exp() * scale[..., 0, 0]
     return norm.where((q != 0).any(-1).any(-1), 0)
 
 
