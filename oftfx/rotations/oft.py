@@ -23,7 +23,7 @@ class Blocks(Protocol):
 
     @property
     def order(self) -> int:
-        """k of the series."""
+        """The series' k."""
 
     @property
     def exact(self) -> bool:
