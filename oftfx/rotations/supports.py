@@ -52,8 +52,8 @@ def random(width: int, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def coordinate(width: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Distinct random coordinates, (r, d), on the CPU."""
-    support = torch.zeros(rank, width)
+    """Distinct random coordinates, (r, d), float64, on the CPU."""
+    support = torch.zeros(rank, width, dtype=torch.float64)
     support[torch.arange(rank), torch.randperm(width, generator=generator)[:rank]] = 1
     return support
 

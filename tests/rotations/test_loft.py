@@ -54,7 +54,7 @@ def test_with_all_coordinates_for_support_it_is_full_oft():
     mapped = factor_of({"theta": theta, "support": eye(8)}, spec, loft)(x)
     torch.testing.assert_close(mapped, rotate(x), rtol=0, atol=1e-13)
     # The support as it is made is these coordinates in another order.
-    support = fixed(spec, 8, 3, lambda: normal(2, 8))["support"].double()
+    support = fixed(spec, 8, 3, lambda: normal(2, 8))["support"]
     assert torch.equal(support @ support.mT, eye(8))
     mapped = factor_of({"theta": theta, "support": support}, spec, loft)(x)
     torch.testing.assert_close(mapped, rotate(x @ support.mT) @ support, rtol=0, atol=1e-13)
@@ -75,7 +75,6 @@ def test_an_orthogonal_core_keeps_every_angle_and_norm(support):
     spec = LOFT(rank=6, support=support, exact=True, **DOUBLE)
     weight = normal(7, 12)
     values = {"theta": normal(15), **fixed(spec, 12, 0, lambda: weight)}
-    values["support"] = values["support"].double()
     turned = folded(values, spec, weight, loft)
     torch.testing.assert_close(gram(turned), gram(weight), rtol=0, atol=1e-12)
     assert not torch.allclose(turned, weight, atol=0.1)
@@ -200,7 +199,7 @@ def test_reported_health_is_that_of_the_map():
     defect = float(
         factor_of({"kernel": free, "support": support}, LOFT(rank=6, **FREE), loft).defect()
     )
-    assert defect <= float(error) <= 1.01 * defect
+    assert defect * (1 - 1e-12) <= float(error) <= 1.01 * defect
 
 
 @pytest.mark.parametrize(

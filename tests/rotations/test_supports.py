@@ -105,6 +105,6 @@ def test_random_directions_prefer_no_coordinate():
 
 def test_coordinates_are_distinct_unit_vectors():
     support = supports.coordinate(9, 9, generator())
-    assert torch.equal(support.sum(0), torch.ones(9))
-    assert torch.equal(support.sum(1), torch.ones(9))
+    assert torch.equal(support.sum(0), torch.ones(9).double())
+    assert torch.equal(support.sum(1), torch.ones(9).double())
     assert supports.coordinate(9, 4, generator()).sum() == 4
