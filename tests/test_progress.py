@@ -14,24 +14,26 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
 def terminal(monkeypatch) -> Terminal:
+    """Called in the test itself: pytest puts its own stream in place after the fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     return stream
 
 
-def test_what_is_quick_shows_nothing(terminal):
+def test_what_is_quick_shows_nothing(monkeypatch):
+    screen = terminal(monkeypatch)
     assert [*progress.tracked([3, 1, 2], "finding")] == [3, 1, 2]
-    assert terminal.getvalue() == ""
+    assert screen.getvalue() == ""
 
 
-def test_what_is_slow_shows_a_bar(terminal, monkeypatch):
+def test_what_is_slow_shows_a_bar(monkeypatch):
+    screen = terminal(monkeypatch)
     monkeypatch.setattr(progress, "PATIENCE", -1)
     assert [*progress.tracked([3, 1, 2], "finding")] == [3, 1, 2]
-    assert "finding" in terminal.getvalue()
-    assert "100%" in terminal.getvalue()
+    assert "finding" in screen.getvalue()
+    assert "100%" in screen.getvalue()
 
 
 def test_no_terminal_no_bar(monkeypatch):
@@ -42,7 +44,8 @@ def test_no_terminal_no_bar(monkeypatch):
     assert stream.getvalue() == ""
 
 
-def test_no_rich_no_bar(terminal, monkeypatch):
+def test_no_rich_no_bar(monkeypatch):
+    screen = terminal(monkeypatch)
     real = builtins.__import__
 
     def without_rich(name, *args, **kwargs):
@@ -53,10 +56,11 @@ def test_no_rich_no_bar(terminal, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_rich)
     monkeypatch.setattr(progress, "PATIENCE", -1)
     assert [*progress.tracked([1, 2], "finding")] == [1, 2]
-    assert terminal.getvalue() == ""
+    assert screen.getvalue() == ""
 
 
-def test_an_error_in_the_middle_ends_the_bar(terminal, monkeypatch):
+def test_an_error_in_the_middle_ends_the_bar(monkeypatch):
+    terminal(monkeypatch)
     monkeypatch.setattr(progress, "PATIENCE", -1)
 
     def run():
