@@ -19,8 +19,7 @@ from torch.export import ExportedProgram
 
 from oftfx.capture import Model, arguments, unwrap
 from oftfx.errors import PlanError
-from oftfx.fixed import check_loaded, is_calibrated
-from oftfx.host import parameters_of
+from oftfx.fixed import is_calibrated
 from oftfx.plan import Plan, Site, plan
 from oftfx.probe import ROWS, Probe, probed, training
 from oftfx.progress import tracked
@@ -28,6 +27,7 @@ from oftfx.rotations import num_trainable, supports
 from oftfx.rotations.sketches import PASSES, PROBES, Gradient, Sketch, Skew
 from oftfx.spec import LOFT, Spec
 from oftfx.table import table
+from oftfx.weights import Weights
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """From a model's output and the batch it came from to a scalar."""
@@ -142,7 +142,7 @@ def calibrate(
     if not given:
         raise PlanError("calibration: there is no batch; pass at least one.")
     running: nn.Module = inner.module() if isinstance(inner, ExportedProgram) else inner
-    weights = parameters_of(running)
+    weights = Weights(running)
     sketches = {site.fqn: _sketch(found, site, weights) for site in wanting}
     probes = [
         (site, Probe(sketches[site.rotation], site.fqn, site.layout))
@@ -183,12 +183,9 @@ def sketch_bytes(plan: Plan) -> int:
     return 4 * (held + working)
 
 
-def _sketch(plan: Plan, site: Site, weights: Mapping[str, Tensor]) -> Sketch:
-    weight, spec = weights.get(site.weight), plan.spec_of(site)
+def _sketch(plan: Plan, site: Site, weights: Weights) -> Sketch:
+    weight, spec = weights.stored(site), plan.spec_of(site)
     assert isinstance(spec, LOFT)
-    if weight is None:
-        raise PlanError(f"{site.weight}: the plan's weight is not in this model; plan it anew.")
-    check_loaded(weight, site)
     wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
     like = torch.empty(0, dtype=wide, device=weight.device)
     width, seed = site.in_features, plan.seed_of(site)
@@ -205,7 +202,8 @@ def _run(
     loss: Loss | None,
     sketches: Mapping[str, Sketch],
 ) -> None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    devices = (p.device for p in model.parameters() if p.device.type != "meta")
+    device = next(devices, torch.device("cpu"))
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     steps = iter(tracked([*batches] * PASSES, "calibrating"))
     # Compiled code may be of a time before the probes, and is not worth compiling for them.

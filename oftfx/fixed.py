@@ -9,12 +9,12 @@ from torch import Tensor
 
 from oftfx.capture import Model
 from oftfx.errors import PlanError
-from oftfx.host import parameters_of
 from oftfx.plan import Plan, Site
 from oftfx.progress import tracked
 from oftfx.rotations import fixed as made
 from oftfx.rotations import method_of
 from oftfx.spec import LOFT
+from oftfx.weights import Weights
 
 if TYPE_CHECKING:
     from oftfx.calibrate import Calibration, Loss
@@ -56,18 +56,19 @@ def values(
         )
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = calibrate(model, plan, calibration, loss)
+    elif loss is not None:
+        raise PlanError("loss is given, but no batches to run it on: pass calibration=batches.")
 
-    weights = parameters_of(model)
+    weights = Weights(model)
     out: dict[str, Mapping[str, Tensor]] = {}
     for site in tracked(holders, "finding directions"):
-        check_loaded(weights[site.weight], site)
+        weights.stored(site)  # a rotation on `meta` would lose what is made here
         if calibration is not None and site in wanting:
             out[site.fqn] = {"support": calibration.support(site, plan.spec_of(site))}
             continue
         readers = [other for other in plan.sites if other.rotation == site.fqn]
-        stacked = partial(_stacked, weights, readers)
         spec, seed = plan.spec_of(site), plan.seed_of(site)
-        out[site.fqn] = made(spec, site.in_features, seed, stacked)
+        out[site.fqn] = made(spec, site.in_features, seed, partial(weights.stacked, readers))
     return out
 
 
@@ -75,40 +76,3 @@ def is_calibrated(plan: Plan, site: Site) -> bool:
     """Whether a site's directions depend on the loss."""
     spec = plan.spec_of(site)
     return isinstance(spec, LOFT) and spec.support in ("skew", "gradient")
-
-
-def check_loaded(weight: Tensor, site: Site) -> None:
-    """That a site's weight has values.
-
-    Raises:
-        PlanError: It is on `meta`.
-    """
-    if weight.device.type == "meta":
-        raise PlanError(
-            f"{site.fqn}: its weight is on `meta` (not loaded, or offloaded), and with it would be "
-            "the rotation's directions, which are made once: load the weights before adapting. A "
-            "plan can be made without them."
-        )
-
-
-def _stacked(weights: Mapping[str, Tensor], readers: list[Site]) -> Tensor:
-    """The weights that one rotation stands before, one below the other."""
-    read = [float_weight(weights[site.weight], site) for site in readers]
-    return read[0] if len(read) == 1 else torch.cat(read)
-
-
-def float_weight(weight: Tensor, site: Site) -> Tensor:
-    """A site's weight as (out, in), float32 or float64.
-
-    Raises:
-        PlanError: It has no values, or they are not finite.
-    """
-    check_loaded(weight, site)
-    value = weight.detach()
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
-    if not torch.isfinite(value).all():
-        raise PlanError(
-            f"{site.fqn}: its weight is not finite, so it has no singular vectors: mend the "
-            "weight, or exclude the site."
-        )
-    return value if site.layout == "out_in" else value.mT

@@ -35,7 +35,8 @@ class Spec:
         share_inputs: One rotation per input tensor, so that q/k/v (and gate/up) share theirs.
         dtype: Floating dtype of the trainable parameters.
         seed: Seeds the initial values, per site, independent of device and order.
-        init_std: Standard deviation of the initial skew entries. 0 starts at the identity.
+        init_std: Standard deviation of the initial skew (or free core) entries. 0 starts at the
+            identity.
 
     Raises:
         SpecError: A field is outside its range. Names the field and the range.

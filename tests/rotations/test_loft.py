@@ -255,3 +255,10 @@ def test_calibration_that_nothing_needs_is_refused():
     for spec in (OFT(block_size=4), LOFT(rank=2, support="random")):
         with pytest.raises(PlanError, match="no site's directions depend on it"):
             oftfx.adapt(small("mlp"), spec, example_inputs=rows(), calibration=[rows()])
+
+
+def test_a_loss_without_batches_is_refused():
+    with pytest.raises(PlanError, match="no batches to run it on"):
+        oftfx.adapt(
+            small("mlp"), LOFT(rank=2, support="random"), example_inputs=rows(), loss=torch.sum
+        )
