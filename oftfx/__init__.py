@@ -1,6 +1,7 @@
 """Orthogonal finetuning as a compiler pass for PyTorch."""
 
 from oftfx.adapter import adapt, disabled, parameters, remove
+from oftfx.calibrate import Calibration, calibrate
 from oftfx.checkpoint import load, save
 from oftfx.constrain import penalty, project
 from oftfx.errors import (
@@ -15,7 +16,7 @@ from oftfx.errors import (
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
-from oftfx.spec import BOFT, COFT, GOFT, HRA, OFT, QGOFT, Spec
+from oftfx.spec import BOFT, COFT, GOFT, HRA, LOFT, OFT, PSOFT, QGOFT, Spec
 
 __version__ = "0.1.0"
 
@@ -24,8 +25,11 @@ __all__ = [
     "COFT",
     "GOFT",
     "HRA",
+    "LOFT",
     "OFT",
+    "PSOFT",
     "QGOFT",
+    "Calibration",
     "CaptureError",
     "CheckpointError",
     "Group",
@@ -42,6 +46,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "adapt",
+    "calibrate",
     "disabled",
     "health",
     "load",

@@ -1,20 +1,26 @@
 """The verbs on a model of any kind: adapt, remove, disable, and what is trainable."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import insert, modules
+from oftfx import fixed, insert, modules
 from oftfx.attach import attach, detach
 from oftfx.capture import Model, unwrap
 from oftfx.errors import PlanError
+from oftfx.fixed import Fixed
 from oftfx.host import host_of, parameters_of
 from oftfx.plan import Plan, plan
+from oftfx.rotations import is_fixed
 from oftfx.spec import Spec
+
+if TYPE_CHECKING:
+    from oftfx.calibrate import Calibration, Loss
 
 M = TypeVar("M", nn.Module, ExportedProgram)
 
@@ -25,6 +31,8 @@ def adapt(
     name: str = "default",
     example_inputs: Any = None,
     capture: Literal["graph", "modules"] = "graph",
+    calibration: "Calibration | Iterable[Any] | None" = None,
+    loss: "Loss | None" = None,
 ) -> M:
     """Puts trainable rotations before a model's matmuls and freezes everything else.
 
@@ -38,6 +46,9 @@ def adapt(
         name: Names the adapter. Several adapters compose in the order they were added.
         example_inputs: As for [`plan`][oftfx.plan].
         capture: As for [`plan`][oftfx.plan].
+        calibration: For methods whose directions depend on the loss (LOFT's "skew" and
+            "gradient"): the batches to run, or what [`calibrate`][oftfx.calibrate] gave.
+        loss: As for [`calibrate`][oftfx.calibrate], with batches.
 
     Returns:
         The adapted model: the same object, but for an ExportedProgram.
@@ -47,14 +58,27 @@ def adapt(
         PlanError: Nothing matches, a site cannot be adapted, or ``name`` is taken. The model is
             untouched.
     """
+    inner = unwrap(model)
+    found = spec if isinstance(spec, Plan) else plan(inner, spec, example_inputs, capture)
+    return put(model, found, name, partial(fixed.values, inner, found, calibration, loss))
+
+
+def put(model: M, plan: Plan, name: str, fixed: Fixed) -> M:
+    """Adapts a model by a plan, as [`adapt`][oftfx.adapt] does.
+
+    Args:
+        model: Of any kind.
+        plan: What to adapt.
+        name: Of the adapter.
+        fixed: The tensors that are never trained; called when nothing else can fail.
+    """
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise PlanError(f"name={name!r}: an adapter's name must be a plain identifier.")
     inner = unwrap(model)
-    found = spec if isinstance(spec, Plan) else plan(inner, spec, example_inputs, capture)
     if isinstance(inner, (fx.GraphModule, ExportedProgram)):
-        adapted = insert.insert(inner, found, name)
+        adapted = insert.insert(inner, plan, name, fixed)
         return adapted if isinstance(model, ExportedProgram) else model  # type: ignore[return-value]
-    attach(inner, found, name)
+    attach(inner, plan, name, fixed)
     return model
 
 
@@ -120,6 +144,6 @@ def named_parameters(model: Model, name: str | None = None) -> dict[str, nn.Para
     """The trainable parameters of a model's adapters, each under the first of its names."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for key, parameter in parameters_of(unwrap(model)).items():
-        if modules.is_rotation(key, name):
+        if modules.is_rotation(key, name) and not is_fixed(key):
             found.setdefault(id(parameter), (key, parameter))
     return dict(found.values())

@@ -1,5 +1,6 @@
 """Plan → nn.Module: every site's module takes on the class that rotates its input."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from oftfx.bank import Bank
 from oftfx.errors import PlanError
+from oftfx.fixed import Fixed
 from oftfx.modules import (
     CHILD,
     Adapted,
@@ -42,8 +44,14 @@ class Record:
     trained: frozenset[str]
 
 
-def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
+def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
     """Adapts a module in place and freezes its base.
+
+    Args:
+        model: The module.
+        plan: What to adapt.
+        name: Of the adapter.
+        fixed: Called once the plan is known to fit, before anything is changed.
 
     Raises:
         PlanError: The plan does not fit the model, or an adapter of this name is there already.
@@ -60,6 +68,7 @@ def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
             raise PlanError(f"a part of the model has an adapter {name!r} already.")
     for site in plan.sites:
         _check(model, site)
+    values = fixed()
 
     if records:  # the first adapter saw the base's own flags
         trained = next(iter(records.values())).trained
@@ -73,10 +82,11 @@ def attach(model: nn.Module, plan: Plan, name: str) -> nn.Module:
     held: dict[str, Rotation] = {}
     for site in plan.sites:
         if site.shared:
-            _place(model, site, name, SharedRotation(held[site.rotation]))
+            place(model, site, name, SharedRotation(held[site.rotation]))
         else:
             held[site.fqn] = _rotation(model, plan, site)
-            _place(model, site, name, held[site.fqn])
+            held[site.fqn].fill(values.get(site.fqn, {}))
+            place(model, site, name, held[site.fqn])
     _acquaint(model, plan, name)
     vars(model)[RECORD] = {**records, name: Record(plan, trained)}
     _open_bank(model)
@@ -90,14 +100,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         PlanError: There is no such adapter.
     """
     records = record_holder(model, name)
-    for module in list(model.modules()):
-        if not isinstance(module, Adapted):
-            continue
-        for adapter in list(module.oft) if name is None else [name]:
-            if adapter in module.oft:
-                del module.oft[adapter]
-        if not len(module.oft):
-            bare(module)
+    displace(model, None if name is None else [name])
     for adapter in list(records) if name is None else [name]:
         trained = records.pop(adapter).trained
         if not records:
@@ -129,6 +132,37 @@ def _open_bank(model: nn.Module) -> None:
         old.remove()
     if found := [rotation for _, rotation in rotations(model)]:
         vars(model)[BANK] = Bank(model, found)
+
+
+def place(model: nn.Module, site: Site, name: str, rotation: nn.Module) -> None:
+    """Puts what maps a site's input in its place, after what is there."""
+    module, parameter = _owner(model, site)
+    if CHILD not in module._modules:
+        module.add_module(CHILD, nn.ModuleDict())
+    base: Class = module.oft_base if isinstance(module, Adapted) else type(module)
+    adapters = module.get_submodule(CHILD)
+    assert isinstance(adapters, nn.ModuleDict)
+    if site.kind != "functional":
+        adapters[name] = rotation
+        become(module, rotating(base))
+        return
+    if name not in adapters:
+        adapters[name] = nn.ModuleDict()
+    adapters[name][parameter] = rotation  # type: ignore[operator]
+    shadowed = {*getattr(module, "oft_shadowed", ()), (parameter, site.layout)}
+    become(module, folding(base, tuple(sorted(shadowed))))
+
+
+def displace(model: nn.Module, names: Iterable[str] | None) -> None:
+    """Takes what was placed under these names away (all for None)."""
+    for module in list(model.modules()):
+        if not isinstance(module, Adapted):
+            continue
+        for adapter in list(module.oft) if names is None else names:
+            if adapter in module.oft:
+                del module.oft[adapter]
+        if not len(module.oft):
+            bare(module)
 
 
 def _owner(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
@@ -194,21 +228,3 @@ def _acquaint(model: nn.Module, plan: Plan, name: str) -> None:
             readers = Readers(turns)
             for member in members:
                 member.readers = readers
-
-
-def _place(model: nn.Module, site: Site, name: str, rotation: Rotation | SharedRotation) -> None:
-    module, parameter = _owner(model, site)
-    if CHILD not in module._modules:
-        module.add_module(CHILD, nn.ModuleDict())
-    base: Class = module.oft_base if isinstance(module, Adapted) else type(module)
-    adapters = module.get_submodule(CHILD)
-    assert isinstance(adapters, nn.ModuleDict)
-    if site.kind != "functional":
-        adapters[name] = rotation
-        become(module, rotating(base))
-        return
-    if name not in adapters:
-        adapters[name] = nn.ModuleDict()
-    adapters[name][parameter] = rotation  # type: ignore[operator]
-    shadowed = {*getattr(module, "oft_shadowed", ()), (parameter, site.layout)}
-    become(module, folding(base, tuple(sorted(shadowed))))

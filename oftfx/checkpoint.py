@@ -1,7 +1,7 @@
 """Adapters on disk: safetensors and JSON, no pickle.
 
     adapter/
-      adapter.safetensors   the trainable tensors, by site
+      adapter.safetensors   a rotation's tensors, by site
       adapter.json          spec, plan, versions, a fingerprint of the base, and checksums
 
 Each file is written under a temporary name and renamed; the JSON comes last and holds the other's
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from oftfx import insert, modules
-from oftfx.adapter import adapt
+from oftfx.adapter import put
 from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
@@ -100,7 +100,8 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
     _check_base(inner, plan, base, Path(directory))
     taken = any(modules.is_rotation(key, name) for key in parameters_of(inner))
     try:
-        adapted = adapt(model, plan, name)
+        # What is never trained comes from the file too: no weight is decomposed, no batch run.
+        adapted = put(model, plan, name, fixed=dict)
     except PlanError as error:
         if taken:
             raise
@@ -121,7 +122,7 @@ def _plan(model: Model, name: str) -> Plan:
 
 
 def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
-    """The adapter's trainable tensors, by site."""
+    """The adapter's tensors, those that are never trained included, by site."""
     held = parameters_of(model)
     values: dict[str, Tensor] = {}
     for site in plan.sites:

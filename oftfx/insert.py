@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from oftfx import match
 from oftfx.capture import read
 from oftfx.errors import OftfxWarning, PlanError
+from oftfx.fixed import Fixed, Values
 from oftfx.host import Host, call, host_of
 from oftfx.match import Use
 from oftfx.modules import CHILD, Rotation, parameter_path, site_name
@@ -32,6 +33,7 @@ from oftfx.rotations import method_of
 from oftfx.spec import OFT, Spec
 
 CAYLEY = torch.ops.oftfx.cayley.default
+ROTATE = torch.ops.oftfx.rotate.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +67,15 @@ class Inserted:
 
 
 def insert(
-    model: fx.GraphModule | ExportedProgram, plan: Plan, name: str
+    model: fx.GraphModule | ExportedProgram, plan: Plan, name: str, fixed: Fixed
 ) -> fx.GraphModule | ExportedProgram:
     """Adapts a graph and freezes its base: a GraphModule in place, a program as a new one.
+
+    Args:
+        model: The graph.
+        plan: What to adapt.
+        name: Of the adapter.
+        fixed: Called once the plan is known to fit, before anything is changed.
 
     Raises:
         PlanError: The plan does not fit the graph, or an adapter of this name is there already.
@@ -78,7 +86,7 @@ def insert(
             f"the graph has an adapter {name!r} already: remove it, or pass another name."
         )
     host = host_of(model, edit=True)
-    located = _locate(host, plan)
+    located = locate(host, plan)
     if any(getattr(plan.spec_of(site), "dropout", 0) for site, _ in located):
         warnings.warn(
             "dropout has no effect in a graph, which knows no training mode: adapt the nn.Module "
@@ -86,6 +94,7 @@ def insert(
             OftfxWarning,
             stacklevel=2,
         )
+    values = fixed()
 
     trained = [n for n, p in host.parameters().items() if p.requires_grad]
     for record in records(model).values():  # the first adapter saw the base's own flags
@@ -103,7 +112,7 @@ def insert(
     first: fx.Node | None = None
     for site, found in located:
         if site.rotation not in factors:
-            factors[site.rotation] = _add_factors(host, plan, site, name)
+            factors[site.rotation] = _add_factors(host, plan, site, name, values)
         for use in found:
             assert use.x is not None
             graph = host.module.graph
@@ -220,7 +229,7 @@ def spec_of(host: Host, found: Inserted) -> Spec:
         return plan.spec.at(found.site)
     behind = _behind(found.operands)
     cayleys = [node for node in behind if node.target is CAYLEY]
-    if not cayleys:
+    if not cayleys or found.node.target is not ROTATE:
         raise PlanError(
             f"{found.site}: the graph was exported from an adapted module and does not say how "
             "its rotation is made; ask the module it was exported from."
@@ -274,7 +283,7 @@ def evaluate(host: Host, found: Inserted) -> Factor:
         return Factor(found.factor.op, fx.node.map_arg(found.factor.operands, value))
 
 
-def _locate(host: Host, plan: Plan) -> list[tuple[Site, list[Use]]]:
+def locate(host: Host, plan: Plan) -> list[tuple[Site, list[Use]]]:
     """The uses of every planned site; nothing is changed before all are found."""
     by_weight: dict[str, list[Use]] = {}
     found = read(host)
@@ -300,11 +309,14 @@ def _locate(host: Host, plan: Plan) -> list[tuple[Site, list[Use]]]:
     return located
 
 
-def _add_factors(host: Host, plan: Plan, site: Site, name: str) -> tuple[Factor, ...]:
+def _add_factors(
+    host: Host, plan: Plan, site: Site, name: str, fixed: Values
+) -> tuple[Factor, ...]:
     """Adds a site's parameters and the nodes that make the operands of its factors from them."""
     spec = plan.spec_of(site)
     device = host.parameters()[site.weight].device
     rotation = Rotation(spec, site.in_features, device, plan.seed_of(site))
+    rotation.fill(fixed.get(site.fqn, {}))
     path = parameter_path(site.weight, name, site.kind == "functional")
     added = [host.add(f"{path}.{leaf}", value) for leaf, value in rotation.named_parameters()]
     graph = host.module.graph

@@ -57,20 +57,28 @@ class Rotation(nn.Module):
         self.enabled = True
         self.shapes = self.method.shapes(spec, width)
         for name, shape in self.shapes.items():
-            value = torch.empty(shape, dtype=spec.dtype, device=device)
             trained = name not in self.method.FIXED
+            # What is never trained has no optimizer state either, so it keeps its digits.
+            dtype = spec.dtype if trained else torch.promote_types(spec.dtype, torch.float32)
+            value = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(value, requires_grad=trained))
         self.given: Given | None = None
         self._cached: tuple[Any, Any, tuple[Tensor, ...]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the initial values: the identity, or the spec's random start."""
+        """Sets the initial values: the identity, or the spec's random start.
+
+        What is never trained depends on the weight: [`fill`][oftfx.modules.Rotation.fill] sets it.
+        """
         generator = torch.Generator().manual_seed(self.seed)
-        start = self.method.start(self.spec, self.width, generator)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(start[name])
+        self.fill(self.method.start(self.spec, self.width, generator))
+
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Sets parameters, by name."""
+        for name, value in values.items():
+            self.get_parameter(name).copy_(value)
 
     @property
     def method(self) -> Method:

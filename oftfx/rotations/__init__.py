@@ -6,14 +6,15 @@ the cores made from them, and the factors made from the cores.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from oftfx.ops.factor import Factor
-from oftfx.rotations import boft, goft, hra, oft, qgoft
-from oftfx.spec import BOFT, COFT, GOFT, HRA, OFT, QGOFT, Spec
+from oftfx.rotations import boft, goft, hra, loft, oft, psoft, qgoft
+from oftfx.rotations.supports import Weight
+from oftfx.spec import BOFT, COFT, GOFT, HRA, LOFT, OFT, PSOFT, QGOFT, Spec
 
 
 class Method(Protocol):
@@ -35,7 +36,7 @@ class Method(Protocol):
         """Why this spec cannot rotate an input of this width, and what would; None when it can."""
 
     def start(self, spec: Any, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Initial values of the parameters, on the CPU."""
+        """Initial values of the trained parameters, on the CPU."""
 
     def cores(self, tensors: Mapping[str, Tensor], spec: Any) -> tuple[Tensor, ...]:
         """The tensors that the factors take, at least float32: all the work on parameters."""
@@ -47,6 +48,15 @@ class Method(Protocol):
         """‖Q‖₂ and ‖MᵀM − I‖₂ of the worst factor of each site."""
 
 
+class Anchored(Method, Protocol):
+    """What the file of a method with FIXED tensors defines besides."""
+
+    def fixed(
+        self, spec: Any, width: int, generator: torch.Generator, weight: Weight
+    ) -> dict[str, Tensor]:
+        """Values of the FIXED tensors; ``weight`` is called only where they depend on W."""
+
+
 _METHODS: dict[type[Spec], Method] = {
     OFT: oft,
     COFT: oft,
@@ -54,6 +64,8 @@ _METHODS: dict[type[Spec], Method] = {
     GOFT: goft,
     QGOFT: qgoft,
     HRA: hra,
+    PSOFT: psoft,
+    LOFT: loft,
 }
 _PENALTIES: dict[type[Spec], Callable[[Mapping[str, Tensor], Any], Tensor]] = {
     QGOFT: qgoft.penalty,
@@ -79,6 +91,22 @@ def projection_of(
 ) -> Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] | None:
     """What keeps a site's parameters where a spec wants them; None where they are free."""
     return _PROJECTIONS.get(type(spec))
+
+
+def fixed(spec: Spec, width: int, seed: int, weight: Weight) -> dict[str, Tensor]:
+    """Values of the tensors that a rotation keeps but never trains, on any device."""
+    method = method_of(spec)
+    if not method.FIXED:
+        return {}
+    # Not the stream that the trained parameters start from.
+    generator = torch.Generator().manual_seed(seed + 1)
+    return cast("Anchored", method).fixed(spec, width, generator, weight)
+
+
+def is_fixed(parameter: str) -> bool:
+    """Whether a rotation's parameter of this name is kept but never trained."""
+    leaf = parameter.rpartition(".")[2]
+    return any(leaf in method.FIXED for method in _METHODS.values())
 
 
 def num_trainable(spec: Spec, width: int) -> int:

@@ -98,20 +98,25 @@ def exact_grad(core: Tensor, grad: Tensor) -> Tensor:
     return both.mT @ grad @ both.mT / 2
 
 
-def spectral_norm(q: Tensor) -> Tensor:
-    """``‖Q‖₂`` of skew matrices ``(…, b, b)`` to within 0.7 % at b = 64, never below it."""
+def spectral_norm(q: Tensor, multiplicity: int = 2) -> Tensor:
+    """``‖Q‖₂`` of skew matrices ``(…, b, b)`` to within 0.7 % at b = 64, never below it.
+
+    The singular values of a skew matrix come in pairs; those of any other matrix, of
+    ``multiplicity`` 1, may not.
+    """
     # Divided by its largest entry: the squares of a tiny or a diverged Q leave float32's range.
     tiny = torch.finfo(q.dtype).tiny
     scale = q.detach().abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-    norm = dominant((q / scale).mT @ (q / scale)).sqrt() * scale[..., 0, 0]
+    norm = dominant((q / scale).mT @ (q / scale), multiplicity).sqrt() * scale[..., 0, 0]
     return norm.where((q != 0).any(-1).any(-1), 0)
 
 
-def dominant(matrix: Tensor, squarings: int = 8) -> Tensor:
-    """The largest eigenvalue of matrices ``(…, b, b)`` whose eigenvalues are ≥ 0 and come in pairs.
+def dominant(matrix: Tensor, multiplicity: int = 2, squarings: int = 8) -> Tensor:
+    """The largest eigenvalue of matrices ``(…, b, b)`` whose eigenvalues are ≥ 0.
 
-    ``λ^p ≤ tr(A^p)/2``, and squaring A repeatedly makes that tight (a factor of at most
-    ``(b/2)^{1/p}``). Matmuls only: no decomposition and no synchronisation with the host.
+    Where they come in pairs, of ``multiplicity`` 2, ``λ^p ≤ tr(A^p)/2``, and squaring A repeatedly
+    makes that tight (a factor of at most ``(b/2)^{1/p}``). Matmuls only: no decomposition and no
+    synchronisation with the host.
     """
     tiny = torch.finfo(matrix.dtype).tiny
     power = matrix
@@ -121,7 +126,7 @@ def dominant(matrix: Tensor, squarings: int = 8) -> Tensor:
             power, log_trace = power @ power, 2 * log_trace
         trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
         power, log_trace = power / trace[..., None, None], log_trace + trace.log()
-    value = ((log_trace - math.log(2)) / 2**squarings).exp()
+    value = ((log_trace - math.log(multiplicity)) / 2**squarings).exp()
     return value.where((matrix != 0).any(-1).any(-1), 0)
 
 

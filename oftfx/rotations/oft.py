@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,26 @@ from oftfx.rotations import cayley
 from oftfx.spec import COFT, OFT, Spec
 
 FIXED: frozenset[str] = frozenset()
+
+
+class Blocks(Protocol):
+    """A spec whose rotations come from blocks of skew matrices."""
+
+    @property
+    def block_size(self) -> int:
+        """Width of a block."""
+
+    @property
+    def order(self) -> int:
+        """The series' k."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the exact transform is used."""
+
+    @property
+    def guard(self) -> str | None:
+        """What to do near ‖Q‖₂ = 1."""
 
 
 def shapes(spec: OFT, width: int) -> dict[str, tuple[int, ...]]:
@@ -82,7 +102,7 @@ def around_zero(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) 
     return torch.randn(shape, generator=generator, dtype=torch.float64) * spec.init_std
 
 
-def core(theta: Tensor, spec: OFT) -> Tensor:
+def core(theta: Tensor, spec: Blocks) -> Tensor:
     """The residual blocks ``R_i − I``, ``(…, n, b, b)``, at least float32."""
     b, order = spec.block_size, None if spec.exact else spec.order
     if spec.guard is None or spec.exact:
@@ -100,13 +120,13 @@ def core(theta: Tensor, spec: OFT) -> Tensor:
     return ops.cayley(torch.where(outside, theta * scale[..., None], theta), b, order)
 
 
-def norm(theta: Tensor, spec: OFT) -> Tensor:
+def norm(theta: Tensor, spec: Blocks) -> Tensor:
     """``‖Q_i‖₂`` per block, ``(…, n)``, of the skew matrices the core is made from."""
     value = cayley.spectral_norm(cayley.skew(theta, spec.block_size))
     return value.clamp_max(cayley.DISC) if spec.guard == "rescale" and not spec.exact else value
 
 
-def orthogonality_error(norm: Tensor, spec: OFT) -> Tensor:
+def orthogonality_error(norm: Tensor, spec: Blocks) -> Tensor:
     """``‖R_iᵀR_i − I‖₂`` per block from [`norm`][oftfx.rotations.oft.norm], by the error law."""
     error = cayley.orthogonality_error(norm, None if spec.exact else spec.order)
     return error.where(norm <= cayley.DISC, 0) if spec.guard == "exact" else error
