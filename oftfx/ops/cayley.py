@@ -6,6 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from oftfx.ops.triton import kernels
 from oftfx.rotations import cayley as maths
 
 
@@ -22,9 +23,22 @@ def cayley(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # n
         (n, b, b), float32 (float64 for float64 parameters): a core keeps its digits even where
         parameters and activations are stored in less.
     """
+    return _cayley(theta, block_size, order)
+
+
+def _cayley(theta: Tensor, block_size: int, order: int | None) -> Tensor:
     known = _layout(block_size, theta.device)
     q = maths.skew(theta.to(_core_dtype(theta)), block_size, known)
     return maths.exact(q) if order is None else maths.neumann(q, order)
+
+
+@cayley.register_kernel("cuda")
+def _(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
+    fast = kernels("cayley", theta.device)
+    if fast is None or not fast.fits(theta, block_size, order):
+        return _cayley(theta, block_size, order)
+    with torch.cuda.device_of(theta):
+        return fast.cayley(theta, block_size, order)
 
 
 @cayley.register_fake
@@ -42,6 +56,15 @@ def cayley_grad(
 ) -> Tensor:
     """Gradient of [`cayley`][oftfx.ops.cayley]: (n, b, b) to theta's shape and dtype."""
     return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
+
+
+@cayley_grad.register_kernel("cuda")
+def _(grad: Tensor, theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
+    fast = kernels("cayley", theta.device)
+    if fast is None or not fast.fits(theta, block_size, order):
+        return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
+    with torch.cuda.device_of(theta):
+        return fast.cayley_grad(grad, theta, block_size, order)
 
 
 @cayley_grad.register_fake

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.ops.triton import kernels
+
 
 @torch.library.custom_op("oftfx::rotate", mutates_args=())
 def rotate(x: Tensor, core: Tensor) -> Tensor:
@@ -25,11 +27,25 @@ def rotate(x: Tensor, core: Tensor) -> Tensor:
     Raises:
         RuntimeError: The width of x is not n·b.
     """
+    return _rotate(x, core)
+
+
+def _rotate(x: Tensor, core: Tensor) -> Tensor:
     _check(x, core)
     rotated = x.clone(memory_format=torch.contiguous_format)
     # In place, block by block of the one new tensor: large temporaries cost more than the matmuls.
     _blocks(rotated, core).baddbmm_(_blocks(x, core), core.to(x.dtype))
     return rotated
+
+
+@rotate.register_kernel("cuda")
+def _(x: Tensor, core: Tensor) -> Tensor:
+    _check(x, core)
+    fast = kernels("rotate", x.device)
+    if fast is None or not fast.fits(x, core):
+        return _rotate(x, core)
+    with torch.cuda.device_of(x):
+        return fast.rotate(x, core)
 
 
 @rotate.register_fake
@@ -54,10 +70,27 @@ def rotate_grad(
     Returns:
         (..., n·b) in x's dtype and (n, b, b) in the core's.
     """
+    return _rotate_grad(grad, x, core, need_x, need_core)
+
+
+def _rotate_grad(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
+) -> tuple[Tensor, Tensor]:
     # `rotate` here is an eager kernel within a kernel: no autograd is recorded below an op.
     grad_x = rotate(grad, core.mT) if need_x else grad.new_empty(0)
     grad_core = block_gram(x, grad, core) if need_core else core.new_empty(0)
     return grad_x, grad_core
+
+
+@rotate_grad.register_kernel("cuda")
+def _(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
+) -> tuple[Tensor, Tensor]:
+    fast = kernels("rotate", x.device)
+    if fast is None or not fast.fits(x, core):
+        return _rotate_grad(grad, x, core, need_x, need_core)
+    with torch.cuda.device_of(x):
+        return fast.rotate_grad(grad, x, core, need_x, need_core)
 
 
 @rotate_grad.register_fake
