@@ -18,8 +18,8 @@ LARGEST = 64
 
 @triton.jit(do_not_specialize=["n"])
 def _cayley(
-    theta: Tensor,
-    core: Tensor,
+    theta: tl.tensor,
+    core: tl.tensor,
     n: int,
     B: tl.constexpr,
     ORDER: tl.constexpr,
@@ -48,9 +48,9 @@ def _cayley(
 
 @triton.jit(do_not_specialize=["n"])
 def _cayley_grad(
-    grad: Tensor,
-    theta: Tensor,
-    out: Tensor,
+    grad: tl.tensor,
+    theta: tl.tensor,
+    out: tl.tensor,
     n: int,
     B: tl.constexpr,
     ORDER: tl.constexpr,

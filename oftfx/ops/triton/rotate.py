@@ -25,11 +25,11 @@ LARGEST = 256
 
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
 def _pass(
-    source: Tensor,
-    other: Tensor,
-    core: Tensor,
-    out: Tensor,
-    gram: Tensor,
+    source: tl.tensor,
+    other: tl.tensor,
+    core: tl.tensor,
+    out: tl.tensor,
+    gram: tl.tensor,
     rows: int,
     n: int,
     tiles: int,
