@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.triton.launch import Launch
+
 LARGEST = 64
 """The widest block: a few of its matrices still fit a program's registers."""
 
@@ -70,8 +72,8 @@ def _cayley_grad(
 
     square = tl.dot(q, q, input_precision=PRECISION)
     full = 2 * (q + square)
-    full_grad = tl.zeros((WIDE, WIDE), tl.float32)
-    square_grad = tl.zeros((WIDE, WIDE), tl.float32)
+    full_grad = tl.full((WIDE, WIDE), 0.0, tl.float32)
+    square_grad = tl.full((WIDE, WIDE), 0.0, tl.float32)
     for step in tl.static_range(ORDER // 2):
         # The value that this step of Horner's rule had read: made anew, for k ≤ 3 it is the first.
         value = q
@@ -102,36 +104,35 @@ def fits(theta: Tensor, block_size: int, order: int | None) -> bool:
 
 def cayley(theta: Tensor, block_size: int, order: int) -> Tensor:
     """`oftfx::cayley`: theta (n, b(b−1)/2) to (n, b, b) in float32."""
-    n = theta.shape[0]
-    core = torch.empty((n, block_size, block_size), dtype=torch.float32, device=theta.device)
+    n, b = theta.shape[0], block_size
+    core = torch.empty((n, b, b), dtype=torch.float32, device=theta.device)
     if n:
-        pack, constants = _constants(block_size)
-        _cayley[(triton.cdiv(n, pack),)](
-            theta.contiguous(), core, n, block_size, order, **constants
-        )
+        _launch(_cayley, n, b, order, theta.dtype, theta.device)(theta.contiguous(), core)
     return core
 
 
 def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Tensor:
     """`oftfx::cayley_grad`: the gradient (n, b, b) of the cores to theta's."""
-    n = theta.shape[0]
+    n, b = theta.shape[0], block_size
     out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
     if n:
-        pack, constants = _constants(block_size)
-        _cayley_grad[(triton.cdiv(n, pack),)](
-            grad.contiguous(), theta.contiguous(), out, n, block_size, order, **constants
-        )
+        launch = _launch(_cayley_grad, n, b, order, theta.dtype, theta.device)
+        launch(grad.contiguous(), theta.contiguous(), out)
     return out
 
 
-@functools.cache
-def _constants(b: int) -> tuple[int, dict[str, Any]]:
-    """The blocks of a program, and its compile-time arguments."""
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    kernel: Any, n: int, b: int, order: int, dtype: torch.dtype, device: torch.device
+) -> Launch:
     pack = max(1, 16 // b)
     wide = max(16, triton.next_power_of_2(pack * b))
-    return pack, {"PACK": pack, "WIDE": wide, **options(wide)}
+    warps = warps_of(kernel, wide, order)
+    # Three products of tf32 parts are as exact as float32's own, and faster.
+    constants = (b, order, pack, wide, "tf32x3")
+    return Launch(kernel, triton.cdiv(n, pack), (n,), constants, num_warps=warps)
 
 
-def options(wide: int) -> dict[str, Any]:
-    """Precision and warps by tile width, as measured by ``benchmarks/kernels.py``."""
-    return {"PRECISION": "tf32x3", "num_warps": 4 if wide > 32 else 2}
+def warps_of(kernel: Any, wide: int, order: int) -> int:
+    """Warps by tile width, as measured by ``benchmarks/kernels.py``."""
+    return 4 if wide > 32 else 1

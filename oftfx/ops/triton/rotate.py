@@ -12,15 +12,46 @@ multiply with the pack's block-diagonal core as if it were dense, which costs no
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.triton.launch import Launch
+
 LARGEST = 256
 """The widest block."""
+
+
+@triton.jit
+def _diagonal(
+    core: tl.tensor,
+    first: tl.tensor,
+    n: int,
+    part: tl.tensor,
+    core_block: int,
+    core_row: int,
+    core_col: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """The given columns of the pack's block-diagonal core, (WIDE, number of columns)."""
+    i = tl.arange(0, WIDE)[:, None]
+    block = core + (first + i // B).to(tl.int64) * core_block + i % B * core_row
+    if PACK * B < WIDE:
+        j = part[None, :]
+        same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
+        return tl.load(block + j % B * core_col, same, 0.0)
+    if PACK == 1:
+        return tl.load(block + part[None, :] * core_col)
+    # Blocks are read whole, in order, and spread over the diagonal in registers.
+    blocks = tl.load(block + tl.arange(0, B)[None, :] * core_col, first + i // B < n, 0.0)
+    own = i[:, :, None] // B == tl.arange(0, PACK)[None, :, None]
+    return tl.reshape(tl.where(own, blocks[:, None, :], 0.0), (WIDE, WIDE))
 
 
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
@@ -69,12 +100,10 @@ def _pass(
         part_in = (part < PACK * B) & (first + part // B < n)
 
     if ROTATE:
-        same = (whole[:, None] // B == part[None, :] // B) & whole_in[:, None] & part_in[None, :]
-        entry = (whole[:, None] % B) * core_row + (part[None, :] % B) * core_col
-        block = (first + whole[:, None] // B).to(tl.int64) * core_block
-        turn = tl.load(core + block + entry, same, 0.0).to(dtype)
+        turn = _diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, EVEN)
+        turn = turn.to(dtype)
     if GRAM:
-        total = tl.zeros((PART, WIDE), tl.float32)
+        total = tl.full((PART, WIDE), 0.0, tl.float32)
 
     begin = split.to(tl.int64) * tiles * TILE
     end = tl.minimum(begin + tiles * TILE, rows)
@@ -120,10 +149,13 @@ def fits(x: Tensor, core: Tensor) -> bool:
 def rotate(x: Tensor, core: Tensor) -> Tensor:
     """`oftfx::rotate`: x (..., n·b) of any strides and core (n, b, b) to a contiguous result."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    cut = _cut_for(x, core, True, False)
-    x, stride = _rows(x)
-    block, row, col = core.stride()
-    _launch(cut, x, x, core, out, out, stride, stride, block, row, col)
+    rows, stride = _rows(x)
+    n, b, _ = core.shape
+    count = x.numel() // (n * b) if n else 0
+    work = _work(
+        count, n, b, x.dtype, core.dtype, stride, stride, core.stride(), True, False, x.device
+    )
+    work.launch(rows, rows, core, out, out)
     return out
 
 
@@ -134,22 +166,27 @@ def rotate_grad(
     grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
-    cut = _cut_for(grad, core, need_x, need_core)
-    shape = (cut.splits, *core.shape) if need_core else (0,)
-    partial = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    grad, grad_stride = _rows(grad)
-    x, x_stride = _rows(x)
-    block, row, col = core.stride()  # and Cᵀ has them the other way round
-    _launch(cut, grad, x, core, grad_x, partial, grad_stride, x_stride, block, col, row)
+    grad_rows, grad_stride = _rows(grad)
+    x_rows, x_stride = _rows(x)
+    n, b, _ = core.shape
+    count = x.numel() // (n * b) if n else 0
+    block, row, col = core.stride()
+    turned = (block, col, row)  # of Cᵀ
+    work = _work(
+        count, n, b, x.dtype, core.dtype, grad_stride, x_stride, turned, need_x, need_core, x.device
+    )
+    shape = (work.splits, n, b, b) if need_core else (0,)
+    gram = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    work.launch(grad_rows, x_rows, core, grad_x, gram)
     if not need_core:
         return grad_x, core.new_empty(0)
     # Runs are added in order, not by atomics: the same input gives the same bits.
-    total = partial.sum(0) if cut.splits > 1 else partial[0]
+    total = gram.sum(0) if work.splits > 1 else gram[0]
     return grad_x, total.to(core.dtype)
 
 
 class Tiles(NamedTuple):
-    """The kernel's compile-time choices for a block size.
+    """The kernel's choices for a block size.
 
     Attributes:
         pack: Blocks in a pack.
@@ -170,22 +207,6 @@ class Tiles(NamedTuple):
     waves: int
 
 
-class Cut(NamedTuple):
-    """How one problem is cut into programs.
-
-    Attributes:
-        grid: The number of programs.
-        splits: Into how many runs the rows are cut.
-        arguments: The kernel's sizes: rows, n, the tiles of a run and the width.
-        constants: Its compile-time arguments, warps and stages.
-    """
-
-    grid: tuple[int]
-    splits: int
-    arguments: tuple[int, int, int, int]
-    constants: dict[str, Any]
-
-
 def tiles(b: int, itemsize: int, rotate: bool, gram: bool) -> Tiles:
     """Tile sizes by block width, as measured by ``benchmarks/kernels.py``."""
     target = 64 if itemsize == 2 else 32
@@ -193,43 +214,51 @@ def tiles(b: int, itemsize: int, rotate: bool, gram: bool) -> Tiles:
     wide = max(16, triton.next_power_of_2(pack * b))
     if itemsize == 4:  # three products of tf32 parts, held beside each other
         return Tiles(pack, wide, min(wide, 32), 32 if wide > 64 else 64, 4, 2, 8)
-    if wide > 128:
-        return Tiles(pack, wide, 64, 64, 8, 2, 4)
-    return Tiles(pack, wide, wide, 128 if wide < 128 else 64, 4, 3, 4 if gram else 8)
+    if wide > 64:
+        return Tiles(pack, wide, 64, 64, 8, 3 if wide > 128 else 2, 4)
+    return Tiles(pack, wide, wide, 64, 8 if gram else 4, 3, 4 if gram else 8)
+
+
+class Work(NamedTuple):
+    """One problem cut into programs.
+
+    Attributes:
+        launch: Runs them.
+        splits: Into how many runs the rows are cut.
+    """
+
+    launch: Launch
+    splits: int
 
 
 @functools.lru_cache(maxsize=4096)
-def cut(
-    rows: int, n: int, b: int, itemsize: int, rotate: bool, gram: bool, device: torch.device
-) -> Cut:
+def _work(
+    rows: int,
+    n: int,
+    b: int,
+    dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    source_stride: int,
+    other_stride: int,
+    core_strides: tuple[int, int, int],
+    rotate: bool,
+    gram: bool,
+    device: torch.device,
+) -> Work:
     """Chooses tiles, and runs of rows that make enough programs to keep the memory busy."""
-    pack, wide, part, tile, warps, stages, waves = tiles(b, itemsize, rotate, gram)
-    tile = min(tile, max(16, triton.next_power_of_2(rows)))
+    pack, wide, part, tile, warps, stages, waves = tiles(b, dtype.itemsize, rotate, gram)
     columns = triton.cdiv(n, pack) * (wide // part)
     height = triton.cdiv(rows, tile)
     run = max(1, height * columns // (waves * _processors(device)))
     splits = max(1, triton.cdiv(height, run))
-    constants = {
-        "B": b,
-        "PACK": pack,
-        "WIDE": wide,
-        "PART": part,
-        "TILE": tile,
-        "EVEN": pack * b == wide and n % pack == 0,
-        "ROTATE": rotate,
-        "GRAM": gram,
-        # tf32 alone keeps three digits; three products of its parts keep float32's.
-        "PRECISION": "tf32x3",
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-    return Cut((columns * splits,), splits, (rows, n, run, n * b), constants)
-
-
-def _cut_for(x: Tensor, core: Tensor, rotate: bool, gram: bool) -> Cut:
-    n, b, _ = core.shape
-    rows = x.numel() // (n * b) if n else 0
-    return cut(rows, n, b, x.itemsize, rotate, gram, x.device)
+    even = pack * b == wide and n % pack == 0
+    # tf32 alone keeps three digits of float32; three products of its parts keep them all.
+    constants = (b, pack, wide, part, tile, even, rotate, gram, "tf32x3")
+    numbers = (rows, n, run, n * b, source_stride, other_stride, *core_strides)
+    launch = Launch(
+        _pass, columns * splits, numbers, constants, num_warps=warps, num_stages=stages
+    )
+    return Work(launch, splits)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -247,9 +276,3 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _launch(cut: Cut, *arguments: Any) -> None:
-    """Arguments: source, other, core, out, gram, the strides of source and other, and core's."""
-    source, other, core, out, gram, *strides = arguments
-    _pass[cut.grid](source, other, core, out, gram, *cut.arguments, *strides, **cut.constants)
