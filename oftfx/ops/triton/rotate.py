@@ -37,7 +37,6 @@ def _diagonal(
     B: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
-    EVEN: tl.constexpr,
 ) -> tl.tensor:
     """The given columns of the pack's block-diagonal core, (WIDE, number of columns)."""
     i = tl.arange(0, WIDE)[:, None]
@@ -45,13 +44,14 @@ def _diagonal(
     if PACK * B < WIDE:
         j = part[None, :]
         same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
-        return tl.load(block + j % B * core_col, same, 0.0)
-    if PACK == 1:
-        return tl.load(block + part[None, :] * core_col)
-    # Blocks are read whole, in order, and spread over the diagonal in registers.
-    blocks = tl.load(block + tl.arange(0, B)[None, :] * core_col, first + i // B < n, 0.0)
-    own = i[:, :, None] // B == tl.arange(0, PACK)[None, :, None]
-    return tl.reshape(tl.where(own, blocks[:, None, :], 0.0), (WIDE, WIDE))
+        turn = tl.load(block + j % B * core_col, same, 0.0)
+    elif PACK == 1:
+        turn = tl.load(block + part[None, :] * core_col)
+    else:  # whole blocks, in order, spread over the diagonal in registers
+        blocks = tl.load(block + tl.arange(0, B)[None, :] * core_col, first + i // B < n, 0.0)
+        own = i[:, :, None] // B == tl.arange(0, PACK)[None, :, None]
+        turn = tl.reshape(tl.where(own, blocks[:, None, :], 0.0), (WIDE, WIDE))
+    return turn
 
 
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
@@ -100,7 +100,7 @@ def _pass(
         part_in = (part < PACK * B) & (first + part // B < n)
 
     if ROTATE:
-        turn = _diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, EVEN)
+        turn = _diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE)
         turn = turn.to(dtype)
     if GRAM:
         total = tl.full((PART, WIDE), 0.0, tl.float32)
