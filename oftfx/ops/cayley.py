@@ -32,7 +32,7 @@ def _cayley(theta: Tensor, block_size: int, order: int | None) -> Tensor:
     return maths.exact(q) if order is None else maths.neumann(q, order)
 
 
-@cayley.register_kernel("cuda")
+@torch.library.impl("oftfx::cayley", "cuda")
 def _(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
     fast = kernels("cayley", theta.device)
     if fast is None or not fast.fits(theta, block_size, order):
@@ -58,7 +58,7 @@ def cayley_grad(
     return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
 
 
-@cayley_grad.register_kernel("cuda")
+@torch.library.impl("oftfx::cayley_grad", "cuda")
 def _(grad: Tensor, theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
     fast = kernels("cayley", theta.device)
     if fast is None or not fast.fits(theta, block_size, order):

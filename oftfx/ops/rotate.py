@@ -38,7 +38,7 @@ def _rotate(x: Tensor, core: Tensor) -> Tensor:
     return rotated
 
 
-@rotate.register_kernel("cuda")
+@torch.library.impl("oftfx::rotate", "cuda")
 def _(x: Tensor, core: Tensor) -> Tensor:
     _check(x, core)
     fast = kernels("rotate", x.device)
@@ -82,7 +82,7 @@ def _rotate_grad(
     return grad_x, grad_core
 
 
-@rotate_grad.register_kernel("cuda")
+@torch.library.impl("oftfx::rotate_grad", "cuda")
 def _(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
 ) -> tuple[Tensor, Tensor]:

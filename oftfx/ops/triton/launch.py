@@ -41,7 +41,9 @@ class Launch:
     def __call__(self, *tensors: Tensor) -> None:
         """Runs it on tensors that always have the same dtypes, layouts and device."""
         addresses = [tensor.data_ptr() for tensor in tensors]
-        aligned = all(address % 16 == 0 for address in addresses)
+        aligned = True
+        for address in addresses:
+            aligned &= not address & 15
         if aligned and self._compiled is not None:
             self._compiled(*addresses, *self._rest)
             return

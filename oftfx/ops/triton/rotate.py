@@ -22,7 +22,8 @@ from torch import Tensor
 from oftfx.ops.triton.launch import Launch
 
 LARGEST = 256
-"""The widest block."""
+"""The widest block, where a program has as much shared memory as Hopper gives it."""
+LARGEST_ELSEWHERE = 64
 
 
 @triton.jit
@@ -54,6 +55,20 @@ def _diagonal(
     return turn
 
 
+@triton.jit
+def _tile(
+    start: tl.tensor,
+    row: tl.tensor,
+    end: tl.tensor,
+    stride: int,
+    column: tl.tensor,
+    column_in: tl.tensor,
+) -> tl.tensor:
+    """Rows before ``end`` of some columns, and zeros after."""
+    mask = (row < end)[:, None] & column_in[None, :]
+    return tl.load(start + row[:, None] * stride + column[None, :], mask, 0.0)
+
+
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
 def _pass(
     source: tl.tensor,
@@ -79,19 +94,19 @@ def _pass(
     ROTATE: tl.constexpr,
     GRAM: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
     """One part of a pack's columns, over ``tiles`` tiles of rows."""
     parts: tl.constexpr = WIDE // PART
     packs = (n + PACK - 1) // PACK
     split = tl.program_id(0) // (packs * parts)
-    place = tl.program_id(0) % (packs * parts)
-    first = place // parts * PACK
+    column = tl.program_id(0) % (packs * parts)
+    first = column // parts * PACK
     dtype = source.dtype.element_ty
 
     # Columns of the pack (all of them) and of this program's part of it.
     whole = tl.arange(0, WIDE)
-    part = place % parts * PART + tl.arange(0, PART)
-    column = first.to(tl.int64) * B
+    part = column % parts * PART + tl.arange(0, PART)
     if EVEN:
         whole_in = whole >= 0
         part_in = part >= 0
@@ -99,37 +114,37 @@ def _pass(
         whole_in = (whole < PACK * B) & (first + whole // B < n)
         part_in = (part < PACK * B) & (first + part // B < n)
 
+    begin = split.to(tl.int64) * tiles * TILE
+    end = tl.minimum(begin + tiles * TILE, rows)
+    source += first.to(tl.int64) * B
+    other += first.to(tl.int64) * B
+    out += first.to(tl.int64) * B
+    lane = tl.arange(0, TILE)
+    if AHEAD:  # asked for before the core, so that the two wait for memory together
+        x = _tile(source, begin + lane, end, source_stride, whole, whole_in)
     if ROTATE:
         turn = _diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE)
         turn = turn.to(dtype)
     if GRAM:
         total = tl.full((PART, WIDE), 0.0, tl.float32)
 
-    begin = split.to(tl.int64) * tiles * TILE
-    end = tl.minimum(begin + tiles * TILE, rows)
-    source += column
-    out += column
-    other += column
     for start in range(begin, end, TILE):
-        row = start + tl.arange(0, TILE)
-        row_in = row < end
-        x = tl.load(
-            source + row[:, None] * source_stride + whole[None, :],
-            row_in[:, None] & whole_in[None, :],
-            0.0,
-        )
-        mask = row_in[:, None] & part_in[None, :]
+        row = start + lane
+        if AHEAD:
+            following = _tile(source, row + TILE, end, source_stride, whole, whole_in)
+        else:  # Triton's pipeline asks for it some tiles before
+            x = _tile(source, row, end, source_stride, whole, whole_in)
         if ROTATE:
-            if PART == WIDE:
-                plain = x
-            else:
-                plain = tl.load(source + row[:, None] * source_stride + part[None, :], mask, 0.0)
+            plain = x if PART == WIDE else _tile(source, row, end, source_stride, part, part_in)
             # The residual form: x itself never passes through a product.
             turned = plain.to(tl.float32) + tl.dot(x, turn, input_precision=PRECISION)
-            tl.store(out + row[:, None] * width + part[None, :], turned.to(dtype), mask)
+            place = out + row[:, None] * width + part[None, :]
+            tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
         if GRAM:
-            y = tl.load(other + row[:, None] * other_stride + part[None, :], mask, 0.0)
+            y = _tile(other, row, end, other_stride, part, part_in)
             total = tl.dot(tl.trans(y.to(dtype)), x, total, input_precision=PRECISION)
+        if AHEAD:
+            x = following
 
     if GRAM:
         same = (part[:, None] // B == whole[None, :] // B) & part_in[:, None] & whole_in[None, :]
@@ -142,8 +157,16 @@ _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 
 def fits(x: Tensor, core: Tensor) -> bool:
-    """Whether the kernel takes these: 16- and 32-bit activations, blocks up to 256 wide."""
-    return x.dtype in _DTYPES and core.shape[-1] <= LARGEST
+    """Whether the kernel takes these: 16- and 32-bit activations, blocks that fit the device."""
+    return x.dtype in _DTYPES and core.shape[-1] <= _largest(x.device)
+
+
+@functools.cache
+def _largest(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter
+        return LARGEST
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return LARGEST if room >= 227 * 1024 else LARGEST_ELSEWHERE
 
 
 def rotate(x: Tensor, core: Tensor) -> Tensor:
@@ -194,8 +217,8 @@ class Tiles(NamedTuple):
         part: How many of those columns one program writes.
         tile: Rows at a time.
         warps: Warps of a program.
-        stages: Tiles in flight.
-        waves: Programs wanted per processor.
+        stages: Tiles in flight; 0 for one, kept in registers.
+        waves: Programs at work at a time on one processor.
     """
 
     pack: int
@@ -207,16 +230,17 @@ class Tiles(NamedTuple):
     waves: int
 
 
-def tiles(b: int, itemsize: int, rotate: bool, gram: bool) -> Tiles:
-    """Tile sizes by block width, as measured by ``benchmarks/kernels.py``."""
-    target = 64 if itemsize == 2 else 32
-    pack = max(1, target // b)
+def tiles(b: int, itemsize: int, gram: bool) -> Tiles:
+    """Tile sizes by block width, as measured on one H100."""
+    pack = max(1, (64 if itemsize == 2 else 32) // b)
     wide = max(16, triton.next_power_of_2(pack * b))
     if itemsize == 4:  # three products of tf32 parts, held beside each other
-        return Tiles(pack, wide, min(wide, 32), 32 if wide > 64 else 64, 4, 2, 8)
+        return Tiles(pack, wide, min(wide, 32), 64 if wide <= 64 else 32, 4, 2, 8)
+    # Never fewer than 64 rows: below, the product of the rotation and that of the Gram need
+    # different instructions, and Triton (3.6) refills a buffer that the Gram still reads.
     if wide > 64:
-        return Tiles(pack, wide, 64, 64, 8, 3 if wide > 128 else 2, 4)
-    return Tiles(pack, wide, wide, 64, 8 if gram else 4, 3, 4 if gram else 8)
+        return Tiles(pack, wide, 128 if gram else wide, 64, 8, 3, 1)
+    return Tiles(pack, wide, wide, 64, 4, 3, 2) if gram else Tiles(pack, wide, wide, 128, 4, 0, 3)
 
 
 class Work(NamedTuple):
@@ -246,17 +270,18 @@ def _work(
     device: torch.device,
 ) -> Work:
     """Chooses tiles, and runs of rows that make enough programs to keep the memory busy."""
-    pack, wide, part, tile, warps, stages, waves = tiles(b, dtype.itemsize, rotate, gram)
+    pack, wide, part, tile, warps, stages, waves = tiles(b, dtype.itemsize, gram)
     columns = triton.cdiv(n, pack) * (wide // part)
     height = triton.cdiv(rows, tile)
-    run = max(1, height * columns // (waves * _processors(device)))
-    splits = max(1, triton.cdiv(height, run))
+    # Equal runs, as many as are at work at a time: a few more would leave a thin last wave.
+    run = triton.cdiv(height, max(1, waves * _processors(device) // max(1, columns)))
+    splits = max(1, triton.cdiv(height, max(1, run)))
     even = pack * b == wide and n % pack == 0
     # tf32 alone keeps three digits of float32; three products of its parts keep them all.
-    constants = (b, pack, wide, part, tile, even, rotate, gram, "tf32x3")
+    constants = (b, pack, wide, part, tile, even, rotate, gram, "tf32x3", stages == 0)
     numbers = (rows, n, run, n * b, source_stride, other_stride, *core_strides)
     launch = Launch(
-        _pass, columns * splits, numbers, constants, num_warps=warps, num_stages=stages
+        _pass, columns * splits, numbers, constants, num_warps=warps, num_stages=max(stages, 1)
     )
     return Work(launch, splits)
 

@@ -44,11 +44,13 @@ def test_values_and_gradients_are_those_of_float64(b, dtype):
         x.requires_grad_(), core.requires_grad_()
         rotated = ops.rotate(x, core)
         grad_x, grad_core = torch.autograd.grad(rotated, (x, core), grad)
-        assert error(rotated, exact) < ROUNDING[dtype]
+        assert error(rotated.detach(), exact) < ROUNDING[dtype]
         assert error(grad_x, exact_x) < ROUNDING[dtype]
-        # Sums over thousands of rows, in float32 whatever x is; cuBLAS's where Triton has no tile.
-        exact_sum = 5e-6 if b <= 256 else ROUNDING[dtype]
-        assert error(grad_core, exact_core) < max(exact_sum, 1e-13)
+        # A sum over thousands of rows, in float32 whatever x is, but for what PyTorch computes.
+        if dtype is torch.float64 or b > 256:
+            assert error(grad_core, exact_core) < 5 * ROUNDING[dtype]
+        else:
+            assert error(grad_core, exact_core) < 5e-6
         assert torch.equal(ops.rotate(x, torch.zeros_like(core)), x)
 
 
@@ -62,7 +64,7 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
         exact_grad = ops.cayley_grad(grad.double(), theta.double(), b, order)
         theta.requires_grad_()
         core = ops.cayley(theta, b, order)
-        assert error(core, exact) < 2e-6
+        assert error(core.detach(), exact) < 2e-6
         assert error(torch.autograd.grad(core, theta, grad)[0], exact_grad) < 2e-6
 
 
@@ -138,7 +140,7 @@ def test_an_adapted_model_compiles_to_what_it_computes(dtype, fresh_compiler):
     compiled = torch.compile(model, fullgraph=True)
     rounding = 2e-2 if dtype is torch.bfloat16 else 1e-4
     for value, expected in zip(step(compiled), eager, strict=True):
-        assert error(value, expected.double()) < rounding
+        assert error(value.detach(), expected.detach().double()) < rounding
 
 
 def test_cuda_graphs_replay_the_kernels():
