@@ -3,9 +3,9 @@
     python benchmarks/kernels.py --out benchmarks/results/kernels-h100.json
 
 Device times are medians of Triton's ``do_bench``, which empties the cache before each run, over
-replays of a CUDA graph. ``copy``
-reads and writes one activation; a gradient pass moves 1.5 times as much, and so is compared with
-1.5 copies. Launch costs are host time a site in one graph of many, the device left behind.
+replays of a CUDA graph. ``copy`` reads and writes one activation; both gradients together move 1.5
+times as much, and so are compared with 1.5 copies. Launch costs are host time a site, in a chain of
+many.
 """
 
 import argparse

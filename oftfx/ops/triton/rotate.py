@@ -40,19 +40,10 @@ def _diagonal(
     WIDE: tl.constexpr,
 ) -> tl.tensor:
     """The given columns of the pack's block-diagonal core, (WIDE, number of columns)."""
-    i = tl.arange(0, WIDE)[:, None]
-    block = core + (first + i // B).to(tl.int64) * core_block + i % B * core_row
-    if PACK * B < WIDE:
-        j = part[None, :]
-        same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
-        turn = tl.load(block + j % B * core_col, same, 0.0)
-    elif PACK == 1:
-        turn = tl.load(block + part[None, :] * core_col)
-    else:  # whole blocks, in order, spread over the diagonal in registers
-        blocks = tl.load(block + tl.arange(0, B)[None, :] * core_col, first + i // B < n, 0.0)
-        own = i[:, :, None] // B == tl.arange(0, PACK)[None, :, None]
-        turn = tl.reshape(tl.where(own, blocks[:, None, :], 0.0), (WIDE, WIDE))
-    return turn
+    i, j = tl.arange(0, WIDE)[:, None], part[None, :]
+    same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
+    block = (first + i // B).to(tl.int64) * core_block
+    return tl.load(core + block + i % B * core_row + j % B * core_col, same, 0.0)
 
 
 @triton.jit
