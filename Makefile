@@ -35,7 +35,7 @@ test-deep: $(VENV)/.installed  ## the property tests, with many more examples
 	OFTFX_HYPOTHESIS=deep $(PYTEST) -m "not slow and not gpu"
 
 test-gpu: $(VENV)/.installed  ## what needs an accelerator
-	$(BIN)/python -m pytest -m gpu
+	$(PYTEST) -m gpu
 
 docs: $(VENV)/.docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

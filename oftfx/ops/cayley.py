@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.precision import as_given
+from oftfx.ops.triton import kernels
 from oftfx.rotations import cayley as maths
 
 
 @torch.library.custom_op("oftfx::cayley", mutates_args=())
-@as_given
 def cayley(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045 (schema)
     """``R − I`` of every block, by the series of the given order or exactly.
 
@@ -24,10 +24,24 @@ def cayley(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # n
         (…, b, b), float32 (float64 for float64 parameters): a core keeps its digits even where
         parameters and activations are stored in less.
     """
+    return _cayley(theta, block_size, order)
+
+
+@as_given
+def _cayley(theta: Tensor, block_size: int, order: int | None) -> Tensor:
     known = _layout(block_size, theta.device)
     q = maths.skew(theta.flatten(0, -2).to(_core_dtype(theta)), block_size, known)
     core = maths.exact(q) if order is None else maths.neumann(q, order)
     return core.view(*theta.shape[:-1], block_size, block_size)
+
+
+@torch.library.impl("oftfx::cayley", "cuda")
+def _(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
+    fast = kernels("cayley", theta.device)
+    if fast is None or not fast.fits(theta, block_size, order):
+        return _cayley(theta, block_size, order)
+    with torch.cuda.device_of(theta):
+        return fast.cayley(theta, block_size, order)
 
 
 @cayley.register_fake
@@ -47,11 +61,21 @@ def cayley_grad(
     return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
 
 
+@torch.library.impl("oftfx::cayley_grad", "cuda")
+def _(grad: Tensor, theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
+    fast = kernels("cayley", theta.device)
+    if fast is None or not fast.fits(theta, block_size, order):
+        return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
+    with torch.cuda.device_of(theta):
+        return fast.cayley_grad(grad, theta, block_size, order)
+
+
 @cayley_grad.register_fake
 def _(grad: Tensor, theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
     return theta.new_empty(theta.shape)
 
 
+@as_given
 def _gradient(
     grad: Tensor,
     theta: Tensor,

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.ops.precision import as_given
+from oftfx.ops.triton import kernels
+
 
 @torch.library.custom_op("oftfx::rotate", mutates_args=())
 def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
@@ -28,6 +31,10 @@ def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     Raises:
         RuntimeError: The width of x is not n·b, or the stride does not fit it.
     """
+    return _rotate(x, core, stride)
+
+
+def _rotate(x: Tensor, core: Tensor, stride: int) -> Tensor:
     _check(x, core, stride)
     if stride > 1:
         return _apart(rotate(_together(x, core, stride), core), core, stride)
@@ -35,6 +42,16 @@ def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     # In place, block by block of the one new tensor: large temporaries cost more than the matmuls.
     _blocks(rotated, core).baddbmm_(_blocks(x, core), core.to(x.dtype))
     return rotated
+
+
+@torch.library.impl("oftfx::rotate", "cuda")
+def _(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
+    _check(x, core, stride)
+    fast = kernels("rotate", x.device)
+    if stride > 1 or fast is None or not fast.fits(x, core):
+        return _rotate(x, core, stride)
+    with torch.cuda.device_of(x):
+        return fast.rotate(x, core)
 
 
 @rotate.register_fake
@@ -60,10 +77,28 @@ def rotate_grad(
     Returns:
         (..., n·b) in x's dtype and (n, b, b) in the core's.
     """
+    return _rotate_grad(grad, x, core, need_x, need_core, stride)
+
+
+@as_given
+def _rotate_grad(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int
+) -> tuple[Tensor, Tensor]:
     # `rotate` here is an eager kernel within a kernel: no autograd is recorded below an op.
     grad_x = rotate(grad, core.mT, stride) if need_x else grad.new_empty(0)
     grad_core = block_gram(x, grad, core, stride) if need_core else core.new_empty(0)
     return grad_x, grad_core
+
+
+@torch.library.impl("oftfx::rotate_grad", "cuda")
+def _(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
+) -> tuple[Tensor, Tensor]:
+    fast = kernels("rotate", x.device)
+    if stride > 1 or fast is None or not fast.fits(x, core):
+        return _rotate_grad(grad, x, core, need_x, need_core, stride)
+    with torch.cuda.device_of(x):
+        return fast.rotate_grad(grad, x, core, need_x, need_core)
 
 
 @rotate_grad.register_fake

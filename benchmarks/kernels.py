@@ -1,0 +1,141 @@
+"""The kernels beside what their bytes cost: rotations against a copy, cores, and launches.
+
+    python benchmarks/kernels.py --out benchmarks/results/kernels-h100.json
+
+Device times are medians of Triton's ``do_bench``, which empties the cache before each run, over
+replays of a CUDA graph. ``copy`` reads and writes one activation; both gradients together move 1.5
+times as much, and so are compared with 1.5 copies. Launch costs are host time a site, in a chain of
+many.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+from oftfx import ops
+from oftfx.table import table
+
+SITES = 100
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()  # the host is slower than some of these kernels
+    with torch.cuda.graph(graph):
+        run()
+    return 1e3 * float(do_bench(graph.replay, warmup=20, rep=100, return_mode="median"))
+
+
+def rotation(tokens: int, width: int, b: int, dtype: torch.dtype) -> dict[str, float]:
+    grad, x = torch.randn(2, tokens, width, device="cuda").to(dtype).unbind()
+    core = 0.1 * torch.randn(width // b, b, b, device="cuda")
+    out = torch.empty_like(x)
+    return {
+        "copy": microseconds(lambda: out.copy_(x)),
+        "rotate": microseconds(lambda: ops.rotate(x, core)),
+        "both gradients": microseconds(lambda: ops.rotate_grad(grad, x, core, True, True)),
+        "core gradient": microseconds(lambda: ops.rotate_grad(grad, x, core, False, True)),
+    }
+
+
+def cores(blocks: int, b: int, order: int) -> dict[str, float]:
+    theta = 0.02 * torch.randn(blocks, b * (b - 1) // 2, device="cuda")
+    grad = torch.randn(blocks, b, b, device="cuda")
+    return {
+        "cores": microseconds(lambda: ops.cayley(theta, b, order)),
+        "gradient": microseconds(lambda: ops.cayley_grad(grad, theta, b, order)),
+    }
+
+
+def launches() -> dict[str, float]:
+    """Host microseconds a site of a chain of sites, SmolLM2's width, 2048 tokens."""
+    x = torch.randn(2048, 576, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    thetas = [(0.02 * torch.randn(18, 496, device="cuda")).requires_grad_() for _ in range(SITES)]
+    cores = [ops.cayley(theta, 32, 4).detach().requires_grad_() for theta in thetas]
+    grad = torch.randn_like(x)
+
+    def chain(operands: list[Tensor], site: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+        took = []
+        for _ in range(12):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            out = x
+            for operand in operands:
+                out = site(out, operand)
+            middle = time.perf_counter()
+            torch.autograd.grad(out, [x, *operands], grad)
+            took.append((middle - start, time.perf_counter() - middle))
+        return [1e6 * statistics.median(part) / SITES for part in zip(*took[2:], strict=True)]
+
+    rows = {
+        "rotate": chain(cores, ops.rotate),
+        "cores and rotate": chain(thetas, lambda x, theta: ops.rotate(x, ops.cayley(theta, 32, 4))),
+        "an addition": chain([torch.ones_like(x).requires_grad_()] * SITES, torch.add),
+    }
+    return {
+        f"{name}, {way}": value
+        for name, values in rows.items()
+        for way, value in zip(("forward", "backward"), values, strict=True)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="JSON with every measurement and the setting")
+    args = parser.parse_args()
+    result: dict[str, dict[str, dict[str, float]]] = {"rotation": {}, "cores": {}, "launches": {}}
+    bf16, f32 = torch.bfloat16, torch.float32
+    shapes = [(4096, 3584, b, bf16) for b in (8, 16, 32, 64, 128, 256)]
+    shapes += [(4096, 18944, b, bf16) for b in (32, 64, 128, 256)]
+    shapes += [(512, 3584, 32, bf16), (16384, 3584, 32, bf16), (4096, 3584, 32, f32)]
+    lines = []
+    for tokens, width, b, dtype in shapes:
+        name = f"{tokens} × {width}, b={b}, {str(dtype).removeprefix('torch.')}"
+        times = result["rotation"][name] = rotation(tokens, width, b, dtype)
+        copy = times["copy"]
+        lines.append(
+            (
+                name,
+                f"{copy:.1f}",
+                *(
+                    f"{times[key]:.1f} ({times[key] / (copies * copy):.2f})"
+                    for key, copies in (
+                        ("rotate", 1),
+                        ("both gradients", 1.5),
+                        ("core gradient", 1),
+                    )
+                ),
+            )
+        )
+    header = ("tokens × width", "copy, µs", "rotate (× copy)", "both gradients", "core gradient")
+    print(table(header, lines))
+    # Every site of Qwen2.5-7B: six of width 3584 and one of 18944 in each of 28 layers.
+    for b in (16, 32, 64):
+        for order in (3, 4):
+            blocks = 28 * (6 * 3584 + 18944) // b
+            name = f"{blocks} blocks, b={b}, order {order}"
+            times = result["cores"][name] = cores(blocks, b, order)
+            print(f"{name}: {times['cores']:.0f} µs, gradient {times['gradient']:.0f} µs")
+    result["launches"]["host µs a site"] = launches()
+    for name, value in result["launches"]["host µs a site"].items():
+        print(f"{name}: {value:.1f} µs")
+    setting = {
+        "machine": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    if args.out:
+        args.out.write_text(json.dumps({"setting": setting, **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Block rotation of the last axis and its gradients, in one pass over the activations.
+
+The work is bound by the bytes of the activations, so a program takes the columns of a *pack*,
+several neighbouring blocks, for a run of rows: memory is read in wide pieces, and tensor cores
+multiply with the pack's block-diagonal core as if it were dense, which costs no time.
+
+              ── pack ──
+             |          |          out = source + source·blockdiag(C)       ROTATE
+      rows   | tile     |
+             | tile     |          gram_i = other_iᵀ source_i               GRAM
+             | …        |
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oftfx.ops.triton.launch import Launch
+
+LARGEST = 256
+"""The widest block, where a program has as much shared memory as Hopper gives it."""
+LARGEST_ELSEWHERE = 64
+
+
+@triton.jit
+def _diagonal(
+    core: tl.tensor,
+    first: tl.tensor,
+    n: int,
+    part: tl.tensor,
+    core_block: int,
+    core_row: int,
+    core_col: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tl.tensor:
+    """The given columns of the pack's block-diagonal core, (WIDE, number of columns)."""
+    i, j = tl.arange(0, WIDE)[:, None], part[None, :]
+    same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
+    block = (first + i // B).to(tl.int64) * core_block
+    return tl.load(core + block + i % B * core_row + j % B * core_col, same, 0.0)
+
+
+@triton.jit
+def _tile(
+    start: tl.tensor,
+    row: tl.tensor,
+    end: tl.tensor,
+    stride: int,
+    column: tl.tensor,
+    column_in: tl.tensor,
+) -> tl.tensor:
+    """Rows before ``end`` of some columns, and zeros after."""
+    mask = (row < end)[:, None] & column_in[None, :]
+    return tl.load(start + row[:, None] * stride + column[None, :], mask, 0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "n", "tiles"])
+def _pass(
+    source: tl.tensor,
+    other: tl.tensor,
+    core: tl.tensor,
+    out: tl.tensor,
+    gram: tl.tensor,
+    rows: int,
+    n: int,
+    tiles: int,
+    width: int,
+    source_stride: int,
+    other_stride: int,
+    core_block: int,
+    core_row: int,
+    core_col: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROTATE: tl.constexpr,
+    GRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
+) -> None:
+    """One part of a pack's columns, over ``tiles`` tiles of rows."""
+    parts: tl.constexpr = WIDE // PART
+    packs = (n + PACK - 1) // PACK
+    split = tl.program_id(0) // (packs * parts)
+    column = tl.program_id(0) % (packs * parts)
+    first = column // parts * PACK
+    dtype = source.dtype.element_ty
+
+    # Columns of the pack (all of them) and of this program's part of it.
+    whole = tl.arange(0, WIDE)
+    part = column % parts * PART + tl.arange(0, PART)
+    if EVEN:
+        whole_in = whole >= 0
+        part_in = part >= 0
+    else:
+        whole_in = (whole < PACK * B) & (first + whole // B < n)
+        part_in = (part < PACK * B) & (first + part // B < n)
+
+    begin = split.to(tl.int64) * tiles * TILE
+    end = tl.minimum(begin + tiles * TILE, rows)
+    source += first.to(tl.int64) * B
+    other += first.to(tl.int64) * B
+    out += first.to(tl.int64) * B
+    lane = tl.arange(0, TILE)
+    if AHEAD:  # asked for before the core, so that the two wait for memory together
+        x = _tile(source, begin + lane, end, source_stride, whole, whole_in)
+    if ROTATE:
+        turn = _diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE)
+        turn = turn.to(dtype)
+    if GRAM:
+        total = tl.full((PART, WIDE), 0.0, tl.float32)
+
+    for start in range(begin, end, TILE):
+        row = start + lane
+        if AHEAD:
+            following = _tile(source, row + TILE, end, source_stride, whole, whole_in)
+        else:  # Triton's pipeline asks for it some tiles before
+            x = _tile(source, row, end, source_stride, whole, whole_in)
+        if ROTATE:
+            plain = x if PART == WIDE else _tile(source, row, end, source_stride, part, part_in)
+            # The residual form: x itself never passes through a product.
+            turned = plain.to(tl.float32) + tl.dot(x, turn, input_precision=PRECISION)
+            place = out + row[:, None] * width + part[None, :]
+            tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
+        if GRAM:
+            y = _tile(other, row, end, other_stride, part, part_in)
+            total = tl.dot(tl.trans(y.to(dtype)), x, total, input_precision=PRECISION)
+        if AHEAD:
+            x = following
+
+    if GRAM:
+        same = (part[:, None] // B == whole[None, :] // B) & part_in[:, None] & whole_in[None, :]
+        slot = (split.to(tl.int64) * n + first) * (B * B)
+        entry = (whole[None, :] // B) * (B * B) + (part[:, None] % B) * B + whole[None, :] % B
+        tl.store(gram + slot + entry, total, same)
+
+
+_DTYPES = {torch.bfloat16, torch.float16, torch.float32}
+
+
+def fits(x: Tensor, core: Tensor) -> bool:
+    """Whether the kernel takes these: 16- and 32-bit activations, blocks that fit the device.
+
+    And a core for every block: one that all blocks share is left to PyTorch.
+    """
+    n, b, _ = core.shape
+    return x.dtype in _DTYPES and b <= _largest(x.device) and x.shape[-1] == n * b
+
+
+@functools.cache
+def _largest(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter
+        return LARGEST
+    properties = torch.cuda.get_device_properties(device)
+    room = properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # a stub's gap
+    return LARGEST if room >= 227 * 1024 else LARGEST_ELSEWHERE
+
+
+def rotate(x: Tensor, core: Tensor) -> Tensor:
+    """`oftfx::rotate`: x (..., n·b) of any strides and core (n, b, b) to a contiguous result."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, stride = _rows(x)
+    n, b, _ = core.shape
+    count = x.numel() // (n * b) if n else 0
+    work = _work(
+        count, n, b, x.dtype, core.dtype, stride, stride, core.stride(), True, False, x.device
+    )
+    work.launch(rows, rows, core, out, out)
+    return out
+
+
+def rotate_grad(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
+) -> tuple[Tensor, Tensor]:
+    """`oftfx::rotate_grad`: both gradients from one reading of ``grad`` and ``x``."""
+    grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
+    if not (need_x or need_core):
+        return grad_x, core.new_empty(0)
+    grad_rows, grad_stride = _rows(grad)
+    x_rows, x_stride = _rows(x)
+    n, b, _ = core.shape
+    count = x.numel() // (n * b) if n else 0
+    block, row, col = core.stride()
+    turned = (block, col, row)  # of Cᵀ
+    work = _work(
+        count, n, b, x.dtype, core.dtype, grad_stride, x_stride, turned, need_x, need_core, x.device
+    )
+    shape = (work.splits, n, b, b) if need_core else (0,)
+    gram = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    work.launch(grad_rows, x_rows, core, grad_x, gram)
+    if not need_core:
+        return grad_x, core.new_empty(0)
+    # Runs are added in order, not by atomics: the same input gives the same bits.
+    total = gram.sum(0) if work.splits > 1 else gram[0]
+    return grad_x, total.to(core.dtype)
+
+
+class Tiles(NamedTuple):
+    """The kernel's choices for a block size.
+
+    Attributes:
+        pack: Blocks in a pack.
+        wide: Columns of a pack, padded to a power of two.
+        part: How many of those columns one program writes.
+        tile: Rows at a time.
+        warps: Warps of a program.
+        stages: Tiles in flight; 0 for one, kept in registers.
+        waves: Programs at work at a time on one processor.
+    """
+
+    pack: int
+    wide: int
+    part: int
+    tile: int
+    warps: int
+    stages: int
+    waves: int
+
+
+def tiles(b: int, itemsize: int, gram: bool) -> Tiles:
+    """Tile sizes by block width, as measured on one H100."""
+    pack = max(1, (64 if itemsize == 2 else 32) // b)
+    wide = max(16, triton.next_power_of_2(pack * b))
+    if itemsize == 4:  # three products of tf32 parts, held beside each other
+        return Tiles(pack, wide, min(wide, 32), 64 if wide <= 64 else 32, 4, 2, 8)
+    # Never fewer than 64 rows: below, the product of the rotation and that of the Gram need
+    # different instructions, and Triton (3.6) refills a buffer that the Gram still reads.
+    if wide > 64:
+        return Tiles(pack, wide, 128 if gram else wide, 64, 8, 3, 1)
+    return Tiles(pack, wide, wide, 64, 4, 3, 2) if gram else Tiles(pack, wide, wide, 128, 4, 0, 3)
+
+
+class Work(NamedTuple):
+    """One problem cut into programs.
+
+    Attributes:
+        launch: Runs them.
+        splits: Into how many runs the rows are cut.
+    """
+
+    launch: Launch
+    splits: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _work(
+    rows: int,
+    n: int,
+    b: int,
+    dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    source_stride: int,
+    other_stride: int,
+    core_strides: tuple[int, int, int],
+    rotate: bool,
+    gram: bool,
+    device: torch.device,
+) -> Work:
+    """Chooses tiles, and runs of rows that make enough programs to keep the memory busy."""
+    pack, wide, part, tile, warps, stages, waves = tiles(b, dtype.itemsize, gram)
+    columns = triton.cdiv(n, pack) * (wide // part)
+    height = triton.cdiv(rows, tile)
+    # Equal runs, as many as are at work at a time: a few more would leave a thin last wave.
+    run = triton.cdiv(height, max(1, waves * _processors(device) // max(1, columns)))
+    splits = max(1, triton.cdiv(height, max(1, run)))
+    even = pack * b == wide and n % pack == 0
+    # tf32 alone keeps three digits of float32; three products of its parts keep them all.
+    constants = (b, pack, wide, part, tile, even, rotate, gram, "tf32x3", stages == 0)
+    numbers = (rows, n, run, n * b, source_stride, other_stride, *core_strides)
+    launch = Launch(
+        _pass, columns * splits, numbers, constants, num_warps=warps, num_stages=max(stages, 1)
+    )
+    return Work(launch, splits)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """Rows of neighbouring columns and their stride; a copy only where x has no such view."""
+    width = x.shape[-1]
+    if x.is_contiguous():
+        return x, width
+    x = x.reshape(-1, width)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,76 @@
+"""The core kernels beside the float64 reference."""
+
+import pytest
+import torch
+
+from oftfx import ops
+
+kernel = pytest.importorskip("oftfx.ops.triton.cayley")
+
+# (n, b): one block, several in a tile, a tile with padding, and a number that fills no tile
+SIZES = [(5, 2), (9, 3), (3, 4), (7, 5), (2, 16), (2, 31), (3, 32), (2, 33), (1, 64)]
+
+
+def error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+def random_theta(n: int, b: int, device: torch.device) -> torch.Tensor:
+    return 0.3 / b**0.5 * torch.randn(n, b * (b - 1) // 2, device=device)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("n", "b"), SIZES)
+def test_cores_keep_float32_digits(n, b, order, device):
+    theta = random_theta(n, b, device)
+    core = kernel.cayley(theta, b, order)
+    assert core.dtype == torch.float32
+    assert error(core, ops.cayley(theta.double(), b, order)) < 1e-6
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("n", "b"), SIZES)
+def test_gradients_are_the_references(n, b, order, device):
+    theta, grad = random_theta(n, b, device), torch.randn(n, b, b, device=device)
+    exact = ops.cayley_grad(grad.double(), theta.double(), b, order)
+    assert error(kernel.cayley_grad(grad, theta, b, order), exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_parameters_are_widened_first_and_their_gradient_rounded_last(dtype, device):
+    theta, grad = random_theta(3, 8, device).to(dtype), torch.randn(3, 8, 8, device=device)
+    assert error(kernel.cayley(theta, 8, 4), ops.cayley(theta.double(), 8, 4)) < 1e-6
+    ours = kernel.cayley_grad(grad, theta, 8, 4)
+    assert ours.dtype == dtype
+    exact = ops.cayley_grad(grad.double(), theta.double(), 8, 4)
+    assert error(ours, exact) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("order", [1, 4, 5])
+def test_zero_parameters_give_exactly_zero(order, device):
+    core = kernel.cayley(torch.zeros(3, 496, device=device), 32, order)
+    assert torch.equal(core, torch.zeros_like(core))
+
+
+def test_operands_may_have_any_strides(device):
+    theta = random_theta(6, 4, device).T.contiguous().T
+    grad = torch.randn(4, 4, device=device).expand(6, 4, 4)
+    assert not theta.is_contiguous()
+    assert not grad.is_contiguous()
+    assert error(kernel.cayley(theta, 4, 4), ops.cayley(theta.double(), 4, 4)) < 1e-6
+    exact = ops.cayley_grad(grad.double(), theta.double(), 4, 4)
+    assert error(kernel.cayley_grad(grad, theta, 4, 4), exact) < 1e-6
+
+
+def test_no_blocks_give_no_cores(device):
+    theta = torch.zeros(0, 6, device=device)
+    assert kernel.cayley(theta, 4, 4).shape == (0, 4, 4)
+    assert kernel.cayley_grad(torch.zeros(0, 4, 4, device=device), theta, 4, 4).shape == (0, 6)
+
+
+def test_serves_series_of_narrow_blocks():
+    theta = torch.zeros(1, 6)
+    assert kernel.fits(theta, 4, 4)
+    assert not kernel.fits(theta, 4, None)
+    assert not kernel.fits(theta.double(), 4, 4)
+    assert not kernel.fits(torch.zeros(1, 65 * 32), 65, 4)

@@ -1,0 +1,157 @@
+"""The ops on a CUDA device, in every dtype and at real sizes: `make test-gpu`."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import oftfx
+from oftfx import ops
+from oftfx.ops.triton import kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+ROUNDING = {
+    torch.bfloat16: 2.5e-3,
+    torch.float16: 3e-4,
+    torch.float32: 1e-6,
+    torch.float64: 1e-13,
+}
+CUDA = "cuda:0"
+
+
+def operands(rows: int, width: int, b: int, dtype: torch.dtype):
+    grad, x = torch.randn(2, rows, width, device=CUDA).to(dtype).unbind()
+    core = 0.3 / b**0.5 * torch.randn(width // b, b, b, device=CUDA)
+    return grad, x, core.to(dtype).to(torch.promote_types(dtype, torch.float32))
+
+
+def error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [2, 3, 4, 7, 8, 16, 24, 32, 48, 64, 96, 128, 160, 256, 300])
+def test_values_and_gradients_are_those_of_float64(b, dtype):
+    for rows, blocks in ((4096, 3584 // b), (1, 576 // b), (33, 5), (1001, max(1, 200 // b))):
+        grad, x, core = operands(rows, max(1, blocks) * b, b, dtype)
+        exact = ops.rotate(x.double(), core.double())
+        exact_x, exact_core = ops.rotate_grad(grad.double(), x.double(), core.double(), True, True)
+        x.requires_grad_(), core.requires_grad_()
+        rotated = ops.rotate(x, core)
+        grad_x, grad_core = torch.autograd.grad(rotated, (x, core), grad)
+        assert error(rotated.detach(), exact) < ROUNDING[dtype]
+        assert error(grad_x, exact_x) < ROUNDING[dtype]
+        # A sum over thousands of rows, in float32 whatever x is, but for what PyTorch computes.
+        if dtype is torch.float64 or b > 256:
+            assert error(grad_core, exact_core) < 5 * ROUNDING[dtype]
+        else:
+            assert error(grad_core, exact_core) < 5e-6
+        assert torch.equal(ops.rotate(x, torch.zeros_like(core)), x)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 8, None])
+@pytest.mark.parametrize("b", [2, 3, 4, 8, 16, 31, 32, 48, 64, 128])
+def test_cores_and_their_gradients_are_those_of_float64(b, order):
+    for n in (1, 7, 1000):
+        theta = 0.3 / b**0.5 * torch.randn(n, b * (b - 1) // 2, device=CUDA)
+        grad = torch.randn(n, b, b, device=CUDA)
+        exact = ops.cayley(theta.double(), b, order)
+        exact_grad = ops.cayley_grad(grad.double(), theta.double(), b, order)
+        theta.requires_grad_()
+        core = ops.cayley(theta, b, order)
+        assert error(core.detach(), exact) < 2e-6
+        assert error(torch.autograd.grad(core, theta, grad)[0], exact_grad) < 2e-6
+
+
+def test_triton_serves_this_device():
+    for family in ("rotate", "cayley"):
+        assert kernels(family, torch.device(CUDA)) is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    grad, x, core = operands(33, 96, 32, dtype)
+    args = (x.requires_grad_(), core.requires_grad_())
+    torch.library.opcheck(torch.ops.oftfx.rotate.default, args)
+    for needs in itertools.product((True, False), repeat=2):
+        torch.library.opcheck(
+            torch.ops.oftfx.rotate_grad.default, (grad, x.detach(), core.detach(), *needs)
+        )
+    theta = (0.02 * torch.randn(3, 496, device=CUDA)).to(dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.oftfx.cayley.default, (theta, 32, 4))
+    grad_core = torch.randn_like(core)
+    torch.library.opcheck(
+        torch.ops.oftfx.cayley_grad.default, (grad_core.detach(), theta.detach(), 32, 4)
+    )
+
+
+def test_gradcheck_of_the_second_order():
+    """In float64, through the PyTorch path, which second derivatives share."""
+    x = torch.randn(3, 8, dtype=torch.float64, device=CUDA, requires_grad=True)
+    core = 0.1 * torch.randn(2, 4, 4, dtype=torch.float64, device=CUDA)
+    assert torch.autograd.gradgradcheck(ops.rotate, (x, core.requires_grad_()))
+
+
+def test_offsets_beyond_32_bits():
+    """Everything happens in the rows past 2³¹ elements."""
+    b, width, tail = 32, 4096, 200
+    rows = 2**31 // width + tail
+    core = 0.1 * torch.randn(width // b, b, b, device=CUDA)
+    x = torch.zeros(rows, width, dtype=torch.bfloat16, device=CUDA)
+    x[-tail:] = torch.randn(tail, width, device=CUDA)
+    last = x[-tail:].double()
+    exact = ops.rotate(last, core.bfloat16().double())
+    assert error(ops.rotate(x, core)[-tail:], exact) < ROUNDING[torch.bfloat16]
+    grad_x, grad_core = ops.rotate_grad(x, x, core, True, True)
+    exact_x, exact_core = ops.rotate_grad(last, last, core.bfloat16().double(), True, True)
+    assert error(grad_x[-tail:], exact_x) < ROUNDING[torch.bfloat16]
+    assert error(grad_core, exact_core) < 1e-6
+    assert not grad_x[:-tail].any()
+
+
+def test_the_same_input_gives_the_same_bits():
+    grad, x, core = operands(4096, 3584, 32, torch.bfloat16)
+    first = ops.rotate_grad(grad, x, core, True, True)
+    for _ in range(3):
+        again = ops.rotate_grad(grad, x, core, True, True)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapted_model_compiles_to_what_it_computes(dtype, fresh_compiler):
+    with torch.device(CUDA):
+        model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).to(dtype)
+        x = torch.randn(40, 64, dtype=dtype)
+    oftfx.adapt(model, oftfx.OFT(block_size=32), capture="modules")
+    with torch.no_grad():
+        for theta in oftfx.parameters(model):
+            theta.normal_(std=0.02)
+
+    def step(model: nn.Module) -> list[torch.Tensor]:
+        loss = model(x).float().square().mean()
+        return [loss, *torch.autograd.grad(loss, list(oftfx.parameters(model)))]
+
+    eager = step(model)
+    compiled = torch.compile(model, fullgraph=True)
+    rounding = 2e-2 if dtype is torch.bfloat16 else 1e-4
+    for value, expected in zip(step(compiled), eager, strict=True):
+        assert error(value.detach(), expected.detach().double()) < rounding
+
+
+def test_cuda_graphs_replay_the_kernels():
+    grad, x, core = operands(300, 96, 32, torch.bfloat16)
+    ops.rotate(x, core), ops.rotate_grad(grad, x, core, True, True)  # compiled before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rotated = ops.rotate(x, core)
+        grads = ops.rotate_grad(grad, x, core, True, True)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(rotated, ops.rotate(x, core))
+    for value, expected in zip(grads, ops.rotate_grad(grad, x, core, True, True), strict=True):
+        assert torch.equal(value, expected)

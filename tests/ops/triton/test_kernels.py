@@ -1,0 +1,72 @@
+"""When Triton is used, and that its kernels compile."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from oftfx.ops.triton import kernels
+
+CUDA = torch.device("cuda:0")
+choose = kernels.__wrapped__  # without its cache
+
+
+def test_old_gpus_and_gpus_of_others_stay_with_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose("rotate", CUDA) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert choose("rotate", CUDA) is None
+
+
+def test_without_triton_pytorch_does_the_work(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose("rotate", CUDA) is None
+
+
+def test_with_triton_its_kernels_do(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose("rotate", CUDA).__name__ == "oftfx.ops.triton.rotate"
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from oftfx.ops.triton import cayley, rotate
+
+cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
+
+def check(launch, *tensors):
+    kernel, numbers = launch._kernel, len(launch._kernel.arg_names) - len(tensors)
+    names = kernel.arg_names[len(tensors):]
+    values = dict(zip(names, launch._rest, strict=True))
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    signature = dict(zip(kernel.arg_names, tensors))
+    signature |= {name: "constexpr" if name in constants else "i32" for name in names}
+    place = kernel.arg_names.index
+    source = ASTSource(kernel, signature, {(place(n),): values[n] for n in constants})
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch._options)
+
+for b, dtype, name in ((32, bf16, "*bf16"), (4, f32, "*fp32"), (33, bf16, "*bf16")):
+    work = rotate._work(99, 3, b, dtype, f32, 3 * b, 3 * b, (b * b, b, 1), True, True, cpu)
+    check(work.launch, name, name, "*fp32", name, "*fp32")
+check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")
+check(cayley._launch(cayley._cayley_grad, 5, 4, 3, f32, cpu), "*fp32", "*fp32", "*fp32")
+"""
+
+
+def test_the_kernels_compile_for_a_gpu():
+    """The interpreter takes Python that the compiler does not; this needs no GPU."""
+    pytest.importorskip("triton")
+    # Another process: this one interprets its kernels.
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
