@@ -190,6 +190,18 @@ def test_training_moves_every_rotation_and_nothing_else(spec, form):
 
 
 @every_spec
+@pytest.mark.parametrize(("name", "strict"), [("mlp", True), ("functional", False)])
+def test_an_export_of_the_adapted_module_knows_its_spec(spec, strict, name):
+    model = adapted(name, spec)
+    program = export(model, (x,), strict=strict)
+    for other in (program, program.module(), program.run_decompositions()):
+        a, b = oftfx.health(model), oftfx.health(other)
+        assert set(a.fqns) == set(b.fqns)
+        assert sorted(a.norm.tolist()) == sorted(b.norm.tolist())
+        assert oftfx.penalty(other).item() == pytest.approx(oftfx.penalty(model).item())
+
+
+@every_spec
 def test_health_is_the_same_for_every_form_and_true(spec):
     model = adapted("mlp", spec)
     found = [oftfx.health(model), *(oftfx.health(adapted("mlp", spec, f)) for f in FORMS[1:])]
