@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.fx import traceback
 
 from oftfx.ops.factor import Factor
+from oftfx.ops.precision import exactly
 from oftfx.rotations import Method, method_of
 from oftfx.rotations.oft import dropped
 from oftfx.spec import ALL_LINEAR, Spec
@@ -99,10 +100,7 @@ class Rotation(nn.Module):
         return self._cached[2]
 
     def _made(self, tensors: dict[str, Any]) -> tuple[Tensor, ...]:
-        device = next(iter(tensors.values())).device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return self.method.cores(tensors, self.spec)
-        with torch.autocast(device, enabled=False):  # which would halve the cores' digits
+        with exactly(next(iter(tensors.values())).device):
             return self.method.cores(tensors, self.spec)
 
     def factors(self) -> tuple[Factor, ...]:

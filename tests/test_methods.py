@@ -32,7 +32,7 @@ SPECS: dict[str, Spec] = {
     "GOFT, scaled": GOFT(scale=True),
     "QGOFT": QGOFT(),
     "QGOFT, scaled": QGOFT(scale=True),
-    "HRA": HRA(rank=4),
+    "HRA": HRA(rank=4, weight=0.01),
 }
 FORMS = ("module", "graph", "program")
 
@@ -112,6 +112,22 @@ def test_compiled_without_a_graph_break_is_eager(spec):
     model = adapted("mlp", spec)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     testing.assert_same_function(compiled, model, x)
+
+
+@every_spec
+def test_autocast_does_not_take_digits_from_the_parameters(spec):
+    """The cores, the folded weight and the penalty are those of float32."""
+    start = dataclasses.replace(spec, init_std=0.2)
+    model = oftfx.adapt(small("mlp", torch.float32), start, example_inputs=rows(torch.float32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        penalty = oftfx.penalty(model)
+        found = [core for _, r in oftfx.modules.rotations(model) for core in r.cores()]
+    copied = copy.deepcopy(model)  # which keeps no cores
+    expected = [core for _, r in oftfx.modules.rotations(copied) for core in r.cores()]
+    for core, other in zip(found, expected, strict=True):
+        assert torch.equal(core, other)
+        assert core.dtype == torch.float32
+    torch.testing.assert_close(penalty, oftfx.penalty(model).detach(), rtol=0, atol=0)
 
 
 @every_spec
