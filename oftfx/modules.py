@@ -10,23 +10,29 @@ Only the class changes: the object, its names, its parameters and its place in t
 everything that holds on to the module keeps working, compiled graphs included.
 """
 
+import dataclasses
 import functools
+import json
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx import traceback
 
 from oftfx.ops.factor import Factor
+from oftfx.ops.precision import exactly
 from oftfx.readers import Readers, rotated, traceable
 from oftfx.rotations import Method, method_of
 from oftfx.rotations.oft import dropped
-from oftfx.spec import Spec
+from oftfx.spec import ALL_LINEAR, Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
+NOTE = "oftfx_spec"
+"""Where the nodes of an exported module keep the spec of their rotation, as JSON."""
 CHILD = "oft"
 """Name of the child that holds a module's rotations, by adapter name."""
 
@@ -54,6 +60,8 @@ class Rotation(nn.Module):
         self.width = width
         self.seed = seed
         self.readers: Readers | None = None
+        rules: dict[str, Any] = {"targets": ALL_LINEAR, "exclude": (), "overrides": {}}
+        self._note = json.dumps(dataclasses.replace(spec, **rules).to_json())
         self.enabled = True
         self.shapes = self.method.shapes(spec, width)
         for name, shape in self.shapes.items():
@@ -121,8 +129,13 @@ class Rotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``, in autocast's dtype where that is on."""
         if self.readers is None or torch.compiler.is_compiling():
-            return rotated(x, self.applied())
+            with self._noted():
+                return rotated(x, self.applied())
         return self.readers.rotate(self, x)
+
+    def _noted(self) -> AbstractContextManager[None]:
+        """Within it, the nodes of an exported graph remember the spec they came from."""
+        return annotated(self._note) if torch.compiler.is_exporting() else nullcontext()
 
     def _dropped(self, cores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Multiplicative dropout: in training mode some blocks are the identity."""
@@ -140,8 +153,9 @@ class Rotation(nn.Module):
         # torch.promote_types would leave a node of its own in an exported graph.
         wide = weight.to(max(weight.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         rows = wide if layout == "out_in" else wide.mT
-        for factor in reversed(self.method.factors(cores, self.spec)):
-            rows = factor.transposed()(rows)
+        with self._noted():
+            for factor in reversed(self.method.factors(cores, self.spec)):
+                rows = factor.transposed()(rows)
         return rows if layout == "out_in" else rows.mT
 
     def extra_repr(self) -> str:
@@ -161,11 +175,18 @@ class Rotation(nn.Module):
 
 def built(spec: Spec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """A method's cores, in full precision under autocast too, which would halve their digits."""
-    device = next(iter(tensors.values())).device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    with exactly(next(iter(tensors.values())).device):
         return method_of(spec).cores(tensors, spec)
-    with torch.autocast(device, enabled=False):
-        return method_of(spec).cores(tensors, spec)
+
+
+@contextmanager
+def annotated(note: str) -> Iterator[None]:
+    """Within it, the nodes of a trace get a note in their metadata, which graph edits keep."""
+    tracer = (
+        nullcontext() if torch.compiler.is_dynamo_compiling() else traceback.preserve_node_meta()
+    )
+    with tracer, traceback.annotate({NOTE: note}):
+        yield
 
 
 class SharedRotation(nn.Module):
