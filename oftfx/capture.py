@@ -24,6 +24,8 @@ from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
 from oftfx.modules import Adapted, bare, unhook
+from oftfx.sites import quantiser_of
+from oftfx.sites.quantised import stand_in
 
 Model = nn.Module | ExportedProgram
 
@@ -174,12 +176,16 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def _shadow(model: nn.Module) -> nn.Module:
     """A copy of the model on `meta`, in evaluation mode: no memory, no side effects on the model.
 
-    Adapters it has already are left out: what is planned is the base. Every floating parameter
+    Adapters it has already are left out: what is planned is the base. A quantised layer is there
+    as the float layer it stands for. Every floating parameter
     requires a gradient there, so that no inference-only fast path hides a matmul inside an opaque
     kernel.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
+        if (quantiser := quantiser_of(module)) is not None:
+            memo[id(module)] = stand_in(module, quantiser)
+            continue
         for tensor in _own_tensors(module):
             if id(tensor) not in memo:
                 memo[id(tensor)] = _to_meta(tensor)

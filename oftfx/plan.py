@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from oftfx import match, modules, sites
 from oftfx.capture import Capture, Model, capture, unwrap
@@ -18,6 +18,7 @@ from oftfx.errors import OftfxError, PlanError, SpecError
 from oftfx.match import Use
 from oftfx.rotations import oft
 from oftfx.sites.matmul import Layout
+from oftfx.sites.quantised import Quantiser
 from oftfx.spec import ALL_LINEAR, OFT, Spec, Target, matches
 from oftfx.table import plan_table
 
@@ -28,7 +29,8 @@ class Site:
 
     Attributes:
         fqn: Name of the weight without a trailing ".weight": for a layer, the layer's own name.
-        kind: "linear" and "conv1d" rotate the layer's input; "functional" folds on the fly.
+        kind: "functional" folds on the fly; all others ("linear", "conv1d", "linear4bit", …) rotate
+            the layer's input.
         weight: Full name of the parameter.
         in_features: Width of the input, which is rotated.
         out_features: Width of the output.
@@ -229,7 +231,7 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
         if tensor.dim() < 2 or modules.is_rotation(weight):
             continue
         fitting = [use for use in reads if use.x is not None]
-        why_not = _why_not(found, weight, reads)
+        why_not = _why_not(found, weight, reads) or _fault(model, weight)
         role = ""
         if any(use.node in heads for use in fitting):
             role = "output head"
@@ -276,6 +278,16 @@ def _why_not(found: Capture, weight: str, reads: list[Use]) -> str:
     if len({use.layout for use in reads}) > 1:
         return "it is used both as x·Wᵀ and as x·W, which no one rotation serves"
     return ""
+
+
+def _fault(model: Model, weight: str) -> str:
+    """Why nothing can be trained through the quantised layer of this weight, if it is one's."""
+    owner, _, parameter = weight.rpartition(".")
+    if not isinstance(model, nn.Module) or parameter != "weight":
+        return ""
+    module = model.get_submodule(owner)
+    quantiser = sites.quantiser_of(module)
+    return "" if quantiser is None else quantiser.fault(module)
 
 
 def _kind(model: Model, fqn: str, weight: str, fitting: list[Use]) -> str:
@@ -332,16 +344,19 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     candidates = []
     for index, (fqn, module) in enumerate(model.named_modules()):
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2:
+        shape = sites.shape_of(module, "weight")
+        if shape is None or len(shape) < 2:
             continue
+        weight = getattr(module, "weight", None)
         provider = sites.provider_of(module)
         why_not = f"{type(module).__name__} is no linear layer this version knows"
         layout: Layout = "out_in"
-        if provider is not None:
+        if isinstance(provider, Quantiser):
+            why_not = provider.fault(module)
+        elif provider is not None and weight is not None:
             layout = provider.LAYOUT
             why_not = "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
-        out, width = weight.shape[-2:] if layout == "out_in" else reversed(weight.shape[-2:])
+        out, width = shape[-2:] if layout == "out_in" else reversed(shape[-2:])
         kind = provider.KIND if provider else "module"
         tied = names[id(weight)] > 1
         site = Site(fqn, kind, f"{fqn}.weight", width, out, layout, index, fqn, 0, tied)

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from torch import nn
 
-from oftfx.sites import conv1d, linear
+from oftfx.sites import bitsandbytes, conv1d, linear
 from oftfx.sites.matmul import Layout
+from oftfx.sites.quantised import Quantiser
 
 
 class Provider(Protocol):
@@ -29,7 +30,12 @@ class Provider(Protocol):
         """Whether this provider knows the module."""
 
 
-PROVIDERS: tuple[Provider, ...] = (linear, conv1d)
+PROVIDERS: tuple[Provider, ...] = (
+    linear,
+    conv1d,
+    bitsandbytes.LINEAR4BIT,
+    bitsandbytes.LINEAR8BIT,
+)
 
 
 def provider_of(module: nn.Module) -> Provider | None:
@@ -37,6 +43,20 @@ def provider_of(module: nn.Module) -> Provider | None:
     return next((provider for provider in PROVIDERS if provider.owns(module)), None)
 
 
+def quantiser_of(module: nn.Module) -> Quantiser | None:
+    """The provider that knows this module, if it is a quantised layer."""
+    provider = provider_of(module)
+    return provider if isinstance(provider, Quantiser) else None
+
+
 def provider_named(cls: str) -> Provider | None:
     """The provider of modules whose class has this qualified name, if any."""
     return next((provider for provider in PROVIDERS if cls == provider.CLASS), None)
+
+
+def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...] | None:
+    """Shape of a module's weight, of a quantised one that of the W it stands for; None without."""
+    if parameter == "weight" and (quantiser := quantiser_of(module)) is not None:
+        return quantiser.shape(module)
+    weight = module._parameters.get(parameter)
+    return None if weight is None else tuple(weight.shape)

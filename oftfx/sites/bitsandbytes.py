@@ -1,0 +1,173 @@
+"""bitsandbytes' `Linear4bit` (NF4, FP4, double quantisation or not) and `Linear8bitLt`."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftfx.sites.matmul import Layout
+from oftfx.sites.naming import forward_of
+
+
+class Linear4bit:
+    """4-bit blocks, each with the largest of its absolute values, itself quantised or not."""
+
+    KIND = "linear4bit"
+    CLASS = "bitsandbytes.nn.modules.Linear4bit"
+    LAYOUT: Layout = "out_in"
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether the module multiplies as a Linear4bit does."""
+        return forward_of(module) == f"{self.CLASS}.forward"
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        """Shape of W: (out, in)."""
+        return module.out_features, module.in_features
+
+    def fault(self, module: Any) -> str:
+        """Why nothing can be trained through this layer as it is; empty when it can."""
+        weight, state = module.weight, _state(module)
+        if weight.device.type == "meta":
+            return ""
+        if state is None:
+            return "it is not quantised yet, which moving it to a device does: model.to(device)"
+        out, width = self.shape(module)
+        if tuple(state.shape) != (out, width):
+            return f"its quant state says {tuple(state.shape)}, the layer {(out, width)}"
+        numbers = 2 * weight.numel() * weight.element_size()
+        if numbers != out * width + out * width % 2:
+            return f"its quantised weight holds {numbers} numbers, not {out}×{width}"
+        blocks = -(-out * width // state.blocksize)
+        if state.absmax.numel() != blocks:
+            return f"its quant state scales {state.absmax.numel()} blocks, the weight has {blocks}"
+        return ""
+
+    def pin(self, module: Any) -> None:
+        """Turns off the layout for inference on CPUs, which has no gradient.
+
+        In evaluation bitsandbytes rewrites weight and quant state in place for it, rounds the
+        scales to bfloat16 on the way, and a later training step would compute with the result.
+        """
+        _unpack(module)
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+    def unpin(self, module: Any) -> None:
+        """Lets the layer choose its layout again."""
+        if "support_avx512bf16_for_cpu" in vars(module):
+            from bitsandbytes.functional import has_avx512bf16
+
+            module.support_avx512bf16_for_cpu = has_avx512bf16()
+
+    def dequantise(self, module: Any) -> Tensor:
+        """W as float32, (out, in)."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        _unpack(module)
+        state = copy.copy(_state(module))
+        state.dtype = torch.float32  # its own would round once more
+        return dequantize_4bit(module.weight.data, state)
+
+    def requantise(self, module: Any, weight: Tensor) -> None:
+        """Stores another W, (out, in), in the layer's own format."""
+        from bitsandbytes.functional import quantize_4bit
+
+        old, state = module.weight, _state(module)
+        data, new = quantize_4bit(
+            weight.to(state.dtype).contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=old.dtype,
+        )
+        parameter = copy.copy(old)  # another object: the old one may be tied
+        parameter.data, parameter.quant_state = data, new
+        module._parameters["weight"], module.quant_state = parameter, new
+
+
+class Linear8bitLt:
+    """Rows of int8 with a scale each; the activation is quantised in inference too."""
+
+    KIND = "linear8bit"
+    CLASS = "bitsandbytes.nn.modules.Linear8bitLt"
+    LAYOUT: Layout = "out_in"
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether the module multiplies as a Linear8bitLt does."""
+        return forward_of(module) == f"{self.CLASS}.forward"
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        """Shape of W: (out, in)."""
+        return module.out_features, module.in_features
+
+    def fault(self, module: Any) -> str:
+        """Why nothing can be trained through this layer as it is; empty when it can."""
+        if module.weight.device.type == "meta":
+            return ""
+        if module.state.has_fp16_weights:
+            return "it quantises float weights in every forward: build it has_fp16_weights=False"
+        rows, scales = _rows(module)
+        if rows is None or scales is None or rows.dtype is not torch.int8:
+            return "it is not quantised yet, which moving it to a device does: model.to(device)"
+        out, width = self.shape(module)
+        if tuple(rows.shape) != (out, width) or scales.numel() != out:
+            return (
+                f"it holds {tuple(rows.shape)} with {scales.numel()} scales, the layer is "
+                f"{(out, width)}"
+            )
+        return ""
+
+    def pin(self, module: nn.Module) -> None:
+        """Nothing to do: the rows stay as they are."""
+
+    def unpin(self, module: nn.Module) -> None:
+        """Nothing to do."""
+
+    def dequantise(self, module: Any) -> Tensor:
+        """W as float32, (out, in)."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        rows, scales = _rows(module)
+        return int8_vectorwise_dequant(rows, scales)
+
+    def requantise(self, module: Any, weight: Tensor) -> None:
+        """Stores another W, (out, in), in the layer's own format."""
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        rows, scales, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        old = module.weight
+        module._parameters["weight"] = type(old)(
+            rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales
+        )
+        module.state.CB = module.state.SCB = None  # the next forward takes the weight's
+
+
+LINEAR4BIT = Linear4bit()
+LINEAR8BIT = Linear8bitLt()
+
+
+def _state(module: Any) -> Any:
+    """The quant state, which a conversion of the parameter may have left with the module alone."""
+    state = getattr(module.weight, "quant_state", None)
+    return module.quant_state if state is None else state
+
+
+def _unpack(module: Any) -> None:
+    """Undoes the layout for inference on CPUs, as far as its bfloat16 scales allow."""
+    state = _state(module)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    scales = state.absmax
+    module.weight.data, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
+    if not state.nested:  # scales that were not quantised it leaves as that layout has them
+        state.absmax = scales.T.float().reshape(-1)
+    module.weight.quant_state = module.quant_state = state
+
+
+def _rows(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The int8 rows and their scales: the parameter has them until the first forward."""
+    holder = module.weight if module.weight.CB is not None else module.state
+    return holder.CB, holder.SCB

@@ -1,0 +1,31 @@
+"""What a transformers model remembers of its quantisation."""
+
+from typing import Any
+
+from torch import nn
+
+
+def allow_training(model: nn.Module) -> None:
+    """Lets Trainer train adapters on a quantised base, which it allows for those of PEFT alone."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_qat_trainable:
+        base = type(quantizer)
+        body = {"is_qat_trainable": True, "is_trainable": True, "oft_base": base}
+        quantizer.__class__ = type(base.__name__, (base,), {**body, "__module__": base.__module__})
+
+
+def forbid_training(model: nn.Module) -> None:
+    """Undoes `allow_training`."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and hasattr(quantizer, "oft_base"):
+        quantizer.__class__ = quantizer.oft_base
+
+
+def forget_quantisation(model: nn.Module) -> None:
+    """Makes a model whose layers are floats again an ordinary one, to save and load as such."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    quantizer.remove_quantization_config(model)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(flag, None)
