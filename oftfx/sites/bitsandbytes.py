@@ -167,7 +167,7 @@ def _unpack(module: Any) -> None:
     module.weight.quant_state = module.quant_state = state
 
 
-def _rows(module: Any) -> tuple[Tensor | None, Tensor | None]:
+def _rows(module: Any) -> tuple[Any, Any]:
     """The int8 rows and their scales: the parameter has them until the first forward."""
     holder = module.weight if module.weight.CB is not None else module.state
     return holder.CB, holder.SCB
