@@ -8,6 +8,7 @@ The fold is the rotation itself, applied to the rows of W with the cores transpo
 the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R1ᵀ.
 """
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -180,7 +181,8 @@ class _Fold:
 
     def run(self) -> Tensor:
         """The weight to store, in its own layout and dtype."""
-        rows = self.folded(torch.promote_types(self.weight.dtype, self.cores[0].dtype))
+        dtypes = (self.weight.dtype, self.cores[0].dtype, self.dtype)
+        rows = self.folded(functools.reduce(torch.promote_types, dtypes))
         return (rows if self.out_in else rows.mT).to(self.dtype).contiguous()
 
     def survived(self, stored: Tensor) -> float:
@@ -197,7 +199,6 @@ class _Fold:
         before, after = (w if out_in else w.mT for w in (self.weight, stored))
         seed = torch.Generator().manual_seed(0)
         x = torch.randn(16, before.shape[1], generator=seed).to(before)
-        after = after.to(before.dtype)
         rotated = x
         for core in self.cores:
             rotated = ops.rotate(rotated, core)
@@ -208,7 +209,7 @@ class _Fold:
         )
         return MergedSite(
             self.fqn,
-            output_error=_relative((x @ after.mT).double() - unmerged, unmerged),
+            output_error=_relative((x @ after.to(x.dtype).mT).double() - unmerged, unmerged),
             orthogonality_error=defect,
             rounding_error=_relative(after.double() - exact, exact),
             untied=untied,
@@ -231,7 +232,7 @@ class _Site:
     rotations: list[Rotation | SharedRotation]
     quantiser: Quantiser | None = None
 
-    def fold(self, dtype: torch.dtype) -> _Fold:
+    def fold(self, dtype: torch.dtype = torch.bfloat16) -> _Fold:
         """Its fold; ``dtype`` is for a quantised weight, a float one keeps its own."""
         cores = [rotation.core() for rotation in self.rotations]
         if self.quantiser is not None:
@@ -256,32 +257,20 @@ def _merge_module(
     dtype = dtype or torch.bfloat16
     found = list(_module_sites(model))
     for site in found:
-        site.fold(dtype).check()
+        site.fold().check()
     if not requantize:
         for fqn, module, quantiser in quantised:
             _dequantised(fqn, module, quantiser)
     names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     costs, any_untied = [], False
     for site in found:
-        fold = site.fold(dtype)
-        stored = fold.run()
-        untied = names[id(fold.weight)] > 1
-        if site.quantiser is not None and requantize:
-            site.quantiser.requantise(site.module, fold.folded(torch.float32))
-            stored = site.quantiser.dequantise(site.module)
-        elif site.quantiser is not None:
-            assert isinstance(site.module, Adapted)
-            bare(site.module)
-            to_linear(site.module, stored)
-        elif untied:
-            names[id(fold.weight)] -= 1
-            site.replace(stored)
-            any_untied = True
-        if report or requantize:
-            survived = fold.survived(stored) if requantize and site.quantiser else None
-            costs.append(fold.cost(stored, untied, survived))
-        if site.quantiser is None and not untied:
-            fold.weight.copy_(stored)
+        if site.quantiser is not None:
+            cost = _store_quantised(site, site.quantiser, report, dtype, requantize)
+        else:
+            cost, untied = _store(site, names, report)
+            any_untied |= untied
+        if cost is not None:
+            costs.append(cost)
     detach(model)
     if any_untied:
         _forget_tie(model)
@@ -290,6 +279,36 @@ def _merge_module(
     elif quantised:
         _finish_floats(model, dtype)
     return model, costs
+
+
+def _store(site: _Site, names: Counter[int], report: bool) -> tuple[MergedSite | None, bool]:
+    """Folds one float weight: in place, or into a tensor of its own where it is tied."""
+    fold = site.fold()
+    stored = fold.run()
+    untied = names[id(fold.weight)] > 1
+    cost = fold.cost(stored, untied) if report else None
+    if untied:
+        names[id(fold.weight)] -= 1
+        site.replace(stored)
+    else:
+        fold.weight.copy_(stored)
+    return cost, untied
+
+
+def _store_quantised(
+    site: _Site, quantiser: Quantiser, report: bool, dtype: torch.dtype, requantize: bool
+) -> MergedSite | None:
+    """Folds one quantised weight; its floats are gone when this returns."""
+    fold = site.fold(dtype)
+    if requantize:
+        quantiser.requantise(site.module, fold.folded(torch.float32))
+        stored = quantiser.dequantise(site.module)
+        return fold.cost(stored, survived=fold.survived(stored))
+    stored = fold.run()
+    assert isinstance(site.module, Adapted)
+    bare(site.module)
+    to_linear(site.module, stored)
+    return fold.cost(stored) if report else None
 
 
 def _check_options(quantised: bool, dtype: torch.dtype | None, requantize: bool) -> None:

@@ -63,8 +63,15 @@ def quantised(
     return model.train(model.training)
 
 
-def quantised_llama(make: Callable[[nn.Linear], nn.Module], dtype=torch.float32) -> nn.Module:
-    return quantised(llama(dtype), make)
+def float_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Its widths are multiples of 64; 4-bit blocks that span rows are misread on CPUs."""
+    return llama(dtype, intermediate=128)
+
+
+def quantised_llama(
+    make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    return quantised(float_llama(dtype), make)
 
 
 def dequantised(model: nn.Module) -> nn.Module:

@@ -1,11 +1,14 @@
 """bitsandbytes' `Linear4bit` (NF4, FP4, double quantisation or not) and `Linear8bitLt`."""
 
 import copy
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from oftfx.errors import OftfxWarning
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
 
@@ -50,6 +53,7 @@ class Linear4bit:
         scales to bfloat16 on the way, and a later training step would compute with the result.
         """
         _unpack(module)
+        _warn_of_misreading(module)
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
 
@@ -165,6 +169,31 @@ def _unpack(module: Any) -> None:
     if not state.nested:  # scales that were not quantised it leaves as that layout has them
         state.absmax = scales.T.float().reshape(-1)
     module.weight.quant_state = module.quant_state = state
+
+
+def _warn_of_misreading(module: Any) -> None:
+    """Tells where bitsandbytes itself computes with another weight than was quantised."""
+    block_size = 0 if (state := _state(module)) is None else state.blocksize
+    if module.weight.device.type != "cpu" or not block_size or not module.in_features % block_size:
+        return
+    if _cpu_misreads():
+        warnings.warn(
+            f"this version of bitsandbytes misreads 4-bit weights on the CPU whose width "
+            f"{module.in_features} is no multiple of their block size {block_size}: the base model "
+            "itself computes with wrong weights there. Use another block size or a GPU.",
+            OftfxWarning,
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def _cpu_misreads() -> bool:
+    """Whether blocks that span rows come back from a CPU as other numbers."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.tensor([1.0, 2.0, 4.0]).repeat_interleave(64).reshape(2, 96)
+    data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    return not torch.equal(dequantize_4bit(data, state), weight)
 
 
 def _rows(module: Any) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """What a transformers model remembers of its quantisation."""
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -9,9 +10,24 @@ def allow_training(model: nn.Module) -> None:
     """Lets Trainer train adapters on a quantised base, which it allows for those of PEFT alone."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_qat_trainable:
-        base = type(quantizer)
-        body = {"is_qat_trainable": True, "is_trainable": True, "oft_base": base}
-        quantizer.__class__ = type(base.__name__, (base,), {**body, "__module__": base.__module__})
+        quantizer.__class__ = _trainable(type(quantizer))
+
+
+@functools.cache
+def _trainable(base: Any) -> Any:
+    """The subclass of a quantizer's class that says its model can be trained."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _rebuild, (base,), vars(self)
+
+    body = {"is_qat_trainable": True, "is_trainable": True, "oft_base": base}
+    body |= {"__reduce_ex__": reduce, "__module__": base.__module__}
+    return type(base.__name__, (base,), body)
+
+
+def _rebuild(base: Any) -> Any:
+    cls = _trainable(base)
+    return cls.__new__(cls)
 
 
 def forbid_training(model: nn.Module) -> None:

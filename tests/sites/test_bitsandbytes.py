@@ -15,20 +15,21 @@ from oftfx import OFT, MergeError, OftfxWarning, PlanError, sites, testing
 from oftfx.sites import bitsandbytes as provider
 from tests.quantised import (
     dequantised,
+    float_llama,
     linear4bit,
     linear8bit,
     quantised,
     quantised_llama,
     stored,
 )
-from tests.small import llama, rows, tokens
+from tests.small import rows, tokens
 
 SPEC = OFT(block_size=8, init_std=0.1)
 LAYERS = {
     "nf4": lambda linear: linear4bit(linear),
     "nf4 once": lambda linear: linear4bit(linear, double=False),
     "fp4": lambda linear: linear4bit(linear, "fp4"),
-    "fp4 once, blocks of 128": lambda linear: linear4bit(linear, "fp4", False, 128),
+    "fp4 once, blocks of 32": lambda linear: linear4bit(linear, "fp4", False, 32),
     "nf4 in bfloat16 storage": lambda linear: linear4bit(linear, storage=torch.bfloat16),
     "int8": linear8bit,
 }
@@ -48,13 +49,19 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
     return losses
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Of all that is stored but JSON text, whose length varies."""
+    held = stored(model).items()
+    return {key: (v.shape, v.dtype) for key, v in held if "bitsandbytes__" not in key}
+
+
 # --- planning ---
 
 
 @every_layer
 def test_every_quantised_layer_is_a_site(make):
     model = quantised_llama(make)
-    plan, float_plan = oftfx.plan(model, SPEC), oftfx.plan(llama(), SPEC)
+    plan, float_plan = oftfx.plan(model, SPEC), oftfx.plan(float_llama(), SPEC)
     expected = "linear8bit" if make is linear8bit else "linear4bit"
     assert {site.kind for site in plan.sites} == {expected}
     assert [(s.fqn, s.shape, s.group) for s in plan.sites] == [
@@ -210,10 +217,10 @@ def test_saved_and_loaded(make, tmp_path):
     loaded = oftfx.load(copy.deepcopy(base), tmp_path)
     assert torch.equal(loaded(**tokens()).logits, model(**tokens()).logits)
     # on the float model that the base was made from, and the other way round
-    floating = oftfx.load(llama(), tmp_path)
+    floating = oftfx.load(float_llama(), tmp_path)
     oftfx.save(floating, tmp_path / "float")
     oftfx.load(copy.deepcopy(base), tmp_path / "float")
-    other = llama()
+    other = float_llama()
     for parameter in other.parameters():
         nn.init.normal_(parameter, std=0.2)
     with pytest.raises(oftfx.CheckpointError, match="the values of"):
@@ -289,16 +296,16 @@ def test_one_layers_floats_at_a_time(monkeypatch):
 
 @every_layer
 def test_requantised_it_keeps_its_format_and_says_what_survived(make):
-    model = oftfx.adapt(quantised_llama(make), OFT(block_size=8, init_std=0.2)).train()
+    model = oftfx.adapt(quantised_llama(make), OFT(block_size=8, init_std=0.1)).train()
     reference = copy.deepcopy(model)
-    shapes = {key: (value.shape, value.dtype) for key, value in stored(model).items()}
+    shapes = shapes_of(model)
     _, report = oftfx.merge(model, report=True, requantize=True)
-    assert {k: (v.shape, v.dtype) for k, v in stored(model).items()} == shapes
+    assert shapes_of(model) == shapes
     assert {type(m) for m in model.modules() if sites.quantiser_of(m)} <= {
         bnb.nn.Linear4bit,
         bnb.nn.Linear8bitLt,
     }
-    noise = 0.02 if make is linear8bit else 0.2
+    noise = 0.02 if make is linear8bit else 0.15
     for site in report.sites:
         assert 0.9 < site.survived < 1.1, site
         assert site.rounding_error < noise
@@ -333,7 +340,7 @@ def test_a_small_rotation_is_rounded_away_loudly():
 
 
 def test_options_that_do_not_fit_are_refused():
-    floating = oftfx.adapt(llama(), SPEC)
+    floating = oftfx.adapt(float_llama(), SPEC)
     for options in ({"dtype": torch.bfloat16}, {"requantize": True}):
         with pytest.raises(MergeError, match="quantised layers, and the model has none"):
             oftfx.merge(floating, **options)
@@ -382,7 +389,7 @@ def test_a_layer_that_was_never_quantised_is_refused_by_name():
 def test_a_corrupted_quant_state_is_refused_by_name(damage, told):
     model = nn.Sequential(linear4bit(nn.Linear(64, 32)))
     damage(model[0].weight.quant_state)
-    with pytest.raises(PlanError, match=f"0: its {told}"):
+    with pytest.raises(PlanError, match=f"0: .*{told}"):
         oftfx.adapt(model, OFT(block_size=8, targets="0"), example_inputs=rows(torch.float32, 64))
 
 
@@ -403,6 +410,21 @@ def test_a_weight_repacked_for_inference_is_unpacked_before_training_and_folding
     # its scales were rounded to bfloat16 on the way, and quantised again where they were before
     testing.assert_close(found, expected, "unpacked weight", 0.02)
     testing.gradients(model, rows(torch.float32, 128))
+
+
+def test_widths_that_this_cpu_misreads_are_told():
+    """bitsandbytes 0.50 takes blocks to start anew in every row on a CPU; they do not."""
+    weight = torch.tensor([1.0, 2.0, 4.0]).repeat_interleave(64).reshape(2, 96)
+    data, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    misread = not torch.equal(bnb.functional.dequantize_4bit(data, state), weight)
+    model = nn.Sequential(linear4bit(nn.Linear(96, 64)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        oftfx.adapt(model, SPEC, example_inputs=rows(torch.float32, 96))
+    told = [str(w.message) for w in caught if w.category is OftfxWarning]
+    assert [bool("96 is no multiple of their block size 64" in text) for text in told] == (
+        [True] * misread
+    )
 
 
 def test_while_adapted_a_layer_is_not_repacked():
