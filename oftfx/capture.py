@@ -24,7 +24,8 @@ from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
 from oftfx.modules import Adapted, bare, unhook
-from oftfx.sites import quantiser_of
+from oftfx.regions import differentiable
+from oftfx.sites import matmul, quantiser_of
 from oftfx.sites.quantised import stand_in
 
 Model = nn.Module | ExportedProgram
@@ -63,7 +64,9 @@ def capture(model: Model, example_inputs: Any = None) -> Capture:
     Raises:
         CaptureError: The model cannot be traced; names the line of the user's code.
     """
-    if isinstance(model, (fx.GraphModule, ExportedProgram)):
+    if isinstance(model, ExportedProgram):
+        return read(host_of(differentiable(model)))
+    if isinstance(model, fx.GraphModule):
         return read(host_of(model))
     return _module(model, example_inputs)
 
@@ -73,7 +76,22 @@ def read(host: Host) -> Capture:
     found = Capture([host.module], *_names(host.parameters().items()))
     found.parameters = {node: found.aliases[name][0] for node, name in host.readers().items()}
     _enter_bodies(found)
+    _unpack_shapes(found)
     return found
+
+
+def _unpack_shapes(found: Capture) -> None:
+    """Lets a packed weight show as the floats (out, in) that the matmul over it stands for."""
+    for graph in found.graphs:
+        for node in graph.graph.nodes:
+            spelled, shape = matmul.spelling(node), matmul.quantised_shape(node)
+            packed = spelled.w.of(node) if spelled and shape else None
+            if packed is None or shape is None:
+                continue
+            name = found.parameters.get(matmul.parameter_behind(packed)[0])
+            if name is not None:
+                for alias in found.aliases[name]:
+                    found.tensors[alias] = torch.empty(shape, device="meta")
 
 
 def _module(model: nn.Module, example_inputs: Any) -> Capture:

@@ -18,24 +18,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import insert, modules, sites
+from oftfx import insert, modules
 from oftfx.adapter import adapt
 from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
-from oftfx.errors import CheckpointError, MergeError, OftfxError, PlanError
+from oftfx.errors import CheckpointError, OftfxError, PlanError
+from oftfx.fingerprint import Weights
 from oftfx.host import parameters_of
 from oftfx.plan import Plan, Site
 from oftfx.rotations import oft
-from oftfx.sites.quantised import device_of
+from oftfx.sites import is_quantised
 
 M = TypeVar("M", nn.Module, ExportedProgram)
 
 FORMAT = 1
 TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
-_SAMPLES = 16
-_TOLERANCE = 0.02  # of the sampled weights: a cast to half precision passes, other weights do not
-_QUANTISED = 0.5  # … where one of the two bases is quantised: 4 bits pass, other weights do not
-_FLOAT_KINDS = ("linear", "conv1d", "functional")
 
 
 def save(model: Model, directory: str | os.PathLike[str], name: str = "default") -> None:
@@ -137,52 +134,8 @@ def _parameter(site: Site, name: str) -> str:
 
 def _fingerprint(model: Model, plan: Plan) -> dict[str, list[float] | None]:
     """A few values of each adapted weight; None where it is on `meta`."""
-    weights = _Weights(model)
-    return {site.weight: _samples(weights.value(site.weight)) for site in plan.sites}
-
-
-class _Weights:
-    """The weights of a model by name; those of quantised layers as the floats they stand for."""
-
-    def __init__(self, model: Model) -> None:
-        self.parameters = parameters_of(model)
-        self.layers = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        owner, _, leaf = name.rpartition(".")
-        if owner in self.layers:
-            return sites.shape_of(self.layers[owner], leaf)
-        weight = self.parameters.get(name)
-        return None if weight is None else tuple(weight.shape)
-
-    def value(self, name: str) -> Tensor | None:
-        """None where it is on `meta`, or its library cannot dequantise."""
-        owner, _, leaf = name.rpartition(".")
-        layer = self.layers.get(owner)
-        quantiser = None if layer is None else sites.quantiser_of(layer)
-        if quantiser is None or leaf != "weight":
-            weight = self.parameters[name]
-            return None if weight.device.type == "meta" else weight.detach()
-        assert layer is not None
-        if device_of(layer).type == "meta" or quantiser.fault(layer):
-            return None
-        try:
-            return quantiser.dequantise(layer)
-        except MergeError:
-            return None
-
-    def quantised(self, name: str) -> bool:
-        layer = self.layers.get(name.rpartition(".")[0])
-        return layer is not None and sites.quantiser_of(layer) is not None
-
-
-def _samples(weight: Tensor | None) -> list[float] | None:
-    if weight is None:
-        return None
-    places = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-    rows, columns = places // weight.shape[1], places % weight.shape[1]
-    picked = weight[rows.to(weight.device), columns.to(weight.device)]
-    return picked.double().tolist()
+    weights = Weights(model)
+    return {site.weight: weights.samples(site.weight) for site in plan.sites}
 
 
 def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
@@ -245,7 +198,7 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
 
 
 def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> None:
-    weights = _Weights(model)
+    weights = Weights(model)
     for site in plan.sites:
         shape = weights.shape(site.weight)
         if shape is None:
@@ -257,12 +210,8 @@ def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> N
                 f"{path} was trained on another base: {site.weight} is {shape} here, "
                 f"{site.out_features}×{site.in_features} there."
             )
-        here, there = _samples(weights.value(site.weight)), base.get(site.weight)
-        if here is None or there is None:
-            continue
-        a, b = torch.tensor(here), torch.tensor(there)
-        quantised = weights.quantised(site.weight) or site.kind not in _FLOAT_KINDS
-        if not (a - b).norm() <= (_QUANTISED if quantised else _TOLERANCE) * b.norm():
+        there = base.get(site.weight)
+        if not weights.agree(site.weight, there, quantised_there=is_quantised(site.kind)):
             raise CheckpointError(
                 f"{path} was trained on another base: the values of {site.weight} differ. Load the "
                 "weights it was trained on (unmerged, and initialised before loading)."

@@ -169,6 +169,11 @@ class _Fold:
                 f"{self.fqn}: its weight is on `meta` (not loaded, or offloaded); load the whole "
                 "model onto a device before merging."
             )
+        if not self.weight.is_floating_point():
+            raise MergeError(
+                f"{self.fqn}: its weight is quantised, which this version folds in an nn.Module "
+                "only: merge that and export it anew, or keep the rotation in the graph."
+            )
         if not all(torch.isfinite(core).all() for core in self.cores):
             raise MergeError(f"{self.fqn}: its rotation is not finite; training diverged there.")
 

@@ -26,6 +26,7 @@ from oftfx.host import Host, call, host_of
 from oftfx.match import Use
 from oftfx.modules import CHILD, Rotation, parameter_path, site_name
 from oftfx.plan import Plan, Site
+from oftfx.regions import differentiable
 from oftfx.rotations import oft
 from oftfx.spec import OFT
 
@@ -95,7 +96,7 @@ def insert(
         raise PlanError(
             f"the graph has an adapter {name!r} already: remove it, or pass another name."
         )
-    host = host_of(model, edit=True)
+    host = host_of(differentiable(model), edit=True)
     located = _locate(host, plan)
 
     trained = [n for n, p in host.parameters().items() if p.requires_grad]

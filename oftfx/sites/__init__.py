@@ -49,6 +49,11 @@ def quantiser_of(module: nn.Module) -> Quantiser | None:
     return provider if isinstance(provider, Quantiser) else None
 
 
+def is_quantised(kind: str) -> bool:
+    """Whether sites of this kind belong to quantised layers."""
+    return any(isinstance(p, Quantiser) and kind == p.KIND for p in PROVIDERS)
+
+
 def provider_named(cls: str) -> Provider | None:
     """The provider of modules whose class has this qualified name, if any."""
     return next((provider for provider in PROVIDERS if cls == provider.CLASS), None)

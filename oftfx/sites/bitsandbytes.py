@@ -151,6 +151,42 @@ LINEAR4BIT = Linear4bit()
 LINEAR8BIT = Linear8bitLt()
 
 
+OPS = ("bitsandbytes.gemm_4bit.default",)
+"""Ops that multiply by a 4-bit weight, as graphs name them."""
+
+
+@functools.cache
+def register_gradients() -> None:
+    """Gives the 4-bit matmul its gradient as an op; in modules an autograd function has it."""
+    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+    torch.library.register_autograd(
+        "bitsandbytes::gemm_4bit", _gemm_backward, setup_context=_gemm_context
+    )
+
+
+def _gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    (_, packed, ctx.shape, absmax, ctx.block_size, ctx.quant_type, _, *nested) = inputs
+    ctx.save_for_backward(packed, absmax, *nested)
+
+
+def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, absmax, absmax_8bit, code, offset = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        ops = torch.ops.bitsandbytes
+        if absmax_8bit is not None:
+            absmax = ops.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32)
+            absmax = absmax + offset
+        weight = ops.dequantize_4bit(
+            packed, absmax, ctx.block_size, ctx.quant_type, ctx.shape, grad.dtype
+        )
+        grad_x = grad @ weight
+    if ctx.needs_input_grad[6]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, None, None, None, None, None, grad_bias, None, None, None
+
+
 def _state(module: Any) -> Any:
     """The quant state, which a conversion of the parameter may have left with the module alone."""
     state = getattr(module.weight, "quant_state", None)

@@ -10,7 +10,8 @@ def allow_training(model: nn.Module) -> None:
     """Lets Trainer train adapters on a quantised base, which it allows for those of PEFT alone."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_qat_trainable:
-        quantizer.__class__ = _trainable(type(quantizer))
+        base: Any = type(quantizer)  # type checkers take classes for unhashable
+        quantizer.__class__ = _trainable(base)
 
 
 @functools.cache
