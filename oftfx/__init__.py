@@ -14,6 +14,7 @@ from oftfx.errors import (
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
+from oftfx.regions import differentiable
 from oftfx.spec import OFT, Spec
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "adapt",
+    "differentiable",
     "disabled",
     "health",
     "load",

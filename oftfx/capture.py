@@ -24,7 +24,7 @@ from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
 from oftfx.modules import Adapted, bare, unhook
-from oftfx.regions import differentiable
+from oftfx.regions import closed, differentiable
 from oftfx.sites import matmul, quantiser_of
 from oftfx.sites.quantised import stand_in
 
@@ -67,7 +67,7 @@ def capture(model: Model, example_inputs: Any = None) -> Capture:
     if isinstance(model, ExportedProgram):
         return read(host_of(differentiable(model)))
     if isinstance(model, fx.GraphModule):
-        return read(host_of(model))
+        return read(host_of(differentiable(_twin(model)) if closed(model) else model))
     return _module(model, example_inputs)
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from oftfx import sites
-from oftfx.capture import Model, read
+from oftfx.capture import Model, capture
 from oftfx.errors import MergeError
-from oftfx.host import host_of, parameters_of
+from oftfx.host import parameters_of
 from oftfx.sites.quantised import device_of
 
 _SAMPLES = 16
@@ -24,7 +24,7 @@ class Weights:
 
     def __init__(self, model: Model) -> None:
         graph = isinstance(model, (fx.GraphModule, ExportedProgram))
-        self.parameters = read(host_of(model)).tensors if graph else parameters_of(model)  # type: ignore[arg-type]
+        self.parameters = capture(model).tensors if graph else parameters_of(model)
         modules = {} if not isinstance(model, nn.Module) else dict(model.named_modules())
         self.layers = {
             f"{fqn}.weight" if fqn else "weight": (module, quantiser)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from oftfx.errors import PlanError
 from oftfx.host import host_of
 from oftfx.sites import bitsandbytes
 
@@ -21,28 +22,63 @@ M = TypeVar("M", bound=fx.GraphModule | ExportedProgram)
 
 
 def differentiable(model: M) -> M:
-    """Opens the closed regions that hold a quantised matmul and nothing of the user's.
+    """Lets gradients through the 4-bit layers of an exported model, as they go through the module.
+
+    Tracing closes the matmul of a `bitsandbytes` layer to gradients; this opens it.
 
     Args:
         model: A GraphModule, changed in place; or an ExportedProgram, of which a copy is returned
             that shares its tensors, unless there is nothing to open.
+
+    Raises:
+        PlanError: The model holds int8 layers, whose gradient no graph has.
     """
-    if not _closed(model.graph_module if isinstance(model, ExportedProgram) else model):
-        if _quantised(model.graph):
-            bitsandbytes.register_gradients()
+    module = _module(model)
+    _check_rounding(module)
+    if closed(module) or _holds(module.graph, bitsandbytes.OPS):
+        bitsandbytes.register_gradients()
+    if not closed(module):
         return model
-    bitsandbytes.register_gradients()
     host = host_of(model, edit=True)
-    for node in _closed(host.module):
+    for node in closed(host.module):
         _open(host.module, node)
     finished: M = host.finish()
     return finished
 
 
-def _closed(module: fx.GraphModule) -> list[fx.Node]:
+def check_differentiable(model: fx.GraphModule | ExportedProgram) -> None:
+    """That gradients get through every quantised layer of a graph.
+
+    Raises:
+        PlanError: They do not; says what to do.
+    """
+    _check_rounding(_module(model))
+    if closed(_module(model)):
+        raise PlanError(
+            "this graph's 4-bit layers were exported closed to gradients, so rotations before them "
+            "would not train: open them first, program = oftfx.differentiable(program)."
+        )
+
+
+def _module(model: fx.GraphModule | ExportedProgram) -> fx.GraphModule:
+    return model.graph_module if isinstance(model, ExportedProgram) else model
+
+
+def _check_rounding(module: fx.GraphModule) -> None:
+    bodies = (body for body in module.modules() if isinstance(body, fx.GraphModule))
+    if any(_holds(body.graph, bitsandbytes.ROUNDING) for body in bodies):
+        raise PlanError(
+            "this graph holds int8 layers that round their activations, whose gradient is not in "
+            "an exported graph: train the nn.Module, and export it merged."
+        )
+
+
+def closed(module: fx.GraphModule) -> list[fx.Node]:
+    """The regions of a graph that hold a 4-bit matmul and let no gradient through."""
     wrapped = torch.ops.higher_order.wrap_with_set_grad_enabled
     found = module.graph.find_nodes(op="call_function", target=wrapped)
-    return [n for n in found if n.args[0] is False and _quantised(_body(module, n).graph)]
+    no_grad = (node for node in found if node.args[0] is False)
+    return [node for node in no_grad if _holds(_body(module, node).graph, bitsandbytes.OPS)]
 
 
 def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
@@ -53,8 +89,8 @@ def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
     return inner
 
 
-def _quantised(graph: fx.Graph) -> bool:
-    return any(str(node.target) in bitsandbytes.OPS for node in graph.nodes)
+def _holds(graph: fx.Graph, ops: tuple[str, ...]) -> bool:
+    return any(str(node.target) in ops for node in graph.nodes)
 
 
 def _open(module: fx.GraphModule, node: fx.Node) -> None:

@@ -154,6 +154,9 @@ LINEAR8BIT = Linear8bitLt()
 OPS = ("bitsandbytes.gemm_4bit.default",)
 """Ops that multiply by a 4-bit weight, as graphs name them."""
 
+ROUNDING = ("bitsandbytes.int8_scaled_mm.default", "bitsandbytes.int8_mixed_scaled_mm.default")
+"""Ops over an activation rounded to int8, which in a graph has no gradient, or a wrong one."""
+
 
 @functools.cache
 def register_gradients() -> None:
@@ -166,13 +169,15 @@ def register_gradients() -> None:
 
 
 def _gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    (_, packed, ctx.shape, absmax, ctx.block_size, ctx.quant_type, _, *nested) = inputs
+    # A caller may leave out what has a default: the bias and the quantised scales.
+    _, packed, ctx.shape, absmax, ctx.block_size, ctx.quant_type, *optional = inputs
+    _, *nested = (*optional, None, None, None, None)[:4]
     ctx.save_for_backward(packed, absmax, *nested)
 
 
 def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     packed, absmax, absmax_8bit, code, offset = ctx.saved_tensors
-    grad_x = grad_bias = None
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[0]:
         ops = torch.ops.bitsandbytes
         if absmax_8bit is not None:
@@ -181,10 +186,10 @@ def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight = ops.dequantize_4bit(
             packed, absmax, ctx.block_size, ctx.quant_type, ctx.shape, grad.dtype
         )
-        grad_x = grad @ weight
-    if ctx.needs_input_grad[6]:
-        grad_bias = grad.flatten(0, -2).sum(0)
-    return grad_x, None, None, None, None, None, grad_bias, None, None, None
+        grads[0] = grad @ weight
+    if any(ctx.needs_input_grad[6:]):
+        grads[6] = grad.flatten(0, -2).sum(0)
+    return tuple(grads)
 
 
 def _state(module: Any) -> Any:
