@@ -262,6 +262,11 @@ def _merge_module(
     dtype = dtype or torch.bfloat16
     found = list(_module_sites(model))
     for site in found:
+        if requantize and site.quantiser is not None and not site.quantiser.REQUANTISES:
+            raise MergeError(
+                f"{site.fqn}: {site.quantiser.KIND} layers are not quantised anew here: merge to "
+                "floats, oftfx.merge(model), and quantise the result with its own library."
+            )
         site.fold().check()
     if not requantize:
         for fqn, module, quantiser in quantised:

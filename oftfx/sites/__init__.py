@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from oftfx.sites import bitsandbytes, conv1d, linear
+from oftfx.sites import bitsandbytes, conv1d, hqq, linear, packed, torchao
 from oftfx.sites.matmul import Layout
 from oftfx.sites.quantised import Quantiser
 
@@ -31,10 +31,14 @@ class Provider(Protocol):
 
 
 PROVIDERS: tuple[Provider, ...] = (
+    torchao,  # before the Linear that it is besides
     linear,
     conv1d,
     bitsandbytes.LINEAR4BIT,
     bitsandbytes.LINEAR8BIT,
+    hqq,
+    packed.AWQ,  # before GPTQ, whose library has such layers, too
+    packed.GPTQ,
 )
 
 

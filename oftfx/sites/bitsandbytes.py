@@ -19,6 +19,7 @@ class Linear4bit:
     KIND = "linear4bit"
     CLASS = "bitsandbytes.nn.modules.Linear4bit"
     LAYOUT: Layout = "out_in"
+    REQUANTISES = True
 
     def owns(self, module: nn.Module) -> bool:
         """Whether the module multiplies as a Linear4bit does."""
@@ -45,6 +46,10 @@ class Linear4bit:
         if state.absmax.numel() != blocks:
             return f"its quant state scales {state.absmax.numel()} blocks, the weight has {blocks}"
         return ""
+
+    def blocks(self, module: nn.Module) -> bool:
+        """Never: its autograd function has a gradient for its input."""
+        return False
 
     def pin(self, module: Any) -> None:
         """Turns off the layout for inference on CPUs, which has no gradient.
@@ -96,6 +101,7 @@ class Linear8bitLt:
     KIND = "linear8bit"
     CLASS = "bitsandbytes.nn.modules.Linear8bitLt"
     LAYOUT: Layout = "out_in"
+    REQUANTISES = True
 
     def owns(self, module: nn.Module) -> bool:
         """Whether the module multiplies as a Linear8bitLt does."""
@@ -121,6 +127,10 @@ class Linear8bitLt:
                 f"{(out, width)}"
             )
         return ""
+
+    def blocks(self, module: nn.Module) -> bool:
+        """Never: its autograd function has a gradient for its input."""
+        return False
 
     def pin(self, module: nn.Module) -> None:
         """Nothing to do: the rows stay as they are."""

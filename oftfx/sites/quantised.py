@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oftfx.sites.matmul import Layout
+from oftfx.sites.naming import class_of
 
 
 @runtime_checkable
@@ -19,6 +20,8 @@ class Quantiser(Protocol):
     KIND: str
     CLASS: str
     LAYOUT: Layout
+    REQUANTISES: bool
+    """Whether a folded weight can go back into the format; if not, `requantise` raises."""
 
     def owns(self, module: nn.Module) -> bool:
         """Whether this provider knows the module."""
@@ -28,6 +31,9 @@ class Quantiser(Protocol):
 
     def fault(self, module: nn.Module) -> str:
         """Why nothing can be trained through this layer as it is; empty when it can."""
+
+    def blocks(self, module: nn.Module) -> bool:
+        """Whether its backward gives its input no gradient, so that nothing before it trains."""
 
     def pin(self, module: nn.Module) -> None:
         """Keeps the layer from rewriting its weight between calls; called when it is adapted."""
@@ -65,6 +71,25 @@ def stand_in(module: nn.Module, quantiser: Quantiser) -> StandIn:
     return StandIn(width, out, bias=getattr(module, "bias", None) is not None, device="meta")
 
 
+def no_gradient(module: nn.Module, width: int) -> bool:
+    """Whether a layer's own backward gives its input no gradient; found by asking it for one."""
+    device = device_of(module)
+    if device.type == "meta":
+        return False
+    floats = [p.dtype for p in module.parameters(recurse=False) if p.is_floating_point()]
+    dtypes = dict.fromkeys((*floats, torch.float16, torch.bfloat16, torch.float32))
+    for dtype in dtypes:  # the first that the layer takes
+        x = torch.zeros(1, width, dtype=dtype, device=device, requires_grad=True)
+        try:
+            with torch.enable_grad():
+                y = class_of(module).forward(module, x)
+                (grad,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
+        except (RuntimeError, NotImplementedError, ValueError, AssertionError):
+            continue
+        return grad is None
+    return True
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a quantised layer lives, which of its tensors there may be."""
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -84,6 +109,6 @@ def to_linear(module: nn.Module, weight: Tensor) -> None:
     vars(module).update({**vars(plain), **state})
     module.__class__ = nn.Linear
     module._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": None}
-    module._buffers = {}
+    module._buffers, module._modules = {}, {}
     if isinstance(bias, Tensor):
         module._parameters["bias"] = nn.Parameter(bias.detach().to(weight.dtype), False)
