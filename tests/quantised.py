@@ -80,9 +80,10 @@ def dequantised(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if (quantiser := sites.quantiser_of(module)) is not None:
             weight = quantiser.dequantise(module)
-            bias = module.bias
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-            linear.weight.data, linear.bias = weight, bias
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
+            linear.weight.data = weight
+            if module.bias is not None:
+                linear.bias.data = module.bias.detach().clone()
             model.set_submodule(name, linear)
     return model.train(model.training)
 
