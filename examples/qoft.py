@@ -17,6 +17,7 @@ import oftfx
 
 
 def tiny_model(directory: str) -> str:
+    """Saves a random Llama; the directory it went to."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,

@@ -92,3 +92,13 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     """A copy of everything that the base is made of, quant state included."""
     held = {key: value for key, value in model.state_dict().items() if ".oft." not in key}
     return {key: value.clone() for key, value in held.items() if isinstance(value, Tensor)}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """That not one byte of the base differs from what `stored` gave before."""
+    after = stored(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        # As bytes: packed numbers may be stored as floats, NaN among them.
+        one, other = (t.reshape(-1).view(torch.uint8) for t in (value, after[key]))
+        assert torch.equal(one, other), key

@@ -14,6 +14,7 @@ import oftfx
 from oftfx import OFT, MergeError, OftfxWarning, PlanError, sites, testing
 from oftfx.sites import bitsandbytes as provider
 from tests.quantised import (
+    assert_unchanged,
     dequantised,
     float_llama,
     linear4bit,
@@ -78,7 +79,7 @@ def test_planning_leaves_the_model_as_it_is():
     model = quantised_llama(linear4bit)
     before = stored(model)
     oftfx.plan(model, SPEC)
-    assert all(torch.equal(value, before[key]) for key, value in stored(model).items())
+    assert_unchanged(model, before)
 
 
 def test_bitsandbytes_is_not_imported_to_plan_a_float_model():
@@ -132,9 +133,7 @@ def test_training_changes_no_byte_of_the_base(make):
         model.eval()(**tokens())
     losses += train(model.train())
     assert losses[-1] < losses[0]
-    after = stored(model)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_unchanged(model, before)
 
 
 # --- everywhere a model is put ---
@@ -439,7 +438,7 @@ def test_while_adapted_a_layer_is_not_repacked():
     before = stored(model)
     with torch.no_grad():
         model.eval()(x)
-    assert all(torch.equal(value, before[key]) for key, value in stored(model).items())
+    assert_unchanged(model, before)
     oftfx.remove(model)
     assert layer.support_avx512bf16_for_cpu == bnb.functional.has_avx512bf16()
 
