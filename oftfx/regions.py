@@ -78,7 +78,20 @@ def closed(module: fx.GraphModule) -> list[fx.Node]:
     wrapped = torch.ops.higher_order.wrap_with_set_grad_enabled
     found = module.graph.find_nodes(op="call_function", target=wrapped)
     no_grad = (node for node in found if node.args[0] is False)
-    return [node for node in no_grad if _holds(_body(module, node).graph, bitsandbytes.OPS)]
+    return [node for node in no_grad if _is_autograd_function(_body(module, node).graph)]
+
+
+def _is_autograd_function(body: fx.Graph) -> bool:
+    """Whether a region is what a layer's autograd function runs, and no `no_grad` of the user's.
+
+    That one would hold the layer's whole forward, which ends in a cast.
+    """
+    (outputs,) = body.output_node().args
+    ends = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    is_matmul = any(
+        str(end.target) in bitsandbytes.MATMULS for end in ends if isinstance(end, fx.Node)
+    )
+    return is_matmul and _holds(body, bitsandbytes.OPS)
 
 
 def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:

@@ -14,6 +14,9 @@ from tests.small import rows
 
 SPEC = OFT(block_size=8, init_std=0.1)
 X = rows(torch.float32, 64)
+one_op = pytest.mark.skipif(
+    not hasattr(torch.ops.bitsandbytes, "gemm_4bit"), reason="bitsandbytes before 0.50"
+)
 
 
 def base() -> nn.Module:
@@ -37,6 +40,7 @@ def test_an_exported_adapted_model_trains_as_eager_does(grad):
     testing.assert_same_function(opened.run_decompositions({}), model, X)
 
 
+@one_op
 @pytest.mark.parametrize("grad", [False, True], ids=["inference form", "training form"])
 def test_an_exported_base_is_planned_and_adapted_as_the_module_is(grad):
     with torch.set_grad_enabled(grad):
@@ -55,6 +59,7 @@ def test_an_exported_base_is_planned_and_adapted_as_the_module_is(grad):
     assert torch.equal(removed.module()(X), base()(X))
 
 
+@one_op
 def test_an_adapter_moves_between_the_module_and_its_program(tmp_path):
     program = oftfx.adapt(export(base(), (X,), strict=True), SPEC)
     oftfx.save(program, tmp_path / "program")
@@ -92,11 +97,12 @@ def test_int8_in_a_graph_is_refused(grad):
         oftfx.differentiable(program)
 
 
-def test_the_users_own_regions_stay_closed():
+@pytest.mark.parametrize("make", [nn.Identity(), linear4bit], ids=["float", "4 bit"])
+def test_the_users_own_regions_stay_closed(make):
     class Closed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc = nn.Linear(64, 64)
+            self.fc = make(nn.Linear(64, 64))
 
         def forward(self, x):
             with torch.no_grad():
@@ -107,6 +113,7 @@ def test_the_users_own_regions_stay_closed():
     assert oftfx.differentiable(program) is program
 
 
+@one_op
 def test_the_op_has_its_gradient():
     from oftfx.sites.bitsandbytes import LINEAR4BIT, register_gradients
 

@@ -161,8 +161,15 @@ LINEAR4BIT = Linear4bit()
 LINEAR8BIT = Linear8bitLt()
 
 
-OPS = ("bitsandbytes.gemm_4bit.default",)
-"""Ops that multiply by a 4-bit weight, as graphs name them."""
+OPS = (
+    "bitsandbytes.gemm_4bit.default",
+    "bitsandbytes.dequantize_4bit.default",  # before 0.50, with a matmul of torch's after it
+    "bitsandbytes.dequantize_blockwise.default",
+)
+"""Ops that read a 4-bit weight, as graphs name them."""
+
+MATMULS = ("bitsandbytes.gemm_4bit.default", "aten.linear.default")
+"""The ops that its autograd function may end with."""
 
 ROUNDING = ("bitsandbytes.int8_scaled_mm.default", "bitsandbytes.int8_mixed_scaled_mm.default")
 """Ops over an activation rounded to int8, which in a graph has no gradient, or a wrong one."""
@@ -173,9 +180,10 @@ def register_gradients() -> None:
     """Gives the 4-bit matmul its gradient as an op; in modules an autograd function has it."""
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
-    torch.library.register_autograd(
-        "bitsandbytes::gemm_4bit", _gemm_backward, setup_context=_gemm_context
-    )
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # since 0.50
+        torch.library.register_autograd(
+            "bitsandbytes::gemm_4bit", _gemm_backward, setup_context=_gemm_context
+        )
 
 
 def _gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
