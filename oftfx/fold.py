@@ -114,9 +114,9 @@ def merge(
     A tied weight that only one of its users rotates gets a tensor of its own; a transformers model
     then forgets the tie in its config, so that saving keeps both.
 
-    A model with quantised layers becomes an ordinary float one: each of them, adapted or not,
-    becomes an `nn.Linear`, and a transformers model forgets its quantisation. One layer at a time
-    is held in float32.
+    A model with rotated quantised layers becomes an ordinary float one: each quantised layer,
+    adapted or not, becomes an `nn.Linear`, and a transformers model forgets its quantisation. One
+    layer at a time is held in float32.
 
     Args:
         model: An adapted nn.Module or GraphModule, merged in place; or an ExportedProgram, of
@@ -259,8 +259,10 @@ def _merge_module(
 ) -> tuple[nn.Module, list[MergedSite]]:
     quantised = list(_quantised(model))
     _check_options(bool(quantised), dtype, requantize)
-    dtype = dtype or torch.bfloat16
     found = list(_module_sites(model))
+    rotated = any(site.quantiser is not None for site in found)
+    to_floats = not requantize and (dtype is not None or rotated)
+    dtype = dtype or torch.bfloat16
     for site in found:
         if requantize and site.quantiser is not None and not site.quantiser.REQUANTISES:
             raise MergeError(
@@ -268,7 +270,7 @@ def _merge_module(
                 "floats, oftfx.merge(model), and quantise the result with its own library."
             )
         site.fold().check()
-    if not requantize:
+    if to_floats:
         for fqn, module, quantiser in quantised:
             _dequantised(fqn, module, quantiser)
     names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
@@ -286,7 +288,7 @@ def _merge_module(
         _forget_tie(model)
     if requantize:
         _warn_of_loss(costs)
-    elif quantised:
+    if to_floats:
         _finish_floats(model, dtype)
     return model, costs
 

@@ -213,8 +213,8 @@ class _Candidate:
     site: Site
     role: str = ""
     why_not: str = ""
-    blocks: bool = False
-    """Whether rotations before it would train on nothing, so that leaving it out must be asked."""
+    broken: bool = False
+    """Whether gradients end there or are wrong: leaving it out must be asked for by name."""
 
 
 def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
@@ -233,7 +233,7 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
         if tensor.dim() < 2 or modules.is_rotation(weight):
             continue
         fitting = [use for use in reads if use.x is not None]
-        fault, blocks = _fault(model, weight)
+        fault = _fault(model, weight)
         why_not = _why_not(found, weight, reads) or fault
         role = ""
         if any(use.node in heads for use in fitting):
@@ -257,7 +257,7 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
             num_trainable=0,
             tied=len(found.aliases[weight]) > 1,
         )
-        candidates.append(_Candidate(site, role, why_not, blocks))
+        candidates.append(_Candidate(site, role, why_not, broken=bool(fault)))
     used = {name for use in all_uses for name in found.aliases[use.weight]}
     for name, tensor in found.tensors.items():
         if name not in used and tensor.dim() >= 2 and not modules.is_rotation(name):
@@ -283,24 +283,24 @@ def _why_not(found: Capture, weight: str, reads: list[Use]) -> str:
     return ""
 
 
-def _fault(model: Model, weight: str) -> tuple[str, bool]:
-    """Why nothing can be trained through a quantised layer, and whether it blocks gradients."""
+def _fault(model: Model, weight: str) -> str:
+    """Why nothing can be trained through the quantised layer of this weight, if it is one's."""
     owner, _, parameter = weight.rpartition(".")
     if not isinstance(model, nn.Module) or parameter != "weight":
-        return "", False
+        return ""
     return _fault_of(model.get_submodule(owner))
 
 
-def _fault_of(module: nn.Module) -> tuple[str, bool]:
+def _fault_of(module: nn.Module) -> str:
     quantiser = sites.quantiser_of(module)
     if quantiser is None:
-        return "", False
+        return ""
     if fault := quantiser.fault(module):
-        return fault, False
+        return fault
     if quantiser.blocks(module):
         name = type(module).__name__
-        return f"the backward of this {quantiser.KIND} {name} gives no gradient to its input", True
-    return "", False
+        return f"the backward of this {quantiser.KIND} {name} gives no gradient to its input"
+    return ""
 
 
 def _kind(model: Model, fqn: str, weight: str, fitting: list[Use]) -> str:
@@ -364,9 +364,9 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
         provider = sites.provider_of(module)
         why_not = f"{type(module).__name__} is no linear layer this version knows"
         layout: Layout = "out_in"
-        blocks = False
+        fault = _fault_of(module)
         if isinstance(provider, Quantiser):
-            why_not, blocks = _fault_of(module)
+            why_not = fault
         elif provider is not None and weight is not None:
             layout = provider.LAYOUT
             why_not = "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
@@ -374,9 +374,8 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
         kind = provider.KIND if provider else "module"
         tied = names[id(weight)] > 1
         site = Site(fqn, kind, f"{fqn}.weight", width, out, layout, index, fqn, 0, tied)
-        candidates.append(
-            _Candidate(site, "output head" if module is named else "", why_not, blocks)
-        )
+        role = "output head" if module is named else ""
+        candidates.append(_Candidate(site, role, why_not, broken=bool(fault)))
     return candidates
 
 
@@ -390,7 +389,7 @@ def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "mod
         site = candidate.site
         if any(matches(rule, site.fqn) for rule in exclude):
             skipped.append(Skip(site.fqn, "excluded"))
-        elif not wanted(candidate) and not candidate.blocks:
+        elif not wanted(candidate) and not candidate.broken:
             default = candidate.role or candidate.why_not
             skipped.append(Skip(site.fqn, "not a target" if explicit else default))
         elif candidate.why_not:

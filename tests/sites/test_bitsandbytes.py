@@ -259,6 +259,16 @@ def test_layers_that_were_not_adapted_become_floats_too():
     assert not [m for m in model.modules() if sites.quantiser_of(m) is not None]
 
 
+def test_where_only_float_layers_were_adapted_the_rest_stays_quantised():
+    model = nn.Sequential(linear4bit(nn.Linear(64, 64)), nn.Linear(64, 64))
+    x = rows(torch.float32, 64)
+    oftfx.adapt(model, OFT(block_size=8, init_std=0.1, targets="1"), example_inputs=x)
+    expected = model(x)
+    oftfx.merge(model)
+    assert isinstance(model[0], bnb.nn.Linear4bit)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_biases_and_hooks_stay():
     model = nn.Sequential(linear4bit(nn.Linear(64, 32)))
     seen = []
@@ -371,8 +381,9 @@ def test_a_layer_that_was_never_quantised_is_refused_by_name():
         bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False),
     ):
         model = nn.Sequential(layer, nn.Linear(32, 32))
-        with pytest.raises(PlanError, match=r"0: it is not quantised yet.*model\.to\(device\)"):
-            oftfx.adapt(model, OFT(block_size=8, targets="0"), example_inputs=x)
+        for spec in (OFT(block_size=8), OFT(block_size=8, targets="0")):
+            with pytest.raises(PlanError, match=r"0: it is not quantised yet.*\.to\(device\)"):
+                oftfx.adapt(model, spec, example_inputs=x)
     model = nn.Sequential(bnb.nn.Linear8bitLt(64, 32))
     with pytest.raises(PlanError, match="has_fp16_weights=False"):
         oftfx.adapt(model, OFT(block_size=8, targets="0"), example_inputs=x)
