@@ -16,6 +16,7 @@ from oftfx.errors import (
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
+from oftfx.regions import differentiable
 from oftfx.spec import BOFT, COFT, GOFT, HRA, LOFT, OFT, PSOFT, QGOFT, Spec
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "SpecError",
     "adapt",
     "calibrate",
+    "differentiable",
     "disabled",
     "health",
     "load",

@@ -16,6 +16,7 @@ from oftfx.errors import PlanError
 from oftfx.fixed import Fixed
 from oftfx.host import host_of, parameters_of
 from oftfx.plan import Plan, plan
+from oftfx.regions import check_differentiable
 from oftfx.rotations import is_fixed
 from oftfx.spec import Spec
 
@@ -131,9 +132,12 @@ def parameters(model: Model, name: str | None = None) -> list[nn.Parameter]:
     """The trainable parameters of a model's adapters: what an optimizer needs.
 
     Raises:
-        PlanError: The model has no adapter (or none of this name).
+        PlanError: The model has no adapter (or none of this name), or is an exported one whose
+            quantised layers let no gradient through.
     """
     found = named_parameters(model, name)
+    if isinstance(inner := unwrap(model), (fx.GraphModule, ExportedProgram)):
+        check_differentiable(inner)
     if not found:
         kind = type(unwrap(model)).__name__
         raise PlanError(f"{kind} has no adapter{f' {name!r}' if name else ''}.")

@@ -26,6 +26,8 @@ from oftfx.modules import (
 )
 from oftfx.plan import Plan, Site
 from oftfx.readers import Readers
+from oftfx.sites import pretrained, quantiser_of, shape_of
+from oftfx.sites.quantised import device_of
 
 RECORD = "_oftfx"
 BANK = "_oftfx_bank"
@@ -79,6 +81,7 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
     for parameter in model.parameters():
         if id(parameter) not in mine:
             parameter.requires_grad_(False)
+    _pin(model)
     held: dict[str, Rotation] = {}
     for site in plan.sites:
         if site.shared:
@@ -108,8 +111,24 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 parameter.requires_grad_(parameter_name in trained)
     if not records:
         vars(model).pop(RECORD, None)
+        _unpin(model)
     _open_bank(model)
     return model
+
+
+def _pin(model: nn.Module) -> None:
+    """Readies every quantised layer for training through it, adapted or not."""
+    for module in model.modules():
+        if (quantiser := quantiser_of(module)) is not None:
+            quantiser.pin(module)
+    pretrained.allow_training(model)
+
+
+def _unpin(model: nn.Module) -> None:
+    for module in model.modules():
+        if (quantiser := quantiser_of(module)) is not None:
+            quantiser.unpin(module)
+    pretrained.forbid_training(model)
 
 
 def record_holder(model: nn.Module, name: str | None = None) -> dict[str, Record]:
@@ -174,15 +193,15 @@ def _check(model: nn.Module, site: Site) -> None:
     """That a site can be placed; nothing is changed before every site passed."""
     try:
         module, parameter = _owner(model, site)
-        weight = module._parameters[parameter]
-        assert weight is not None
-    except (AttributeError, KeyError, AssertionError):
+        shape = shape_of(module, parameter)
+        assert shape is not None
+    except (AttributeError, AssertionError):
         raise PlanError(
             f"{site.weight}: the plan's weight is not a parameter of this model; plan it anew."
         ) from None
-    if tuple(weight.shape) != site.shape:
+    if shape != site.shape:
         raise PlanError(
-            f"{site.weight} has shape {tuple(weight.shape)}, the plan expects "
+            f"{site.weight} has shape {shape}, the plan expects "
             f"{site.in_features}→{site.out_features}: it was made for another model."
         )
     if not isinstance(module, Adapted) and hasattr(module, CHILD):
@@ -206,9 +225,8 @@ def _check(model: nn.Module, site: Site) -> None:
 
 def _rotation(model: nn.Module, plan: Plan, site: Site) -> Rotation:
     module, parameter = _owner(model, site)
-    weight = module._parameters[parameter]
-    assert weight is not None
-    device = weight.device
+    weight = module._parameters.get(parameter)
+    device = device_of(module) if weight is None else weight.device
     hook = vars(module).get("_hf_hook")
     if device.type == "meta" and hook is not None:  # offloaded: its weight is elsewhere
         device = torch.device(getattr(hook, "execution_device", None) or "cpu")

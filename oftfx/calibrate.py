@@ -184,10 +184,8 @@ def sketch_bytes(plan: Plan) -> int:
 
 
 def _sketch(plan: Plan, site: Site, weights: Weights) -> Sketch:
-    weight, spec = weights.stored(site), plan.spec_of(site)
+    like, spec = weights.like(site), plan.spec_of(site)
     assert isinstance(spec, LOFT)
-    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
-    like = torch.empty(0, dtype=wide, device=weight.device)
     width, seed = site.in_features, plan.seed_of(site)
     if spec.support == "skew":
         return Skew(width, spec.rank, seed, like)

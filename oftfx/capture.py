@@ -24,6 +24,9 @@ from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
 from oftfx.modules import Adapted, bare, unhook
+from oftfx.regions import closed, differentiable
+from oftfx.sites import matmul, quantiser_of
+from oftfx.sites.quantised import stand_in
 
 Model = nn.Module | ExportedProgram
 
@@ -61,8 +64,10 @@ def capture(model: Model, example_inputs: Any = None) -> Capture:
     Raises:
         CaptureError: The model cannot be traced; names the line of the user's code.
     """
-    if isinstance(model, (fx.GraphModule, ExportedProgram)):
-        return read(host_of(model))
+    if isinstance(model, ExportedProgram):
+        return read(host_of(differentiable(model)))
+    if isinstance(model, fx.GraphModule):
+        return read(host_of(differentiable(_twin(model)) if closed(model) else model))
     return _module(model, example_inputs)
 
 
@@ -71,7 +76,22 @@ def read(host: Host) -> Capture:
     found = Capture([host.module], *_names(host.parameters().items()))
     found.parameters = {node: found.aliases[name][0] for node, name in host.readers().items()}
     _enter_bodies(found)
+    _unpack_shapes(found)
     return found
+
+
+def _unpack_shapes(found: Capture) -> None:
+    """Lets a packed weight show as the floats (out, in) that the matmul over it stands for."""
+    for graph in found.graphs:
+        for node in graph.graph.nodes:
+            spelled, shape = matmul.spelling(node), matmul.quantised_shape(node)
+            packed = spelled.w.of(node) if spelled and shape else None
+            if packed is None or shape is None:
+                continue
+            name = found.parameters.get(matmul.parameter_behind(packed)[0])
+            if name is not None:
+                for alias in found.aliases[name]:
+                    found.tensors[alias] = torch.empty(shape, device="meta")
 
 
 def _module(model: nn.Module, example_inputs: Any) -> Capture:
@@ -174,12 +194,16 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def _shadow(model: nn.Module) -> nn.Module:
     """A copy of the model on `meta`, in evaluation mode: no memory, no side effects on the model.
 
-    Adapters it has already are left out: what is planned is the base. Every floating parameter
+    Adapters it has already are left out: what is planned is the base. A quantised layer is there
+    as the float layer it stands for. Every floating parameter
     requires a gradient there, so that no inference-only fast path hides a matmul inside an opaque
     kernel.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
+        if (quantiser := quantiser_of(module)) is not None:
+            memo[id(module)] = stand_in(module, quantiser)
+            continue
         for tensor in _own_tensors(module):
             if id(tensor) not in memo:
                 memo[id(tensor)] = _to_meta(tensor)

@@ -23,16 +23,16 @@ from oftfx.adapter import put
 from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
+from oftfx.fingerprint import Weights
 from oftfx.host import parameters_of
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of
+from oftfx.sites import is_quantised
 
 M = TypeVar("M", nn.Module, ExportedProgram)
 
 FORMAT = 1
 TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
-_SAMPLES = 16
-_TOLERANCE = 0.02  # of the sampled weights: a cast to half precision passes, other weights do not
 
 
 def save(model: Model, directory: str | os.PathLike[str], name: str = "default") -> None:
@@ -140,17 +140,8 @@ def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
 
 def _fingerprint(model: Model, plan: Plan) -> dict[str, list[float] | None]:
     """A few values of each adapted weight; None where it is on `meta`."""
-    weights = parameters_of(model)
-    return {site.weight: _samples(weights[site.weight]) for site in plan.sites}
-
-
-def _samples(weight: Tensor) -> list[float] | None:
-    if weight.device.type == "meta":
-        return None
-    places = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-    rows, columns = places // weight.shape[1], places % weight.shape[1]
-    picked = weight.detach()[rows.to(weight.device), columns.to(weight.device)]
-    return picked.double().tolist()
+    weights = Weights(model)
+    return {site.weight: weights.samples(site.weight) for site in plan.sites}
 
 
 def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
@@ -217,23 +208,20 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
 
 
 def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> None:
-    weights = parameters_of(model)
+    weights = Weights(model)
     for site in plan.sites:
-        weight = weights.get(site.weight)
-        if weight is None:
+        shape = weights.shape(site.weight)
+        if shape is None:
             raise CheckpointError(
                 f"{path} was trained on another base: this one has no {site.weight}."
             )
-        if tuple(weight.shape) != site.shape:
+        if shape != site.shape:
             raise CheckpointError(
-                f"{path} was trained on another base: {site.weight} is {tuple(weight.shape)} here, "
+                f"{path} was trained on another base: {site.weight} is {shape} here, "
                 f"{site.out_features}×{site.in_features} there."
             )
-        here, there = _samples(weight), base.get(site.weight)
-        if here is None or there is None:
-            continue
-        a, b = torch.tensor(here), torch.tensor(there)
-        if not (a - b).norm() <= _TOLERANCE * b.norm():
+        there = base.get(site.weight)
+        if not weights.agree(site.weight, there, quantised_there=is_quantised(site.kind)):
             raise CheckpointError(
                 f"{path} was trained on another base: the values of {site.weight} differ. Load the "
                 "weights it was trained on (unmerged, and initialised before loading)."

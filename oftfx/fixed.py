@@ -62,7 +62,7 @@ def values(
     weights = Weights(model)
     out: dict[str, Mapping[str, Tensor]] = {}
     for site in tracked(holders, "finding directions"):
-        weights.stored(site)  # a rotation on `meta` would lose what is made here
+        weights.like(site)  # a rotation on `meta` would lose what is made here
         if calibration is not None and site in wanting:
             out[site.fqn] = {"support": calibration.support(site, plan.spec_of(site))}
             continue

@@ -29,6 +29,7 @@ from oftfx.match import Use
 from oftfx.modules import CHILD, NOTE, Rotation, parameter_path, site_name
 from oftfx.ops.factor import MAPS, Factor
 from oftfx.plan import Plan, Site
+from oftfx.regions import differentiable
 from oftfx.rotations import method_of
 from oftfx.spec import Spec
 
@@ -82,7 +83,7 @@ def insert(
         raise PlanError(
             f"the graph has an adapter {name!r} already: remove it, or pass another name."
         )
-    host = host_of(model, edit=True)
+    host = host_of(differentiable(model), edit=True)
     located = locate(host, plan)
     if any(getattr(plan.spec_of(site), "dropout", 0) for site, _ in located):
         warnings.warn(

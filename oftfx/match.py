@@ -109,6 +109,7 @@ def _caller(node: fx.Node) -> str:
     path = next(reversed(stack.values()))[0]
     path = re.sub(r"^L\['?\w+'?\]\.?", "", path)  # Dynamo names the frame's local first
     path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
+    path = path.removeprefix("_export_root")  # a strict export's, inside its regions
     return re.sub(r"@\d+$", "", path).lstrip(".")  # export numbers repeated calls
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from oftfx import match, modules, sites
 from oftfx.capture import Capture, Model, capture, unwrap
@@ -18,6 +18,7 @@ from oftfx.errors import OftfxError, PlanError, SpecError
 from oftfx.match import Use
 from oftfx.rotations import method_of, num_trainable
 from oftfx.sites.matmul import Layout
+from oftfx.sites.quantised import Quantiser
 from oftfx.spec import ALL_LINEAR, Spec, Target, matches
 from oftfx.table import plan_table
 
@@ -28,7 +29,8 @@ class Site:
 
     Attributes:
         fqn: Name of the weight without a trailing ".weight": for a layer, the layer's own name.
-        kind: "linear" and "conv1d" rotate the layer's input; "functional" folds on the fly.
+        kind: "functional" folds on the fly; all others ("linear", "conv1d", "linear4bit", …) rotate
+            the layer's input.
         weight: Full name of the parameter.
         in_features: Width of the input, which is rotated.
         out_features: Width of the output.
@@ -209,6 +211,8 @@ class _Candidate:
     site: Site
     role: str = ""
     why_not: str = ""
+    broken: bool = False
+    """Whether gradients end there or are wrong: leaving it out must be asked for by name."""
 
 
 def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
@@ -227,7 +231,8 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
         if tensor.dim() < 2 or modules.is_rotation(weight):
             continue
         fitting = [use for use in reads if use.x is not None]
-        why_not = _why_not(found, weight, reads)
+        fault = _fault(model, weight)
+        why_not = _why_not(found, weight, reads) or fault
         role = ""
         if any(use.node in heads for use in fitting):
             role = "output head"
@@ -250,7 +255,7 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
             num_trainable=0,
             tied=len(found.aliases[weight]) > 1,
         )
-        candidates.append(_Candidate(site, role, why_not))
+        candidates.append(_Candidate(site, role, why_not, broken=bool(fault)))
     used = {name for use in all_uses for name in found.aliases[use.weight]}
     for name, tensor in found.tensors.items():
         if name not in used and tensor.dim() >= 2 and not modules.is_rotation(name):
@@ -273,6 +278,26 @@ def _why_not(found: Capture, weight: str, reads: list[Use]) -> str:
         return f"besides a matmul, {odd[0]} reads the same weight, which folding would change"
     if len({use.layout for use in reads}) > 1:
         return "it is used both as x·Wᵀ and as x·W, which no one rotation serves"
+    return ""
+
+
+def _fault(model: Model, weight: str) -> str:
+    """Why nothing can be trained through the quantised layer of this weight, if it is one's."""
+    owner, _, parameter = weight.rpartition(".")
+    if not isinstance(model, nn.Module) or parameter != "weight":
+        return ""
+    return _fault_of(model.get_submodule(owner))
+
+
+def _fault_of(module: nn.Module) -> str:
+    quantiser = sites.quantiser_of(module)
+    if quantiser is None:
+        return ""
+    if fault := quantiser.fault(module):
+        return fault
+    if quantiser.blocks(module):
+        name = type(module).__name__
+        return f"the backward of this {quantiser.KIND} {name} gives no gradient to its input"
     return ""
 
 
@@ -330,20 +355,25 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     candidates = []
     for index, (fqn, module) in enumerate(model.named_modules()):
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2:
+        shape = sites.shape_of(module, "weight")
+        if shape is None or len(shape) < 2:
             continue
+        weight = getattr(module, "weight", None)
         provider = sites.provider_of(module)
         why_not = f"{type(module).__name__} is no linear layer this version knows"
         layout: Layout = "out_in"
-        if provider is not None:
+        fault = _fault_of(module)
+        if isinstance(provider, Quantiser):
+            why_not = fault
+        elif provider is not None and weight is not None:
             layout = provider.LAYOUT
             why_not = "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
-        out, width = weight.shape[-2:] if layout == "out_in" else reversed(weight.shape[-2:])
+        out, width = shape[-2:] if layout == "out_in" else reversed(shape[-2:])
         kind = provider.KIND if provider else "module"
         tied = names[id(weight)] > 1
         site = Site(fqn, kind, f"{fqn}.weight", width, out, layout, index, fqn, 0, tied)
-        candidates.append(_Candidate(site, "output head" if module is named else "", why_not))
+        role = "output head" if module is named else ""
+        candidates.append(_Candidate(site, role, why_not, broken=bool(fault)))
     return candidates
 
 
@@ -357,7 +387,7 @@ def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "mod
         site = candidate.site
         if any(matches(rule, site.fqn) for rule in exclude):
             skipped.append(Skip(site.fqn, "excluded"))
-        elif not wanted(candidate):
+        elif not wanted(candidate) and not candidate.broken:
             default = candidate.role or candidate.why_not
             skipped.append(Skip(site.fqn, "not a target" if explicit else default))
         elif candidate.why_not:

@@ -9,13 +9,15 @@ from transformers.pytorch_utils import Conv1D
 VOCABULARY = 96
 
 
-def llama(dtype: torch.dtype = torch.float32, tied: bool = True, layers: int = 2):
+def llama(
+    dtype: torch.dtype = torch.float32, tied: bool = True, layers: int = 2, intermediate: int = 96
+):
     """Always the same one. Not of one scale, so that no two layers compute the same."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -6,10 +6,11 @@ knows one kind of module. Adding a library means adding its file to `PROVIDERS`.
 
 from typing import Protocol
 
-from torch import nn
+from torch import fx, nn
 
-from oftfx.sites import conv1d, linear
+from oftfx.sites import bitsandbytes, conv1d, hqq, linear, packed, torchao
 from oftfx.sites.matmul import Layout
+from oftfx.sites.quantised import Quantiser
 
 
 class Provider(Protocol):
@@ -29,7 +30,16 @@ class Provider(Protocol):
         """Whether this provider knows the module."""
 
 
-PROVIDERS: tuple[Provider, ...] = (linear, conv1d)
+PROVIDERS: tuple[Provider, ...] = (
+    torchao,  # before the Linear that it is besides
+    linear,
+    conv1d,
+    bitsandbytes.LINEAR4BIT,
+    bitsandbytes.LINEAR8BIT,
+    hqq,
+    packed.AWQ,  # before GPTQ, whose library has such layers, too
+    packed.GPTQ,
+)
 
 
 def provider_of(module: nn.Module) -> Provider | None:
@@ -37,6 +47,36 @@ def provider_of(module: nn.Module) -> Provider | None:
     return next((provider for provider in PROVIDERS if provider.owns(module)), None)
 
 
+def quantiser_of(module: nn.Module) -> Quantiser | None:
+    """The provider that knows this module, if it is a quantised layer."""
+    provider = provider_of(module)
+    return provider if isinstance(provider, Quantiser) else None
+
+
+def quantised_layers(model: object) -> dict[str, tuple[nn.Module, Quantiser]]:
+    """The quantised layers of an nn.Module by their weight's name; a graph has none."""
+    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
+        return {}
+    return {
+        f"{fqn}.weight" if fqn else "weight": (module, quantiser)
+        for fqn, module in model.named_modules()
+        if (quantiser := quantiser_of(module)) is not None
+    }
+
+
+def is_quantised(kind: str) -> bool:
+    """Whether sites of this kind belong to quantised layers."""
+    return any(isinstance(p, Quantiser) and kind == p.KIND for p in PROVIDERS)
+
+
 def provider_named(cls: str) -> Provider | None:
     """The provider of modules whose class has this qualified name, if any."""
     return next((provider for provider in PROVIDERS if cls == provider.CLASS), None)
+
+
+def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...] | None:
+    """Shape of a module's weight, of a quantised one that of the W it stands for; None without."""
+    if parameter == "weight" and (quantiser := quantiser_of(module)) is not None:
+        return quantiser.shape(module)
+    weight = module._parameters.get(parameter)
+    return None if weight is None else tuple(weight.shape)

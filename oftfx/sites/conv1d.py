@@ -3,6 +3,7 @@
 from torch import nn
 
 from oftfx.sites.matmul import Layout
+from oftfx.sites.naming import forward_of
 
 KIND = "conv1d"
 CLASS = "transformers.pytorch_utils.Conv1D"
@@ -10,9 +11,5 @@ LAYOUT: Layout = "in_out"
 
 
 def owns(module: nn.Module) -> bool:
-    """Whether the module multiplies as a Conv1D does; told by name, without transformers."""
-    cls = getattr(module, "oft_base", type(module))
-    forward = getattr(cls, "forward", None)
-    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}" == (
-        f"{CLASS}.forward"
-    )
+    """Whether the module multiplies as a Conv1D does."""
+    return forward_of(module) == f"{CLASS}.forward"

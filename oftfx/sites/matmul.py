@@ -70,6 +70,12 @@ _SPELLINGS: dict[Any, Spelling] = {
     "addmm": _ADDMM,
 }
 
+# Of libraries that may not be installed, by name. Their weights are packed, in shapes of their own.
+_QUANTISED: dict[str, Spelling] = {
+    "bitsandbytes.gemm_4bit.default": Spelling(Operand(0, "A"), Operand(1, "B"), out_in=True),
+}
+_SHAPES = {"bitsandbytes.gemm_4bit.default": Operand(2, "shapeB")}
+
 _SWAPS = {
     torch.t,
     torch.transpose,
@@ -128,7 +134,15 @@ def spelling(node: fx.Node) -> Spelling | None:
     """How this node writes a matmul; None for a node that is none."""
     if node.op not in ("call_function", "call_method"):
         return None
-    return _SPELLINGS.get(node.target)
+    return _SPELLINGS.get(node.target) or _QUANTISED.get(str(node.target))
+
+
+def quantised_shape(node: fx.Node) -> tuple[int, int] | None:
+    """The shape (out, in) of the weight that a quantised matmul reads packed; None for others."""
+    if node.op != "call_function" or (where := _SHAPES.get(str(node.target))) is None:
+        return None
+    out, width = node.kwargs.get(where.keyword, node.args[where.position])  # type: ignore[misc]
+    return int(out), int(width)  # type: ignore[arg-type]
 
 
 def parameter_behind(node: fx.Node) -> tuple[fx.Node, bool]:
@@ -162,7 +176,16 @@ def is_view_of_weight(node: fx.Node) -> bool:
     """Whether a node only casts or transposes its input."""
     if node.target is getattr:
         return node.args[1] in _ATTRIBUTES
-    return node.target in _CASTS or node.target in _SWAPS
+    return node.target in _CASTS or node.target in _SWAPS or _reshapes_packed(node)
+
+
+def _reshapes_packed(node: fx.Node) -> bool:
+    """Whether a node lays packed numbers out as a quantised matmul wants them."""
+    return (
+        node.target in _VIEWS
+        and bool(node.users)
+        and all(quantised_shape(user) or _reshapes_packed(user) for user in node.users)
+    )
 
 
 def _transposes(node: fx.Node) -> bool:

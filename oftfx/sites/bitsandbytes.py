@@ -1,0 +1,261 @@
+"""bitsandbytes' `Linear4bit` (NF4, FP4, double quantisation or not) and `Linear8bitLt`."""
+
+import copy
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftfx.errors import OftfxWarning
+from oftfx.sites.matmul import Layout
+from oftfx.sites.naming import forward_of
+
+
+class Linear4bit:
+    """4-bit blocks, each with the largest of its absolute values, itself quantised or not."""
+
+    KIND = "linear4bit"
+    CLASS = "bitsandbytes.nn.modules.Linear4bit"
+    LAYOUT: Layout = "out_in"
+    REQUANTISES = True
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether the module multiplies as a Linear4bit does."""
+        return forward_of(module) == f"{self.CLASS}.forward"
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        """Shape of W: (out, in)."""
+        return module.out_features, module.in_features
+
+    def fault(self, module: Any) -> str:
+        """Why nothing can be trained through this layer as it is; empty when it can."""
+        weight, state = module.weight, _state(module)
+        if weight.device.type == "meta":
+            return ""
+        if state is None:
+            return "it is not quantised yet, which moving it to a device does: model.to(device)"
+        out, width = self.shape(module)
+        if tuple(state.shape) != (out, width):
+            return f"its quant state says {tuple(state.shape)}, the layer {(out, width)}"
+        numbers = 2 * weight.numel() * weight.element_size()
+        if numbers != out * width + out * width % 2:
+            return f"its quantised weight holds {numbers} numbers, not {out}×{width}"
+        blocks = -(-out * width // state.blocksize)
+        if state.absmax.numel() != blocks:
+            return f"its quant state scales {state.absmax.numel()} blocks, the weight has {blocks}"
+        return ""
+
+    def blocks(self, module: nn.Module) -> bool:
+        """Never: its autograd function has a gradient for its input."""
+        return False
+
+    def pin(self, module: Any) -> None:
+        """Turns off the layout for inference on CPUs, which has no gradient.
+
+        In evaluation bitsandbytes rewrites weight and quant state in place for it, rounds the
+        scales to bfloat16 on the way, and a later training step would compute with the result.
+        """
+        _unpack(module)
+        _warn_of_misreading(module)
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+    def unpin(self, module: Any) -> None:
+        """Lets the layer choose its layout again."""
+        if "support_avx512bf16_for_cpu" in vars(module):
+            from bitsandbytes.functional import has_avx512bf16
+
+            module.support_avx512bf16_for_cpu = has_avx512bf16()
+
+    def dequantise(self, module: Any) -> Tensor:
+        """W as float32, (out, in)."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        _unpack(module)
+        state = copy.copy(_state(module))
+        state.dtype = torch.float32  # its own would round once more
+        return dequantize_4bit(module.weight.data, state)
+
+    def requantise(self, module: Any, weight: Tensor) -> None:
+        """Stores another W, (out, in), in the layer's own format."""
+        from bitsandbytes.functional import quantize_4bit
+
+        old, state = module.weight, _state(module)
+        data, new = quantize_4bit(
+            weight.to(state.dtype).contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=old.dtype,
+        )
+        parameter = copy.copy(old)  # another object: the old one may be tied
+        parameter.data, parameter.quant_state = data, new
+        module._parameters["weight"], module.quant_state = parameter, new
+
+
+class Linear8bitLt:
+    """Rows of int8 with a scale each; the activation is quantised in inference too."""
+
+    KIND = "linear8bit"
+    CLASS = "bitsandbytes.nn.modules.Linear8bitLt"
+    LAYOUT: Layout = "out_in"
+    REQUANTISES = True
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether the module multiplies as a Linear8bitLt does."""
+        return forward_of(module) == f"{self.CLASS}.forward"
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        """Shape of W: (out, in)."""
+        return module.out_features, module.in_features
+
+    def fault(self, module: Any) -> str:
+        """Why nothing can be trained through this layer as it is; empty when it can."""
+        if module.weight.device.type == "meta":
+            return ""
+        if module.state.has_fp16_weights:
+            return "it quantises float weights in every forward: build it has_fp16_weights=False"
+        rows, scales = _rows(module)
+        if rows is None or scales is None or rows.dtype is not torch.int8:
+            return "it is not quantised yet, which moving it to a device does: model.to(device)"
+        out, width = self.shape(module)
+        if tuple(rows.shape) != (out, width) or scales.numel() != out:
+            return (
+                f"it holds {tuple(rows.shape)} with {scales.numel()} scales, the layer is "
+                f"{(out, width)}"
+            )
+        return ""
+
+    def blocks(self, module: nn.Module) -> bool:
+        """Never: its autograd function has a gradient for its input."""
+        return False
+
+    def pin(self, module: nn.Module) -> None:
+        """Nothing to do: the rows stay as they are."""
+
+    def unpin(self, module: nn.Module) -> None:
+        """Nothing to do."""
+
+    def dequantise(self, module: Any) -> Tensor:
+        """W as float32, (out, in)."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        rows, scales = _rows(module)
+        return int8_vectorwise_dequant(rows, scales)
+
+    def requantise(self, module: Any, weight: Tensor) -> None:
+        """Stores another W, (out, in), in the layer's own format."""
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        rows, scales, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        old = module.weight
+        module._parameters["weight"] = type(old)(
+            rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales
+        )
+        module.state.CB = module.state.SCB = None  # the next forward takes the weight's
+
+
+LINEAR4BIT = Linear4bit()
+LINEAR8BIT = Linear8bitLt()
+
+
+OPS = (
+    "bitsandbytes.gemm_4bit.default",
+    "bitsandbytes.dequantize_4bit.default",  # before 0.50, with a matmul of torch's after it
+    "bitsandbytes.dequantize_blockwise.default",
+)
+"""Ops that read a 4-bit weight, as graphs name them."""
+
+MATMULS = ("bitsandbytes.gemm_4bit.default", "aten.linear.default")
+"""The ops that its autograd function may end with."""
+
+ROUNDING = ("bitsandbytes.int8_scaled_mm.default", "bitsandbytes.int8_mixed_scaled_mm.default")
+"""Ops over an activation rounded to int8, which in a graph has no gradient, or a wrong one."""
+
+
+@functools.cache
+def register_gradients() -> None:
+    """Gives the 4-bit matmul its gradient as an op; in modules an autograd function has it."""
+    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # since 0.50
+        torch.library.register_autograd(
+            "bitsandbytes::gemm_4bit", _gemm_backward, setup_context=_gemm_context
+        )
+
+
+def _gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # A caller may leave out what has a default: the bias and the quantised scales.
+    _, packed, ctx.shape, absmax, ctx.block_size, ctx.quant_type, *optional = inputs
+    _, *nested = (*optional, None, None, None, None)[:4]
+    ctx.save_for_backward(packed, absmax, *nested)
+
+
+def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, absmax, absmax_8bit, code, offset = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if ctx.needs_input_grad[0]:
+        ops = torch.ops.bitsandbytes
+        if absmax_8bit is not None:
+            absmax = ops.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32)
+            absmax = absmax + offset
+        weight = ops.dequantize_4bit(
+            packed, absmax, ctx.block_size, ctx.quant_type, ctx.shape, grad.dtype
+        )
+        grads[0] = grad @ weight
+    if any(ctx.needs_input_grad[6:]):
+        grads[6] = grad.flatten(0, -2).sum(0)
+    return tuple(grads)
+
+
+def _state(module: Any) -> Any:
+    """The quant state, which a conversion of the parameter may have left with the module alone."""
+    state = getattr(module.weight, "quant_state", None)
+    return module.quant_state if state is None else state
+
+
+def _unpack(module: Any) -> None:
+    """Undoes the layout for inference on CPUs, as far as its bfloat16 scales allow."""
+    state = _state(module)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    scales = state.absmax
+    module.weight.data, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
+    if not state.nested:  # scales that were not quantised it leaves as that layout has them
+        state.absmax = scales.T.float().reshape(-1)
+    module.weight.quant_state = module.quant_state = state
+
+
+def _warn_of_misreading(module: Any) -> None:
+    """Tells where bitsandbytes itself computes with another weight than was quantised."""
+    block_size = 0 if (state := _state(module)) is None else state.blocksize
+    if module.weight.device.type != "cpu" or not block_size or not module.in_features % block_size:
+        return
+    if _cpu_misreads():
+        warnings.warn(
+            f"this version of bitsandbytes misreads 4-bit weights on the CPU whose width "
+            f"{module.in_features} is no multiple of their block size {block_size}: the base model "
+            "itself computes with wrong weights there. Use another block size or a GPU.",
+            OftfxWarning,
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def _cpu_misreads() -> bool:
+    """Whether blocks that span rows come back from a CPU as other numbers."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.tensor([1.0, 2.0, 4.0]).repeat_interleave(64).reshape(2, 96)
+    data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    return not torch.equal(dequantize_4bit(data, state), weight)
+
+
+def _rows(module: Any) -> tuple[Any, Any]:
+    """The int8 rows and their scales: the parameter has them until the first forward."""
+    holder = module.weight if module.weight.CB is not None else module.state
+    return holder.CB, holder.SCB

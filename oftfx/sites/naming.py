@@ -1,0 +1,21 @@
+"""What a module is, told by names, so that no library is imported to ask."""
+
+from torch import nn
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class before it was adapted."""
+    cls: type[nn.Module] = getattr(module, "oft_base", type(module))
+    return cls
+
+
+def forward_of(module: nn.Module) -> str:
+    """Qualified name of the forward that the module's class had before it was adapted."""
+    forward = class_of(module).forward
+    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+
+
+def is_a(module: nn.Module, name: str) -> bool:
+    """Whether the module's class, or one it derives from, has this qualified name."""
+    classes = class_of(module).__mro__
+    return any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in classes)

@@ -1,0 +1,104 @@
+"""Quantised models that the tests of `sites/` share."""
+
+import copy
+from collections.abc import Callable
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from oftfx import sites
+from tests.small import llama
+
+
+def linear4bit(
+    linear: nn.Linear,
+    quant_type: str = "nf4",
+    double: bool = True,
+    block_size: int = 64,
+    compute: torch.dtype | None = None,
+    storage: torch.dtype = torch.uint8,
+) -> nn.Module:
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=compute,
+        compress_statistics=double,
+        quant_type=quant_type,
+        quant_storage=storage,
+    )
+    layer.weight = bnb.nn.Params4bit(
+        linear.weight.detach().clone(),
+        blocksize=block_size,
+        compress_statistics=double,
+        quant_type=quant_type,
+        quant_storage=storage,
+        module=layer,
+    )
+    layer.bias = linear.bias
+    return layer.to("cpu")
+
+
+def linear8bit(linear: nn.Linear, threshold: float = 0.0) -> nn.Module:
+    layer = bnb.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=threshold,
+    )
+    layer.weight.data = linear.weight.detach().clone()
+    layer.bias = linear.bias
+    return layer.to("cpu")
+
+
+def quantised(
+    model: nn.Module, make: Callable[[nn.Linear], nn.Module], keep: tuple[str, ...] = ("lm_head",)
+) -> nn.Module:
+    """The model with every Linear replaced but those to keep."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name not in keep:
+            model.set_submodule(name, make(module), strict=True)
+    return model.train(model.training)
+
+
+def float_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Its widths are multiples of 64; 4-bit blocks that span rows are misread on CPUs."""
+    return llama(dtype, intermediate=128)
+
+
+def quantised_llama(
+    make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    return quantised(float_llama(dtype), make)
+
+
+def dequantised(model: nn.Module) -> nn.Module:
+    """The same model with every quantised layer replaced by an ordinary one of its floats."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if (quantiser := sites.quantiser_of(module)) is not None:
+            weight = quantiser.dequantise(module)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
+            linear.weight.data = weight
+            if module.bias is not None:
+                linear.bias.data = module.bias.detach().clone()
+            model.set_submodule(name, linear)
+    return model.train(model.training)
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything that the base is made of, quant state included."""
+    held = {key: value for key, value in model.state_dict().items() if ".oft." not in key}
+    return {key: value.clone() for key, value in held.items() if isinstance(value, Tensor)}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """That not one byte of the base differs from what `stored` gave before."""
+    after = stored(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        # As bytes: packed numbers may be stored as floats, NaN among them.
+        one, other = (t.reshape(-1).view(torch.uint8) for t in (value, after[key]))
+        assert torch.equal(one, other), key
