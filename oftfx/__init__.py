@@ -3,6 +3,7 @@
 from oftfx.adapter import adapt, disabled, parameters, remove
 from oftfx.calibrate import Calibration, calibrate
 from oftfx.checkpoint import load, save
+from oftfx.constrain import penalty, project
 from oftfx.errors import (
     CaptureError,
     CheckpointError,
@@ -15,14 +16,19 @@ from oftfx.errors import (
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
-from oftfx.spec import LOFT, OFT, PSOFT, Spec
+from oftfx.spec import BOFT, COFT, GOFT, HRA, LOFT, OFT, PSOFT, QGOFT, Spec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOFT",
+    "COFT",
+    "GOFT",
+    "HRA",
     "LOFT",
     "OFT",
     "PSOFT",
+    "QGOFT",
     "Calibration",
     "CaptureError",
     "CheckpointError",
@@ -46,7 +52,9 @@ __all__ = [
     "load",
     "merge",
     "parameters",
+    "penalty",
     "plan",
+    "project",
     "remove",
     "save",
 ]

@@ -1,10 +1,11 @@
 """The ``oftfx`` command."""
 
+import dataclasses
 import signal
 import sys
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from oftfx.errors import OftfxError
 
@@ -28,35 +29,104 @@ app = typer.Typer(
 
 ROTATIONS, TRAINING, MEASURING, OUTPUT = "Rotations", "Training", "Measuring", "Output"
 
-BlockSize = Annotated[
-    int,
+Method = Annotated[
+    Literal["oft", "coft", "boft", "goft", "qgoft", "hra"],
     typer.Option(
-        help="Width of a rotation block; must divide every adapted layer's input width. "
-        "Larger turns more, and trains more parameters.",
+        help="How inputs are rotated: in blocks (oft), in blocks that stay near the identity "
+        "(coft) or reach ever farther (boft), in a tree of pairs (goft; qgoft with free pairs), or "
+        "by reflections (hra).",
         rich_help_panel=ROTATIONS,
     ),
 ]
-Order = Annotated[
-    int,
+BlockSize = Annotated[
+    int | None,
     typer.Option(
-        help="Order k of the Cayley–Neumann series; even orders stay closer to orthogonal.",
+        help="oft, coft, boft: width of a rotation block; must divide every adapted layer's input "
+        "width. Larger turns more, and trains more parameters. 32 unless given.",
         rich_help_panel=ROTATIONS,
+        show_default=False,
+    ),
+]
+Order = Annotated[
+    int | None,
+    typer.Option(
+        help="oft, coft, boft: order k of the Cayley–Neumann series; even orders stay closer to "
+        "orthogonal. 4 unless given.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
     ),
 ]
 Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="The exact Cayley transform instead of the series: slower, always orthogonal.",
+        help="oft, coft, boft: the exact Cayley transform instead of the series: slower, always "
+        "orthogonal.",
         rich_help_panel=ROTATIONS,
     ),
 ]
 Guard = Annotated[
     Literal["none", "rescale", "exact"],
     typer.Option(
-        help="What happens as ‖Q‖ nears 1, beyond which the series means nothing: only warn, or "
-        "from 0.9 on shrink Q back, or use the exact transform there.",
+        help="oft, coft, boft: what happens as ‖Q‖ nears 1, beyond which the series means nothing: "
+        "only warn, or from 0.9 on shrink Q back, or use the exact transform there.",
         rich_help_panel=ROTATIONS,
+    ),
+]
+ShareBlocks = Annotated[
+    bool,
+    typer.Option(
+        "--share-blocks",
+        help="oft, coft, boft: one block's parameters for all blocks of a layer.",
+        rich_help_panel=ROTATIONS,
+    ),
+]
+Dropout = Annotated[
+    float | None,
+    typer.Option(
+        help="oft, coft, boft: how likely a block rests in a training step. 0 unless given.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
+    ),
+]
+Eps = Annotated[
+    float | None,
+    typer.Option(
+        help="coft: ‖Q‖ that a layer may reach. 1 unless given.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
+    ),
+]
+Factors = Annotated[
+    int | None,
+    typer.Option(
+        help="boft: how many block rotations are multiplied. 2 unless given.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
+    ),
+]
+Scale = Annotated[
+    bool,
+    typer.Option(
+        "--scale",
+        help="goft, qgoft: a factor for each coordinate besides.",
+        rich_help_panel=ROTATIONS,
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        help="hra: how many reflections, an even number. 8 unless given.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
+    ),
+]
+Weight = Annotated[
+    float | None,
+    typer.Option(
+        help="qgoft, hra: weight of the regulariser in the loss. 0.01 and 0 unless given.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
     ),
 ]
 Targets = Annotated[
@@ -177,10 +247,18 @@ def finetune(
             show_default=False,
         ),
     ] = None,
-    block_size: BlockSize = 32,
-    order: Order = 4,
+    method: Method = "oft",
+    block_size: BlockSize = None,
+    order: Order = None,
     exact: Exact = False,
     guard: Guard = "none",
+    share_blocks: ShareBlocks = False,
+    dropout: Dropout = None,
+    eps: Eps = None,
+    factors: Factors = None,
+    scale: Scale = False,
+    rank: Rank = None,
+    weight: Weight = None,
     targets: Targets = None,
     share_inputs: ShareInputs = False,
 ) -> None:
@@ -197,6 +275,8 @@ def finetune(
     `oftfx finetune --model model.gguf --data chats.jsonl --unrelated wiki.txt --prompt "Once"`
 
     `oftfx finetune --model org/name --data org/dataset --steps 500 --batch-size 8 --dtype bfloat16`
+
+    `oftfx finetune --model ./my-model --data book.txt --method boft --block-size 8 --factors 3`
     """
     from oftfx.train import Job, run, show
 
@@ -205,7 +285,22 @@ def finetune(
         model=model,
         data=data,
         out=out,
-        spec=_spec(block_size, order, exact, guard, targets, share_inputs),
+        spec=_spec(
+            method,
+            block_size=block_size,
+            order=order,
+            exact=exact,
+            guard=guard,
+            share_blocks=share_blocks,
+            dropout=dropout,
+            eps=eps,
+            factors=factors,
+            scale=scale,
+            rank=rank,
+            weight=weight,
+            targets=targets,
+            share_inputs=share_inputs,
+        ),
         held_out=_fraction_or_source(held_out),
         unrelated=unrelated,
         steps=steps,
@@ -229,10 +324,18 @@ def finetune(
 def plan(
     model: Annotated[str, typer.Argument(help="A model directory, a Hub id or a .gguf file.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    block_size: BlockSize = 32,
-    order: Order = 4,
+    method: Method = "oft",
+    block_size: BlockSize = None,
+    order: Order = None,
     exact: Exact = False,
     guard: Guard = "none",
+    share_blocks: ShareBlocks = False,
+    dropout: Dropout = None,
+    eps: Eps = None,
+    factors: Factors = None,
+    scale: Scale = False,
+    rank: Rank = None,
+    weight: Weight = None,
     targets: Targets = None,
     share_inputs: ShareInputs = False,
 ) -> None:
@@ -250,7 +353,22 @@ def plan(
     from oftfx.train import models
     from oftfx.train.progress import stage
 
-    spec = _spec(block_size, order, exact, guard, targets, share_inputs)
+    spec = _spec(
+        method,
+        block_size=block_size,
+        order=order,
+        exact=exact,
+        guard=guard,
+        share_blocks=share_blocks,
+        dropout=dropout,
+        eps=eps,
+        factors=factors,
+        scale=scale,
+        rank=rank,
+        weight=weight,
+        targets=targets,
+        share_inputs=share_inputs,
+    )
     with stage(_console(stderr=True), "Planning"):
         found = oftfx.plan(models.load_skeleton(model), spec)
     print(found.to_json() if json else found)
@@ -324,24 +442,27 @@ def _console(stderr: bool = False) -> "Console":
     return Console(stderr=stderr, highlight=False)
 
 
-def _spec(
-    block_size: int,
-    order: int,
-    exact: bool,
-    guard: Literal["none", "rescale", "exact"],
-    targets: list[str] | None,
-    share_inputs: bool,
-) -> "oftfx.OFT":
-    import oftfx
+def _spec(method: str, **given: Any) -> "oftfx.Spec":
+    """The spec of a method from the options; None, False and "none" are those not given.
 
-    return oftfx.OFT(
-        block_size=block_size,
-        order=order,
-        exact=exact,
-        guard=None if guard == "none" else guard,
-        targets=targets or "all-linear",
-        share_inputs=share_inputs,
-    )
+    Raises:
+        SpecError: An option belongs to another method, or its value is out of range.
+    """
+    from oftfx.errors import SpecError
+    from oftfx.spec import METHODS
+
+    cls = METHODS[method.upper()]
+    known = {field.name for field in dataclasses.fields(cls)}
+    fields = {
+        key: value
+        for key, value in given.items()
+        if not (value is None or value is False or value == "none")
+    }
+    for key in fields:
+        if key not in known:
+            option = key.replace("_", "-")
+            raise SpecError(f"--{option} is no option of --method {method}.")
+    return cls(**fields)
 
 
 def _fraction_or_source(value: str) -> float | str:

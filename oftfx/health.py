@@ -1,8 +1,9 @@
 """How far each rotation has turned, and how orthogonal it still is."""
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,17 +25,22 @@ _WARNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 class Health:
     """Per site, the worst of its blocks; tensors stay on the device of the parameters.
 
+    A rotation by θ in a plane is the Cayley transform of a Q of ‖Q‖₂ = tan(θ/2), by which methods
+    without a Q report how far they have turned.
+
     Attributes:
         fqns: The sites.
         norm: (sites,) ‖Q‖₂, an upper bound within 1 %. The series converges below 1 only.
         orthogonality_error: (sites,) ‖RᵀR − I‖₂, by the error law.
         thetas: The first parameter of each site, by which `warn` knows it again.
+        series: Whether the rotation comes from a series, which needs ‖Q‖₂ < 1.
     """
 
     fqns: tuple[str, ...]
     norm: Tensor
     orthogonality_error: Tensor
     thetas: tuple[Tensor, ...]
+    series: tuple[bool, ...]
 
     @property
     def angle(self) -> Tensor:
@@ -42,8 +48,12 @@ class Health:
         return 2 * torch.arctan(self.norm)
 
     def warn(self) -> None:
-        """Warns once per site whose ‖Q‖₂ has reached 1. Waits for the device."""
-        reached = (~(self.norm < 1)).tolist()  # NaN, after a divergence, counts as well
+        """Warns once per site that diverged: not finite, or a series with ‖Q‖₂ ≥ 1.
+
+        Waits for the device.
+        """
+        series = torch.tensor(self.series, device=self.norm.device)
+        reached = (self.norm.isnan() | (series & (self.norm >= 1))).tolist()
         new = [i for i, outside in enumerate(reached) if outside and self.thetas[i] not in _WARNED]
         if not new:
             return
@@ -53,7 +63,9 @@ class Health:
         warnings.warn(
             f"‖Q‖ ≥ 1 at {len(new)} sites ({names}): the Cayley–Neumann series diverges there and "
             'the maps are no rotations. Lower the learning rate, or use guard="rescale", '
-            'guard="exact" or exact=True.',
+            'guard="exact" or exact=True.'
+            if any(self.series[i] for i in new)
+            else f"{len(new)} rotations are not finite ({names}): lower the learning rate.",
             OftfxWarning,
             stacklevel=2,
         )
@@ -80,39 +92,67 @@ def health(model: Model, name: str | None = None) -> Health:
     Raises:
         PlanError: The model has no adapter (or none of this name).
     """
-    found = _rotations(unwrap(model), name)
-    if not found:
-        raise PlanError(f"{type(model).__name__} has no adapter{f' {name!r}' if name else ''}.")
-    batches: dict[Any, list[int]] = {}
-    for i, (_, tensors, spec) in enumerate(found):
-        layout = tuple((name, t.shape, t.device) for name, t in tensors.items())
-        batches.setdefault((spec, layout), []).append(i)
+    found = rotations_of(unwrap(model), name)
     norms: list[Tensor] = [torch.empty(0)] * len(found)
     errors = list(norms)
-    for (spec, layout), members in batches.items():
-        wide = torch.promote_types(spec.dtype, torch.float32)
-        stacked = {
-            name: torch.stack([found[i][1][name] for i in members]).to(wide) for name, *_ in layout
-        }
+    for spec, stacked, members in batches(found):
         norm, error = method_of(spec).health(stacked, spec)
         for i, n, e in zip(members, norm.float(), error.float(), strict=True):
             norms[i], errors[i] = n, e
     device = norms[0].device
     return Health(
-        fqns=tuple(fqn for fqn, _, _ in found),
+        fqns=tuple(rotation.site for rotation in found),
         norm=torch.stack([n.to(device) for n in norms]),
         orthogonality_error=torch.stack([e.to(device) for e in errors]),
-        thetas=tuple(next(iter(tensors.values())) for _, tensors, _ in found),
+        thetas=tuple(next(iter(rotation.tensors.values())) for rotation in found),
+        series=tuple(_by_series(rotation.spec) for rotation in found),
     )
 
 
-def _rotations(
-    model: nn.Module | ExportedProgram, name: str | None
-) -> list[tuple[str, dict[str, Tensor], Spec]]:
-    """Site, parameters by name, and spec of every rotation."""
-    if not isinstance(model, (fx.GraphModule, ExportedProgram)):
-        found = modules.rotations(model, name)
-        return [(fqn, dict(rotation.named_parameters()), rotation.spec) for fqn, rotation in found]
-    host = host_of(model)
-    once = {r.parameters: r for r in insert.inserted(host) if name in (None, r.adapter)}
-    return [(r.site, r.tensors(host), insert.spec_of(host, r)) for r in once.values()]
+class Held(NamedTuple):
+    """A rotation of a model of any kind: its site, its parameters by name, and its spec."""
+
+    site: str
+    tensors: dict[str, Tensor]
+    spec: Spec
+
+
+def rotations_of(model: nn.Module | ExportedProgram, name: str | None = None) -> list[Held]:
+    """Every rotation of a model, of one adapter or of all.
+
+    Raises:
+        PlanError: There is none.
+    """
+    if isinstance(model, (fx.GraphModule, ExportedProgram)):
+        host = host_of(model)
+        once = {r.parameters: r for r in insert.inserted(host) if name in (None, r.adapter)}
+        found = [Held(r.site, r.tensors(host), insert.spec_of(host, r)) for r in once.values()]
+    else:
+        found = [
+            Held(fqn, dict(rotation.named_parameters()), rotation.spec)
+            for fqn, rotation in modules.rotations(model, name)
+        ]
+    if not found:
+        raise PlanError(f"{type(model).__name__} has no adapter{f' {name!r}' if name else ''}.")
+    return found
+
+
+def batches(found: list[Held]) -> Iterator[tuple[Spec, dict[str, Tensor], list[int]]]:
+    """Rotations of one spec and shape together: their stacked parameters, and their places."""
+    alike: dict[Any, list[int]] = {}
+    for i, (_, tensors, spec) in enumerate(found):
+        layout = tuple((name, t.shape, t.device) for name, t in tensors.items())
+        alike.setdefault((spec, layout), []).append(i)
+    for (spec, layout), members in alike.items():
+        wide = torch.promote_types(spec.dtype, torch.float32)
+        stacked = {
+            name: torch.stack([found[i].tensors[name] for i in members]).to(wide)
+            for name, *_ in layout
+        }
+        yield spec, stacked, members
+
+
+def _by_series(spec: Spec) -> bool:
+    """Whether a rotation comes from the Cayley–Neumann series wherever its parameters are."""
+    exact = getattr(spec, "exact", False) or getattr(spec, "guard", None) == "exact"
+    return hasattr(spec, "order") and not exact

@@ -11,6 +11,7 @@ A second adapter's rotation goes between the first one's and the matmul, so that
 
 import functools
 import json
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -21,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from oftfx import match
 from oftfx.capture import read
-from oftfx.errors import PlanError
+from oftfx.errors import OftfxWarning, PlanError
 from oftfx.fixed import Fixed, Values
 from oftfx.host import Host, call, host_of
 from oftfx.match import Use
@@ -86,6 +87,13 @@ def insert(
         )
     host = host_of(model, edit=True)
     located = locate(host, plan)
+    if any(getattr(plan.spec_of(site), "dropout", 0) for site, _ in located):
+        warnings.warn(
+            "dropout has no effect in a graph, which knows no training mode: adapt the nn.Module "
+            "and train that, or use dropout=0.",
+            OftfxWarning,
+            stacklevel=2,
+        )
     values = fixed()
 
     trained = [n for n, p in host.parameters().items() if p.requires_grad]
@@ -264,6 +272,11 @@ def evaluate(host: Host, found: Inserted) -> Factor:
         if source.op == "call_method":
             return getattr(args[0], str(source.target))(*args[1:], **kwargs)
         assert callable(source.target)
+        if torch.Tag.nondeterministic_seeded in getattr(source.target, "tags", ()):
+            raise PlanError(
+                f"{found.site}: the graph was traced in training mode and drops blocks at random; "
+                "trace the model after model.eval()."
+            )
         return source.target(*args, **kwargs)
 
     with torch.no_grad():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from oftfx.ops.factor import Factor
 from oftfx.rotations import Method, method_of
+from oftfx.rotations.oft import dropped
 from oftfx.spec import Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
@@ -82,21 +83,28 @@ class Rotation(nn.Module):
         """What the factors are made of; kept between calls while no gradient is wanted."""
         tensors: dict[str, Any] = self._parameters
         if torch.compiler.is_compiling():
-            return self.method.cores(tensors, self.spec)
+            return self._made(tensors)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
             self._cached = None
-            return self.method.cores(tensors, self.spec)
+            return self._made(tensors)
         if not all(map(_traceable, tensors.values())):
-            return self.method.cores(tensors, self.spec)
+            return self._made(tensors)
         inference = torch.is_inference_mode_enabled()
         key = (inference, *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()))
         if self._cached is None or self._cached[0] != key:
             # The storages are kept beside their addresses, which cannot be another's meanwhile.
             held = [tensor.detach() for tensor in tensors.values()]
-            self._cached = (key, held, self.method.cores(tensors, self.spec))
+            self._cached = (key, held, self._made(tensors))
         return self._cached[2]
+
+    def _made(self, tensors: dict[str, Any]) -> tuple[Tensor, ...]:
+        device = next(iter(tensors.values())).device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return self.method.cores(tensors, self.spec)
+        with torch.autocast(device, enabled=False):  # which would halve the cores' digits
+            return self.method.cores(tensors, self.spec)
 
     def factors(self) -> tuple[Factor, ...]:
         """``M = F_1·F_2·…``, in the order x meets them."""
@@ -125,13 +133,23 @@ class Rotation(nn.Module):
     def _rotate(self, x: Tensor, to: torch.dtype | None) -> Tensor:
         if to is not None:
             x = x.to(to)
-        for factor in self.factors():
+        for factor in self.method.factors(self._dropped(self.cores()), self.spec):
             x = factor(x)
         return x
 
+    def _dropped(self, cores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Multiplicative dropout: in training mode some blocks are the identity."""
+        rate = getattr(self.spec, "dropout", 0.0)
+        if not (self.training and rate):
+            return cores
+        return tuple(dropped(core, rate, self.width) for core in cores)
+
     def fold(self, weight: Tensor, layout: str) -> Tensor:
-        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider."""
-        cores = self.cores()
+        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider.
+
+        What a forward reads in place of W, dropout included.
+        """
+        cores = self._dropped(self.cores())
         # torch.promote_types would leave a node of its own in an exported graph.
         wide = weight.to(max(weight.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         rows = wide if layout == "out_in" else wide.mT

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Spec:
         share_inputs: One rotation per input tensor, so that q/k/v (and gate/up) share theirs.
         dtype: Floating dtype of the trainable parameters.
         seed: Seeds the initial values, per site, independent of device and order.
-        init_std: Standard deviation of the initial skew (or free core) entries. 0 starts at the
-            identity.
+        init_std: Standard deviation of the initial parameters around those of the identity. 0
+            starts at the identity.
 
     Raises:
         SpecError: A field is outside its range. Names the field and the range.
@@ -62,10 +63,7 @@ class Spec:
         if not (floating and self.dtype.itemsize > 1):  # float8 has no arithmetic
             raise SpecError(f"dtype={self.dtype!r}: must be a floating torch.dtype of ≥ 16 bits.")
         _check_int(self, "seed", minimum=0)
-        if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)):
-            raise SpecError(f"init_std={self.init_std!r}: must be a number ≥ 0.")
-        if not 0 <= self.init_std < float("inf"):
-            raise SpecError(f"init_std={self.init_std!r}: must be finite and ≥ 0.")
+        _check_number(self, "init_std")
 
     def _checked_overrides(self) -> Mapping[str, Mapping[str, Any]]:
         if not isinstance(self.overrides, Mapping):
@@ -157,17 +155,130 @@ class OFT(Spec):
         guard: What to do as ‖Q‖₂ nears 1, beyond which the series means nothing: ``None`` leaves
             it (``oftfx.health`` warns); from ‖Q‖₂ = 0.9 on, ``"rescale"`` shrinks Q back to there
             and ``"exact"`` uses the exact transform for that block.
+        share_blocks: One block's parameters for all blocks of a site.
+        dropout: Probability with which a block is the identity in a forward in training mode
+            (multiplicative dropout, BOFT 2311.06243).
     """
 
     block_size: int = 32
     order: int = 4
     exact: bool = False
     guard: Literal["rescale", "exact"] | None = None
+    share_blocks: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_int(self, "block_size", minimum=2)
         _check_series(self)
+        _check_type(self, "share_blocks", bool)
+        _check_number(self, "dropout", below=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class COFT(OFT):
+    """OFT that stays near the identity: every ``‖Q_i‖_F`` at most ``eps / √(d/b)``.
+
+    The parameters themselves are projected, by [`oftfx.project`][oftfx.project] after each
+    optimizer step (OFT 2306.07280).
+
+    Attributes:
+        eps: ‖Q‖_F that a whole site may reach.
+    """
+
+    eps: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number(self, "eps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFT(OFT):
+    """A product of block-diagonal rotations, each over blocks of more distant coordinates.
+
+    ``x ← x·F_{m−1} … F_0``, where a block of ``F_j`` takes two runs of b/2 neighbouring coordinates
+    that start 2^j · b/2 apart, as a butterfly does: m factors join 2^{m−1}·b coordinates, with
+    ``m·d(b−1)/2`` trainable numbers (BOFT 2311.06243).
+
+    Attributes:
+        factors: m, for which ``2^{m−1}·b`` must divide the layer's input width. With 1 it is OFT.
+    """
+
+    factors: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_int(self, "factors", minimum=1)
+        if self.factors > 1 and self.block_size % 2:
+            raise SpecError(
+                f"block_size={self.block_size}: must be even for factors={self.factors}, whose "
+                "blocks are joined from two halves."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GOFT(Spec):
+    """Rotations of pairs of coordinates, in a tree: the fewest parameters that reach every one.
+
+    Stage s turns the pairs ``(i, i + 2^{s−1})`` for the i that are multiples of 2^s, one angle a
+    pair, d − 1 in all (GOFT 2404.04316). It can move any vector to any other of its length; it
+    cannot be any rotation.
+
+    Attributes:
+        scale: A trainable factor for each coordinate besides, d more numbers; not orthogonal.
+    """
+
+    scale: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_type(self, "scale", bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QGOFT(GOFT):
+    """GOFT with a free 2×2 matrix for each pair, 4(d − 1) numbers, drawn to orthogonal columns.
+
+    It is as orthogonal as its regulariser makes it: add [`oftfx.penalty`][oftfx.penalty] to the
+    loss (qGOFT 2404.04316).
+
+    Attributes:
+        weight: λ of the regulariser, the sum of ``⟨column 1, column 2⟩²`` over all pairs.
+    """
+
+    weight: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number(self, "weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRA(Spec):
+    """A product of reflections: ``x ← x·∏(I − 2 u_i u_iᵀ)``, every u_i learned.
+
+    ``rank·d`` trainable numbers; computed as one map of the few directions the u_i span
+    (HRA 2405.17484).
+
+    Attributes:
+        rank: How many reflections; even, as they start in equal pairs that cancel.
+        weight: λ of the regulariser ``‖I − UUᵀ‖_F²``, which draws the u_i apart:
+            [`oftfx.penalty`][oftfx.penalty].
+    """
+
+    rank: int = 8
+    weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_int(self, "rank", minimum=2)
+        if self.rank % 2:
+            raise SpecError(
+                f"rank={self.rank}: must be even: an odd number of reflections is no rotation and "
+                "cannot start at the identity."
+            )
+        _check_number(self, "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +369,9 @@ class LOFT(_Subspace):
             )
 
 
-METHODS: dict[str, type[Spec]] = {"OFT": OFT, "PSOFT": PSOFT, "LOFT": LOFT}
+METHODS: dict[str, type[Spec]] = {
+    cls.__name__: cls for cls in (OFT, COFT, BOFT, GOFT, QGOFT, HRA, PSOFT, LOFT)
+}
 
 
 def matches(rule: Target, fqn: str) -> bool:
@@ -288,6 +401,15 @@ def _check_int(spec: Spec, field: str, minimum: int) -> None:
         raise SpecError(f"{field}={value!r}: must be an integer ≥ {minimum}.")
     if value < minimum:
         raise SpecError(f"{field}={value}: must be ≥ {minimum}.")
+
+
+def _check_number(spec: Spec, field: str, below: float = math.inf) -> None:
+    value = getattr(spec, field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SpecError(f"{field}={value!r}: must be a number ≥ 0.")
+    if not 0 <= value < below:
+        most = "finite" if below == math.inf else f"< {below:g}"
+        raise SpecError(f"{field}={value!r}: must be {most} and ≥ 0.")
 
 
 def _check_choice(spec: Spec, field: str, choices: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from oftfx import cli
+from oftfx import Spec, cli
 from oftfx.train.output import MARKER
 
 
@@ -100,6 +100,46 @@ def test_plan_prints_a_table_or_json(oftfx, model_dir):
     assert site["fqn"] == "transformer.h.0.mlp.c_fc"
 
 
+METHODS = {
+    "oft --block-size 8 --order 3 --share-blocks --dropout 0.1": {
+        "method": "OFT",
+        "block_size": 8,
+        "order": 3,
+        "share_blocks": True,
+        "dropout": 0.1,
+    },
+    "coft --eps 0.5 --exact": {"method": "COFT", "eps": 0.5, "exact": True},
+    "boft --block-size 8 --factors 3 --guard rescale": {
+        "method": "BOFT",
+        "block_size": 8,
+        "factors": 3,
+        "guard": "rescale",
+    },
+    "goft --scale": {"method": "GOFT", "scale": True},
+    "qgoft --weight 0.1": {"method": "QGOFT", "weight": 0.1},
+    "hra --rank 4 --weight 0": {"method": "HRA", "rank": 4, "weight": 0.0},
+}
+
+
+@pytest.mark.parametrize("line", METHODS)
+def test_every_method_has_its_options(oftfx, model_dir, line):
+    code, text, err = oftfx("plan", model_dir, "--json", "--method", *line.split())
+    assert code == 0, err
+    assert Spec.from_json(json.loads(text)["spec"]) == Spec.from_json(METHODS[line])
+
+
+@pytest.mark.parametrize("method", ["coft", "boft", "goft", "qgoft", "hra"])
+def test_every_method_finetunes(oftfx, model_dir, text_file, tmp_path, method):
+    out = tmp_path / "out"
+    arguments = ["finetune", "--model", model_dir, "--data", text_file, "--out", out]
+    arguments += ["--method", method, "--steps", 2, "--seq-len", 16, "--lr", 0.01]
+    if method == "boft":
+        arguments += ["--block-size", 8]
+    code, printed, err = oftfx(*arguments)
+    assert code == 0, err
+    assert "agrees" in printed
+
+
 FINETUNE = "finetune --model {model} --seq-len 16 --steps 1 --block-size 8"
 BAD_LINES = {
     f"{FINETUNE} --data nowhere.txt": "nowhere.txt does not exist",
@@ -113,6 +153,11 @@ BAD_LINES = {
     f"{FINETUNE} --data {{text}} --order 0": "order=0",
     f"{FINETUNE} --data {{text}} --block-size 7": "block_size=7",
     f"{FINETUNE} --data {{text}} --targets c_fx": "c_fc",
+    f"{FINETUNE} --data {{text}} --rank 4": "--rank is no option of --method oft",
+    f"{FINETUNE} --data {{text}} --method goft": "--block-size is no option of --method goft",
+    f"{FINETUNE} --data {{text}} --method boft --factors 9": "at most factors=3",
+    f"{FINETUNE} --data {{text}} --dropout 1": "dropout=1.0",
+    "finetune --model {model} --data {text} --seq-len 16 --method hra --rank 3": "rank=3",
     "finetune --model {tmp} --data {text}": "has no config.json",
     "finetune --model {text} --data {text}": "not a GGUF file",
     "merge {model} no-adapter": "no-adapter",

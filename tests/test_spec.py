@@ -194,7 +194,7 @@ def test_a_callable_cannot_be_written():
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        ({"method": "BOFT"}, "BOFT"),
+        ({"method": "ROFT"}, "ROFT"),
         ({}, "unknown method"),
         ({"method": "OFT", "block_sizes": 4}, "block_size"),
         ({"method": "OFT", "block_size": -4}, "block_size"),
@@ -256,5 +256,5 @@ def test_overrides_apply_in_order_and_to_their_layers_alone():
 
 
 def test_fields_that_may_differ_per_layer():
-    fields = {"block_size", "order", "exact", "guard", "dtype", "init_std"}
-    assert OFT.method_fields() == fields
+    own = {"block_size", "order", "exact", "guard", "share_blocks", "dropout"}
+    assert OFT.method_fields() == own | {"dtype", "init_std"}

@@ -1,6 +1,7 @@
 """The semantic ops, `torch.ops.oftfx.*`: what a rotation is, in eager, exported and compiled."""
 
 from oftfx.ops.cayley import cayley, cayley_grad
+from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.subspace import subspace, subspace_grad
 
@@ -8,6 +9,8 @@ __all__ = [
     "block_gram",
     "cayley",
     "cayley_grad",
+    "givens",
+    "givens_grad",
     "rotate",
     "rotate_grad",
     "subspace",

@@ -6,10 +6,12 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from oftfx.ops.precision import as_given
 from oftfx.rotations import cayley as maths
 
 
 @torch.library.custom_op("oftfx::cayley", mutates_args=())
+@as_given
 def cayley(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045 (schema)
     """``R − I`` of every block, by the series of the given order or exactly.
 

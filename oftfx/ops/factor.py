@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from oftfx.ops import rotate, subspace  # noqa: F401  (registers torch.ops.oftfx)
+from oftfx.ops import givens, rotate, subspace  # noqa: F401  (registers torch.ops.oftfx)
 
 
 class Factor(NamedTuple):
@@ -66,7 +66,14 @@ def _subspace_defect(support: Tensor, kernel: Tensor) -> Tensor:
 
 
 MAPS: dict[Any, Map] = {
-    torch.ops.oftfx.rotate.default: Map(lambda core: (core.mT,), _block_defect),
+    # The defect of its worst stage: a stage is a factor, whose blocks are these.
+    torch.ops.oftfx.givens.default: Map(
+        lambda core, transposed=False: (core, not transposed),
+        lambda core, transposed=False: _block_defect(core),
+    ),
+    torch.ops.oftfx.rotate.default: Map(
+        lambda core, stride=1: (core.mT, stride), lambda core, stride=1: _block_defect(core)
+    ),
     torch.ops.oftfx.subspace.default: Map(
         lambda support, kernel: (support, kernel.mT), _subspace_defect
     ),

@@ -12,20 +12,25 @@ from torch import Tensor
 
 
 @torch.library.custom_op("oftfx::rotate", mutates_args=())
-def rotate(x: Tensor, core: Tensor) -> Tensor:
+def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     """``x·blockdiag(I + C_1 … I + C_n)``, in residual form.
 
     Args:
         x: (..., n·b), floating.
-        core: (n, b, b), the residual blocks T − I; computed with in x's dtype.
+        core: (n, b, b), the residual blocks T − I; computed with in x's dtype. A single one,
+            (1, b, b), rotates every block of x.
+        stride: A block is two runs of b/2 coordinates, this many runs apart: 1 for neighbours.
+            It must divide the number of blocks.
 
     Returns:
         (..., n·b) in x's dtype, contiguous.
 
     Raises:
-        RuntimeError: The width of x is not n·b.
+        RuntimeError: The width of x is not n·b, or the stride does not fit it.
     """
-    _check(x, core)
+    _check(x, core, stride)
+    if stride > 1:
+        return _apart(rotate(_together(x, core, stride), core), core, stride)
     rotated = x.clone(memory_format=torch.contiguous_format)
     # In place, block by block of the one new tensor: large temporaries cost more than the matmuls.
     _blocks(rotated, core).baddbmm_(_blocks(x, core), core.to(x.dtype))
@@ -33,14 +38,14 @@ def rotate(x: Tensor, core: Tensor) -> Tensor:
 
 
 @rotate.register_fake
-def _(x: Tensor, core: Tensor) -> Tensor:
-    _check(x, core)
+def _(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
+    _check(x, core, stride)
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("oftfx::rotate_grad", mutates_args=())
 def rotate_grad(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Both gradients of [`rotate`][oftfx.ops.rotate]; one that is not needed comes back empty.
 
@@ -50,37 +55,60 @@ def rotate_grad(
         core: (n, b, b).
         need_x: Whether the gradient of x is wanted.
         need_core: Whether the gradient of the core is wanted.
+        stride: As for `rotate`.
 
     Returns:
         (..., n·b) in x's dtype and (n, b, b) in the core's.
     """
     # `rotate` here is an eager kernel within a kernel: no autograd is recorded below an op.
-    grad_x = rotate(grad, core.mT) if need_x else grad.new_empty(0)
-    grad_core = block_gram(x, grad, core) if need_core else core.new_empty(0)
+    grad_x = rotate(grad, core.mT, stride) if need_x else grad.new_empty(0)
+    grad_core = block_gram(x, grad, core, stride) if need_core else core.new_empty(0)
     return grad_x, grad_core
 
 
 @rotate_grad.register_fake
 def _(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     return grad.new_empty(x.shape if need_x else 0), core.new_empty(core.shape if need_core else 0)
 
 
-def block_gram(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+def block_gram(x: Tensor, y: Tensor, like: Tensor, stride: int = 1) -> Tensor:
     """``x_iᵀ y_i`` per block of the last axis over all rows, shaped and typed as ``like``."""
+    if stride > 1:
+        x, y = _together(x, like, stride), _together(y, like, stride)
     return torch.bmm(_blocks(x, like).mT, _blocks(y, like)).to(like.dtype)
 
 
-def _check(x: Tensor, core: Tensor) -> None:
+def _check(x: Tensor, core: Tensor, stride: int = 1) -> None:
     n, b, c = core.shape
+    width = x.shape[-1]
     torch._check(
-        b == c and x.shape[-1] == n * b,
+        b == c and (width == n * b or (n == 1 and width % b == 0)),
         lambda: (
             f"oftfx::rotate: x of shape {tuple(x.shape)} does not fit a core of shape "
             f"{tuple(core.shape)}: the last axis must be {n}·{b}."
         ),
     )
+    torch._check(
+        stride == 1 or (stride > 1 and b % 2 == 0 and width % (stride * b) == 0),
+        lambda: (
+            f"oftfx::rotate: stride={stride} does not fit {width // b} blocks of {b}: it must "
+            "divide their number, and their width must be even."
+        ),
+    )
+
+
+def _together(x: Tensor, core: Tensor, stride: int) -> Tensor:
+    """Moves the two halves of every block side by side, a stride of them at a time."""
+    halves = x.reshape(*x.shape[:-1], -1, 2, stride, core.shape[-1] // 2)
+    return halves.transpose(-3, -2).reshape(x.shape)
+
+
+def _apart(x: Tensor, core: Tensor, stride: int) -> Tensor:
+    """Undoes `_together`."""
+    halves = x.reshape(*x.shape[:-1], -1, stride, 2, core.shape[-1] // 2)
+    return halves.transpose(-3, -2).reshape(x.shape)
 
 
 def _blocks(x: Tensor, core: Tensor) -> Tensor:
@@ -90,36 +118,36 @@ def _blocks(x: Tensor, core: Tensor) -> Tensor:
     return x.reshape(-1, n, b).transpose(0, 1)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, core, *ctx.stride = inputs  # a trailing argument that has its default is left out
+    ctx.save_for_backward(x, core)
 
 
-def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, core = ctx.saved_tensors
-    need_x, need_core = ctx.needs_input_grad
-    grad_x, grad_core = rotate_grad(grad, x, core, need_x, need_core)
-    return grad_x if need_x else None, grad_core if need_core else None
+    need_x, need_core, *_ = ctx.needs_input_grad
+    grad_x, grad_core = rotate_grad(grad, x, core, need_x, need_core, *ctx.stride)
+    grads = grad_x if need_x else None, grad_core if need_core else None
+    return (*grads, *(None for _ in ctx.stride))
 
 
 def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad, x, core, ctx.need_x, ctx.need_core = inputs
+    grad, x, core, ctx.need_x, ctx.need_core, *ctx.stride = inputs
     ctx.save_for_backward(grad, x, core)
 
 
-def _rotate_grad_backward(
-    ctx: Any, grad_x: Tensor, grad_core: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+def _rotate_grad_backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
     """Second order: both results are bilinear, so their derivatives are rotations and Grams."""
     grad, x, core = ctx.saved_tensors
     d_grad = torch.zeros_like(grad)
     d_x = d_core = None
     if ctx.need_x:  # grad_x = grad + grad·Cᵀ
-        d_grad = rotate(grad_x, core)
-        d_core = block_gram(grad_x, grad, core)
+        d_grad = rotate(grad_x, core, *ctx.stride)
+        d_core = block_gram(grad_x, grad, core, *ctx.stride)
     if ctx.need_core:  # grad_core = xᵀ·grad
-        d_grad = d_grad + rotate(x, grad_core) - x
-        d_x = rotate(grad, grad_core.mT) - grad
-    return d_grad, d_x, d_core, None, None
+        d_grad = d_grad + rotate(x, grad_core, *ctx.stride) - x
+        d_x = rotate(grad, grad_core.mT, *ctx.stride) - grad
+    return (d_grad, d_x, d_core, None, None, *(None for _ in ctx.stride))
 
 
 rotate.register_autograd(_rotate_backward, setup_context=_save)

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.ops.precision import as_given
+
 
 @torch.library.custom_op("oftfx::subspace", mutates_args=())
+@as_given
 def subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
     """``x·(I + PᵀKP) = x + (x·Pᵀ)·K·P``, in residual form.
 

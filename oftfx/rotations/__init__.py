@@ -5,16 +5,16 @@ the cores made from them, and the factors made from the cores.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from oftfx.ops.factor import Factor
-from oftfx.rotations import loft, oft, psoft
+from oftfx.rotations import boft, goft, hra, loft, oft, psoft, qgoft
 from oftfx.rotations.supports import Weight
-from oftfx.spec import LOFT, OFT, PSOFT, Spec
+from oftfx.spec import BOFT, COFT, GOFT, HRA, LOFT, OFT, PSOFT, QGOFT, Spec
 
 
 class Method(Protocol):
@@ -57,7 +57,23 @@ class Anchored(Method, Protocol):
         """Values of the FIXED tensors; ``weight`` is called only where they depend on W."""
 
 
-_METHODS: dict[type[Spec], Method] = {OFT: oft, PSOFT: psoft, LOFT: loft}
+_METHODS: dict[type[Spec], Method] = {
+    OFT: oft,
+    COFT: oft,
+    BOFT: boft,
+    GOFT: goft,
+    QGOFT: qgoft,
+    HRA: hra,
+    PSOFT: psoft,
+    LOFT: loft,
+}
+_PENALTIES: dict[type[Spec], Callable[[Mapping[str, Tensor], Any], Tensor]] = {
+    QGOFT: qgoft.penalty,
+    HRA: hra.penalty,
+}
+_PROJECTIONS: dict[type[Spec], Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {
+    COFT: oft.projected,
+}
 
 
 def method_of(spec: Spec) -> Method:
@@ -79,6 +95,18 @@ def is_fixed(parameter: str) -> bool:
     """Whether a rotation's parameter of this name is kept but never trained."""
     leaf = parameter.rpartition(".")[2]
     return any(leaf in method.FIXED for method in _METHODS.values())
+
+
+def penalty_of(spec: Spec) -> Callable[[Mapping[str, Tensor], Any], Tensor] | None:
+    """The regulariser of a spec, ``(tensors, spec)`` to one number a site; None without one."""
+    return _PENALTIES.get(type(spec))
+
+
+def projection_of(
+    spec: Spec,
+) -> Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] | None:
+    """What keeps a site's parameters where a spec wants them; None where they are free."""
+    return _PROJECTIONS.get(type(spec))
 
 
 def num_trainable(spec: Spec, width: int) -> int:

@@ -98,26 +98,35 @@ def exact_grad(core: Tensor, grad: Tensor) -> Tensor:
     return both.mT @ grad @ both.mT / 2
 
 
-def spectral_norm(q: Tensor, squarings: int = 8, multiplicity: int = 2) -> Tensor:
+def spectral_norm(q: Tensor, multiplicity: int = 2) -> Tensor:
     """``‖Q‖₂`` of skew matrices ``(…, b, b)`` to within 0.7 % at b = 64, never below it.
 
-    The singular values of a skew matrix come in pairs, so ``‖Q‖₂^{2p} ≤ tr((QᵀQ)^p)/2``, without
-    the half for any other matrix, of ``multiplicity`` 1; squaring
-    ``QᵀQ`` repeatedly makes that tight (a factor of at most ``(b/2)^{1/2p}``). Matmuls only:
-    no SVD and no synchronisation with the host.
+    Of any other matrices with a ``multiplicity`` of 1, as for `dominant`.
     """
-    tiny = torch.finfo(q.dtype).tiny
     # Divided by its largest entry: the squares of a tiny or a diverged Q leave float32's range.
+    tiny = torch.finfo(q.dtype).tiny
     scale = q.detach().abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-    power = (q / scale).mT @ (q / scale)
-    log_trace = torch.zeros(q.shape[:-2], dtype=q.dtype, device=q.device)
+    norm = dominant((q / scale).mT @ (q / scale), multiplicity).sqrt() * scale[..., 0, 0]
+    return norm.where((q != 0).any(-1).any(-1), 0)
+
+
+def dominant(matrix: Tensor, multiplicity: int = 2, squarings: int = 8) -> Tensor:
+    """The largest eigenvalue of matrices ``(…, b, b)`` whose eigenvalues are ≥ 0.
+
+    They come in pairs, unless their ``multiplicity`` is 1. ``λ^p ≤ tr(A^p)/2``, and squaring A
+    repeatedly makes that tight (a factor of at most ``(b/2)^{1/p}``). Matmuls only: no
+    decomposition and no synchronisation with the host.
+    """
+    tiny = torch.finfo(matrix.dtype).tiny
+    power = matrix
+    log_trace = torch.zeros(matrix.shape[:-2], dtype=matrix.dtype, device=matrix.device)
     for step in range(squarings + 1):
         if step:
             power, log_trace = power @ power, 2 * log_trace
         trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
         power, log_trace = power / trace[..., None, None], log_trace + trace.log()
-    norm = ((log_trace - math.log(multiplicity)) / 2 ** (squarings + 1)).exp() * scale[..., 0, 0]
-    return norm.where((q != 0).any(-1).any(-1), 0)
+    value = ((log_trace - math.log(multiplicity)) / 2**squarings).exp()
+    return value.where((matrix != 0).any(-1).any(-1), 0)
 
 
 def orthogonality_error(norm: Tensor, order: int | None) -> Tensor:

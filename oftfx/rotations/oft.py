@@ -1,5 +1,6 @@
 """OFT: a block-diagonal rotation, the parameters of each block a skew matrix."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from oftfx import ops
 from oftfx.ops.factor import Factor
 from oftfx.rotations import cayley
-from oftfx.spec import OFT
+from oftfx.spec import COFT, OFT, Spec
 
 FIXED: frozenset[str] = frozenset()
 
@@ -35,9 +36,9 @@ class Blocks(Protocol):
 
 
 def shapes(spec: OFT, width: int) -> dict[str, tuple[int, ...]]:
-    """Shape of a site's parameters: ``(width/b, b(b−1)/2)``."""
+    """Shape of a site's parameters: ``(width/b, b(b−1)/2)``, or ``(1, …)`` for all blocks."""
     b = spec.block_size
-    return {"theta": (width // b, b * (b - 1) // 2)}
+    return {"theta": (1 if spec.share_blocks else width // b, b * (b - 1) // 2)}
 
 
 def misfit(spec: OFT, width: int) -> str | None:
@@ -52,11 +53,7 @@ def misfit(spec: OFT, width: int) -> str | None:
 
 def start(spec: OFT, width: int, generator: torch.Generator) -> dict[str, Tensor]:
     """The identity, or skew entries of the spec's standard deviation."""
-    shape = shapes(spec, width)["theta"]
-    if not spec.init_std:
-        return {"theta": torch.zeros(shape)}
-    values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return {"theta": values * spec.init_std}
+    return {"theta": around_zero(spec, shapes(spec, width)["theta"], generator)}
 
 
 def cores(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor]:
@@ -73,6 +70,36 @@ def health(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor, Tensor]:
     """‖Q‖₂ and, by the error law, ‖RᵀR − I‖₂ of the worst block."""
     norms = norm(tensors["theta"], spec)
     return norms.amax(-1), orthogonality_error(norms, spec).amax(-1)
+
+
+def dropped(core: Tensor, rate: float, width: int) -> Tensor:
+    """The blocks ``(n, b, b)`` of a site, each the identity with this probability.
+
+    Drawn from torch's own generator, one number a block, also where all blocks share parameters.
+    """
+    blocks = width // core.shape[-1]
+    kept = torch.rand(blocks, 1, 1, device=core.device) >= rate
+    return core * kept.to(core.dtype)
+
+
+def projected(tensors: Mapping[str, Tensor], spec: COFT) -> dict[str, Tensor]:
+    """The parameters with every ``‖Q_i‖_F`` at most ``eps / √n``; unchanged where it is already.
+
+    Within the rounding of the parameters' own dtype, so that projecting twice is projecting once.
+    """
+    theta = tensors["theta"]
+    wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    norm = math.sqrt(2) * torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    most = spec.eps / math.sqrt(theta.shape[-2])
+    inside = norm <= most * (1 + torch.finfo(theta.dtype).eps)
+    return {"theta": torch.where(inside, theta, (wide * (most / norm)).to(theta.dtype))}
+
+
+def around_zero(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Zeros, or numbers of the spec's standard deviation, float64."""
+    if not spec.init_std:
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * spec.init_std
 
 
 def core(theta: Tensor, spec: Blocks) -> Tensor:

@@ -1,5 +1,7 @@
-"""Health of the rotations, in the Trainer's own log."""
+"""What rotations ask of a Trainer: their health in its log, regularisers and projections."""
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -41,10 +43,61 @@ class HealthCallback(TrainerCallback):
         state.log_history[-1].update(worst)
 
 
-def watch(trainer: "Trainer") -> None:
-    """Gives a Trainer a [`HealthCallback`][oftfx.train.HealthCallback], ahead of its reporters.
+class _Projection(TrainerCallback):
+    """Keeps parameters where their specs want them, after every optimizer step."""
 
-    Passed as ``callbacks=[HealthCallback()]`` it would run after them, and what ``report_to``
-    names (TensorBoard, …) would not see the new values.
+    def on_optimizer_step(
+        self,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        control: "TrainerControl",
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        oftfx.project(model)
+
+
+def watch(trainer: "Trainer") -> None:
+    """Makes a Trainer do what rotations ask for: call it once, before ``train()``.
+
+    It logs their health ([`HealthCallback`][oftfx.train.HealthCallback], ahead of the reporters,
+    so that what ``report_to`` names sees the values), adds [`oftfx.penalty`][oftfx.penalty] to the
+    training loss, and calls [`oftfx.project`][oftfx.project] after every optimizer step.
     """
     trainer.callback_handler.callbacks.insert(0, HealthCallback())
+    trainer.add_callback(_Projection())
+    trainer.compute_loss = _penalised(trainer)
+
+
+def _penalised(trainer: "Trainer") -> Callable[..., Any]:
+    """The Trainer's own ``compute_loss``, with the regularisers added in training."""
+    inner = trainer.compute_loss
+
+    @functools.wraps(inner)
+    def compute_loss(
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        result = inner(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        if not model.training:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        penalty = oftfx.penalty(trainer.model).to(loss.device)
+        if _summed(trainer, num_items_in_batch):
+            penalty = penalty / trainer.current_gradient_accumulation_steps
+        loss = loss + penalty
+        return (loss, *outputs) if return_outputs else loss
+
+    return compute_loss
+
+
+def _summed(trainer: "Trainer", num_items_in_batch: Any) -> bool:
+    """Whether the losses of one optimizer step are summed; otherwise the Trainer averages them."""
+    stated = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if stated is not None:
+        return bool(stated)
+    by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return by_model or trainer.compute_loss_func is not None

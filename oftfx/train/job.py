@@ -57,7 +57,7 @@ class Job:
     model: str
     data: str
     out: Path
-    spec: oftfx.OFT = field(default_factory=oftfx.OFT)
+    spec: oftfx.Spec = field(default_factory=oftfx.OFT)
     held_out: str | float = 0.1
     unrelated: str | None = None
     steps: int = 60

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oftfx
 from oftfx import ops
+from oftfx.ops.factor import Factor
 
 ROTATE = torch.ops.oftfx.rotate.default
 ROTATE_GRAD = torch.ops.oftfx.rotate_grad.default
@@ -210,6 +211,67 @@ def test_a_gradient_that_is_not_needed_is_empty():
     x, core = torch.randn(3, 8), random_core(2, 4, torch.float32)
     grad_x, grad_core = ops.rotate_grad(torch.randn(3, 8), x, core, False, False)
     assert grad_x.numel() == grad_core.numel() == 0
+
+
+# --- distant blocks, and one block for all ---
+
+
+def strided(core: torch.Tensor, stride: int) -> torch.Tensor:
+    """The dense map whose blocks join runs of coordinates that lie ``stride`` runs apart."""
+    n, b, _ = core.shape
+    runs = torch.arange(n * b).view(-1, b // 2)
+    firsts = [i for i in range(2 * n) if i // stride % 2 == 0]
+    matrix = torch.eye(n * b, dtype=core.dtype)
+    for block, first in zip(core, firsts, strict=True):
+        where = torch.cat((runs[first], runs[first + stride]))
+        matrix[where[:, None], where] += block
+    return matrix
+
+
+# n, b, stride
+STRIDES = [(2, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 4), (6, 4, 2), (12, 2, 4)]
+
+
+@pytest.mark.parametrize(("n", "b", "stride"), STRIDES)
+def test_a_stride_joins_distant_runs(n, b, stride):
+    x, core = torch.randn(3, 2, n * b, dtype=torch.float64), random_core(n, b)
+    torch.testing.assert_close(ops.rotate(x, core, stride), x @ strided(core, stride))
+    assert ops.rotate(x, core, stride).is_contiguous()
+    factor = Factor(ROTATE, (core, stride))
+    torch.testing.assert_close(factor.transposed()(x), x @ strided(core, stride).mT)
+
+
+@pytest.mark.parametrize(("n", "b", "stride"), STRIDES)
+def test_gradcheck_with_a_stride(n, b, stride):
+    x = torch.randn(2, n * b, dtype=torch.float64, requires_grad=True)
+    core = random_core(n, b).requires_grad_()
+    assert torch.autograd.gradcheck(ops.rotate, (x, core, stride))
+    assert torch.autograd.gradgradcheck(ops.rotate, (x, core, stride), fast_mode=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_block_rotates_all(stride):
+    x, core = torch.randn(3, 16, dtype=torch.float64), random_core(1, 4)
+    x.requires_grad_(), core.requires_grad_()
+    same = ops.rotate(x, core.expand(4, 4, 4), stride)
+    torch.testing.assert_close(ops.rotate(x, core, stride), same)
+    assert torch.autograd.gradcheck(ops.rotate, (x, core, stride))
+    assert torch.autograd.gradgradcheck(ops.rotate, (x, core, stride), fast_mode=True)
+
+
+@pytest.mark.parametrize(("blocks", "stride"), [(4, 2), (4, 4), (1, 2)])
+def test_opcheck_with_a_stride_and_with_one_block(blocks, stride):
+    x, core = torch.randn(5, 16).requires_grad_(), random_core(blocks, 4, torch.float32)
+    core.requires_grad_()
+    torch.library.opcheck(ROTATE, (x, core, stride))
+    grad = torch.randn_like(x).requires_grad_()
+    torch.library.opcheck(ROTATE_GRAD, (grad, x, core, True, True, stride))
+
+
+@pytest.mark.parametrize(("n", "b", "stride"), [(3, 4, 2), (4, 3, 2), (4, 4, 8), (4, 4, 0)])
+def test_a_stride_that_does_not_fit_is_a_clear_error(n, b, stride):
+    with pytest.raises(RuntimeError, match=f"stride={stride} does not fit {n} blocks of {b}"):
+        ops.rotate(torch.randn(2, n * b), random_core(n, b, torch.float32), stride)
 
 
 # --- what a training step keeps ---

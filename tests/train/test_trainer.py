@@ -110,3 +110,46 @@ def test_leaving_the_disc_warns_once_a_site(model, blocks, tmp_path):
     messages = [str(w.message) for w in caught if issubclass(w.category, oftfx.errors.OftfxWarning)]
     assert len(messages) == 1
     assert "model.layers.0.self_attn.q_proj" in messages[0]
+
+
+def test_the_regulariser_reaches_the_loss(model, blocks, tmp_path):
+    """However many micro-batches a step is made of, it counts once; evaluation is without it."""
+    twin = copy.deepcopy(model)
+    losses = {}
+    for weight, trained in ((0.0, model), (0.5, twin)):
+        oftfx.adapt(trained, oftfx.HRA(rank=4, weight=weight))
+        expected = oftfx.penalty(trained).item()
+        for accumulated in (1, 4):
+            options = {"gradient_accumulation_steps": accumulated, "save_strategy": "no"}
+            trainer = make_trainer(trained, blocks, tmp_path, steps=1, **options)
+            trainer.args.learning_rate = 0.0
+            watch(trainer)
+            trainer.train()
+            losses[weight, accumulated] = trainer.state.log_history[0]["loss"]
+            losses[weight, "evaluated"] = trainer.evaluate(blocks)["eval_loss"]
+    for accumulated in (1, 4):
+        added = losses[0.5, accumulated] - losses[0.0, accumulated]
+        assert added == pytest.approx(expected, rel=1e-4)
+    assert losses[0.5, "evaluated"] == pytest.approx(losses[0.0, "evaluated"], rel=1e-6)
+
+
+def test_the_regulariser_is_trained_away(model, blocks, tmp_path):
+    oftfx.adapt(model, oftfx.QGOFT(weight=10.0, init_std=0.2))
+    before = oftfx.penalty(model).item()
+    trainer = make_trainer(model, blocks, tmp_path, steps=8, save_strategy="no")
+    watch(trainer)
+    trainer.train()
+    assert oftfx.penalty(model).item() < before / 2
+
+
+def test_coft_stays_in_its_ball(model, blocks, tmp_path):
+    spec = oftfx.COFT(block_size=16, eps=0.02)
+    oftfx.adapt(model, spec)
+    trainer = make_trainer(model, blocks, tmp_path, save_strategy="no")
+    watch(trainer)
+    trainer.train()
+    sizes = torch.cat(
+        [2**0.5 * p.detach().norm(dim=-1) * p.shape[0] ** 0.5 for p in oftfx.parameters(model)]
+    )
+    assert (sizes <= spec.eps * (1 + 1e-5)).all()
+    assert (sizes > 0.99 * spec.eps).any()

@@ -1,0 +1,171 @@
+"""`oftfx::givens`: pairs of coordinates mapped in a tree, and its gradients.
+
+    coordinates   0 1 2 3 4 5 6
+    stage 1      (0 1)(2 3)(4 5) 6      a pair's second coordinate is finished, its first goes on,
+    stage 2      (0   2)  (4    6)      and so does an odd one that found no partner
+    stage 3      (0        4)
+
+Stage s holds half as many coordinates as the one before, so all stages together read no more than
+2d numbers a row. The backward computes them again from x instead of keeping them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("oftfx::givens", mutates_args=())
+def givens(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
+    """``x·S_1·S_2 …``, each stage a block-diagonal matrix of 2×2 blocks ``I + C``.
+
+    Args:
+        x: (..., d), floating.
+        core: (d − 1, 2, 2), the residual blocks, stage by stage and in a stage by coordinate;
+            a row (x_i, x_j) becomes (x_i, x_j)·(I + C).
+        transposed: The transpose of the whole map.
+
+    Returns:
+        (..., d) in x's dtype, contiguous; every stage is computed in at least float32.
+
+    Raises:
+        RuntimeError: The width of x is not one more than the number of blocks.
+    """
+    _check(x, core)
+    return _run(x, core, transposed)
+
+
+@givens.register_fake
+def _(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
+    _check(x, core)
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("oftfx::givens_grad", mutates_args=())
+def givens_grad(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of [`givens`][oftfx.ops.givens]; one that is not needed comes back empty.
+
+    Args:
+        grad: (..., d), the gradient of the result.
+        x: (..., d), what was mapped.
+        core: (d − 1, 2, 2).
+        need_x: Whether the gradient of x is wanted.
+        need_core: Whether the gradient of the core is wanted.
+        transposed: As for `givens`.
+
+    Returns:
+        (..., d) in x's dtype and (d − 1, 2, 2) in the core's.
+    """
+    if need_core:
+        grad_x, grad_core = _gradients(grad, x, core, transposed)
+        return grad_x if need_x else grad.new_empty(0), grad_core
+    return givens(grad, core, not transposed) if need_x else grad.new_empty(0), core.new_empty(0)
+
+
+@givens_grad.register_fake
+def _(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(x.shape if need_x else 0), core.new_empty(core.shape if need_core else 0)
+
+
+def stages(width: int) -> Iterator[tuple[int, slice]]:
+    """Every stage: how far apart the coordinates of its pairs are, and its blocks."""
+    step, first = 1, 0
+    while step < width:
+        pairs = len(range(step, width, 2 * step))
+        yield step, slice(first, first + pairs)
+        step, first = 2 * step, first + pairs
+
+
+def _run(
+    x: Tensor, core: Tensor, transposed: bool, read: dict[int, Tensor] | None = None
+) -> Tensor:
+    """The result; ``read`` is given what each stage reads, its pairs (..., pairs, 2), by its step.
+
+    Stages run in place on one new tensor.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.clone(memory_format=torch.contiguous_format)
+    order = list(stages(x.shape[-1]))
+    for step, blocks in reversed(order) if transposed else order:
+        second = y[..., step :: 2 * step]
+        first = y[..., :: 2 * step][..., : second.shape[-1]]
+        pairs = torch.stack((first, second), -1)
+        if read is not None:
+            read[step] = pairs
+        c = core[blocks].to(wide)
+        if transposed:
+            c = c.mT
+        # Sums of two products, spelled out: a batched matmul of 2×2 blocks is far slower.
+        a, b = pairs.to(wide).unbind(-1)
+        first.copy_(a + (a * c[:, 0, 0] + b * c[:, 1, 0]))
+        second.copy_(b + (a * c[:, 0, 1] + b * c[:, 1, 1]))
+    return y
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, core: Tensor, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The transposed map of the gradient meets, stage by stage, the gradients of each result."""
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    _run(x, core, transposed, inputs)
+    grad_x = _run(grad, core, not transposed, outputs)
+    grams = [
+        torch.bmm(_by_pair(inputs[step]).mT, _by_pair(outputs[step])).to(core.dtype)
+        for step, _ in stages(x.shape[-1])
+    ]
+    grad_core = torch.cat([core.new_empty(0, 2, 2), *grams])
+    return grad_x, grad_core.mT.contiguous() if transposed else grad_core
+
+
+def _by_pair(pairs: Tensor) -> Tensor:
+    """(..., pairs, 2) as (pairs, rows, 2)."""
+    return pairs.reshape(-1, *pairs.shape[-2:]).transpose(0, 1)
+
+
+def _check(x: Tensor, core: Tensor) -> None:
+    torch._check(
+        core.shape[1:] == (2, 2) and x.shape[-1] == core.shape[0] + 1,
+        lambda: (
+            f"oftfx::givens: x of shape {tuple(x.shape)} does not fit a core of shape "
+            f"{tuple(core.shape)}: they must be (..., d) and (d − 1, 2, 2)."
+        ),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, core, *ctx.transposed = inputs  # a trailing argument that has its default is left out
+    ctx.save_for_backward(x, core)
+
+
+def _givens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, core = ctx.saved_tensors
+    need_x, need_core, *_ = ctx.needs_input_grad
+    grad_x, grad_core = givens_grad(grad, x, core, need_x, need_core, *ctx.transposed)
+    grads = grad_x if need_x else None, grad_core if need_core else None
+    return (*grads, *(None for _ in ctx.transposed))
+
+
+def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grad, x, core, ctx.need_x, ctx.need_core, *ctx.transposed = inputs
+    ctx.save_for_backward(grad, x, core)
+
+
+def _givens_grad_backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
+    """Second order, by differentiating the gradients' own formula."""
+    operands = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+    with torch.enable_grad():
+        values = _gradients(*operands, *ctx.transposed)
+        wanted = [(values[0], grad_x)] * ctx.need_x + [(values[1], grad_core)] * ctx.need_core
+        outputs, cotangents = zip(*wanted, strict=True)
+        second = torch.autograd.grad(outputs, operands, cotangents, allow_unused=True)
+    return (*second, None, None, *(None for _ in ctx.transposed))
+
+
+givens.register_autograd(_givens_backward, setup_context=_save)
+givens_grad.register_autograd(_givens_grad_backward, setup_context=_save_grad)
