@@ -5,6 +5,7 @@ from torch import Tensor
 
 from oftfx.capture import Model, unwrap
 from oftfx.health import batches, rotations_of
+from oftfx.ops.precision import exactly
 from oftfx.rotations import penalty_of, projection_of
 
 
@@ -31,7 +32,8 @@ def penalty(model: Model, name: str | None = None) -> Tensor:
     for spec, stacked, _ in batches(regularised):
         regulariser = penalty_of(spec)
         assert regulariser is not None
-        total = total + regulariser(stacked, spec).sum().to(device)
+        with exactly(device):
+            total = total + regulariser(stacked, spec).sum().to(device)
     return total
 
 

@@ -13,7 +13,7 @@ import functools
 import json
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,14 +26,11 @@ from oftfx.errors import OftfxWarning, PlanError
 from oftfx.fixed import Fixed, Values
 from oftfx.host import Host, call, host_of
 from oftfx.match import Use
-from oftfx.modules import CHILD, Rotation, parameter_path, site_name
+from oftfx.modules import CHILD, NOTE, Rotation, parameter_path, site_name
 from oftfx.ops.factor import MAPS, Factor
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of
-from oftfx.spec import OFT, Spec
-
-CAYLEY = torch.ops.oftfx.cayley.default
-ROTATE = torch.ops.oftfx.rotate.default
+from oftfx.spec import Spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,36 +215,22 @@ def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def spec_of(host: Host, found: Inserted) -> Spec:
-    """The spec a rotation was made from: the plan's, or read off the nodes of an exported module.
+    """The spec a rotation was made from: the plan's, or what an exported module's nodes note.
 
     Raises:
-        PlanError: The graph was exported from an adapted module and does not show it.
+        PlanError: The graph is a trace of an adapted module that notes nothing.
     """
     record = records(host.module).get(found.adapter)
     if record is not None:
         plan = Plan.from_json(record["plan"])
         return plan.spec.at(found.site)
-    behind = _behind(found.operands)
-    cayleys = [node for node in behind if node.target is CAYLEY]
-    if not cayleys or found.node.target is not ROTATE:
+    note = found.node.meta.get("custom", {}).get(NOTE)
+    if note is None:
         raise PlanError(
-            f"{found.site}: the graph was exported from an adapted module and does not say how "
-            "its rotation is made; ask the module it was exported from."
+            f"{found.site}: the graph does not say how its rotation is made; ask the module it was "
+            "traced from, or trace that with torch.export."
         )
-    orders = [node.args[2] for node in cayleys]
-    order = next((order for order in orders if order is not None), None)
-    guard: Literal["rescale", "exact"] | None = None
-    if len(orders) == 2:
-        guard = "exact"
-    elif cayleys[0].args[0] not in host.readers():
-        guard = "rescale"
-    return OFT(
-        block_size=cast("int", cayleys[0].args[1]),
-        order=4 if order is None else cast("int", order),
-        exact=order is None,
-        guard=guard,
-        dtype=host.parameters()[found.parameters[0]].dtype,
-    )
+    return Spec.from_json(json.loads(note))
 
 
 def records(model: fx.GraphModule | ExportedProgram) -> dict[str, dict[str, Any]]:

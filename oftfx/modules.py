@@ -10,22 +10,28 @@ Only the class changes: the object, its names, its parameters and its place in t
 everything that holds on to the module keeps working, compiled graphs included.
 """
 
+import dataclasses
 import functools
+import json
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx import traceback
 
 from oftfx.ops.factor import Factor
+from oftfx.ops.precision import exactly
 from oftfx.rotations import Method, method_of
 from oftfx.rotations.oft import dropped
-from oftfx.spec import Spec
+from oftfx.spec import ALL_LINEAR, Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
+NOTE = "oftfx_spec"
+"""Where the nodes of an exported module keep the spec of their rotation, as JSON."""
 CHILD = "oft"
 """Name of the child that holds a module's rotations, by adapter name."""
 
@@ -49,6 +55,8 @@ class Rotation(nn.Module):
         self.width = width
         self.seed = seed
         self.readers = readers
+        rules: dict[str, Any] = {"targets": ALL_LINEAR, "exclude": (), "overrides": {}}
+        self._note = json.dumps(dataclasses.replace(spec, **rules).to_json())
         self.enabled = True
         for name, shape in self.method.shapes(spec, width).items():
             trained = name not in self.method.FIXED
@@ -100,10 +108,7 @@ class Rotation(nn.Module):
         return self._cached[2]
 
     def _made(self, tensors: dict[str, Any]) -> tuple[Tensor, ...]:
-        device = next(iter(tensors.values())).device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return self.method.cores(tensors, self.spec)
-        with torch.autocast(device, enabled=False):  # which would halve the cores' digits
+        with exactly(next(iter(tensors.values())).device):
             return self.method.cores(tensors, self.spec)
 
     def factors(self) -> tuple[Factor, ...]:
@@ -133,9 +138,14 @@ class Rotation(nn.Module):
     def _rotate(self, x: Tensor, to: torch.dtype | None) -> Tensor:
         if to is not None:
             x = x.to(to)
-        for factor in self.method.factors(self._dropped(self.cores()), self.spec):
-            x = factor(x)
+        with self._noted():
+            for factor in self.method.factors(self._dropped(self.cores()), self.spec):
+                x = factor(x)
         return x
+
+    def _noted(self) -> AbstractContextManager[None]:
+        """Within it, the nodes of an exported graph remember the spec they came from."""
+        return annotated(self._note) if torch.compiler.is_exporting() else nullcontext()
 
     def _dropped(self, cores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Multiplicative dropout: in training mode some blocks are the identity."""
@@ -153,8 +163,9 @@ class Rotation(nn.Module):
         # torch.promote_types would leave a node of its own in an exported graph.
         wide = weight.to(max(weight.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         rows = wide if layout == "out_in" else wide.mT
-        for factor in reversed(self.method.factors(cores, self.spec)):
-            rows = factor.transposed()(rows)
+        with self._noted():
+            for factor in reversed(self.method.factors(cores, self.spec)):
+                rows = factor.transposed()(rows)
         return rows if layout == "out_in" else rows.mT
 
     def extra_repr(self) -> str:
@@ -168,6 +179,16 @@ class Rotation(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cached": None, "_rotated": None}
+
+
+@contextmanager
+def annotated(note: str) -> Iterator[None]:
+    """Within it, the nodes of a trace get a note in their metadata, which graph edits keep."""
+    tracer = (
+        nullcontext() if torch.compiler.is_dynamo_compiling() else traceback.preserve_node_meta()
+    )
+    with tracer, traceback.annotate({NOTE: note}):
+        yield
 
 
 class SharedRotation(nn.Module):

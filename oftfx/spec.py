@@ -219,10 +219,10 @@ class BOFT(OFT):
 
 @dataclass(frozen=True, kw_only=True)
 class GOFT(Spec):
-    """Rotations of pairs of coordinates, in a tree: the fewest parameters that reach every one.
+    """Rotations of pairs of coordinates, in a tree that joins all of them.
 
     Stage s turns the pairs ``(i, i + 2^{s−1})`` for the i that are multiples of 2^s, one angle a
-    pair, d − 1 in all (GOFT 2404.04316). It can move any vector to any other of its length; it
+    pair, d − 1 in all (GOFT 2404.04316). It can turn any one vector into the first axis; it
     cannot be any rotation.
 
     Attributes:

@@ -32,7 +32,7 @@ SPECS: dict[str, Spec] = {
     "GOFT, scaled": GOFT(scale=True),
     "QGOFT": QGOFT(),
     "QGOFT, scaled": QGOFT(scale=True),
-    "HRA": HRA(rank=4),
+    "HRA": HRA(rank=4, weight=0.01),
     "PSOFT": PSOFT(rank=4),
     "PSOFT, strict and exact": PSOFT(rank=3, relaxed=False, exact=True, svd="full"),
     "PSOFT, guarded": PSOFT(rank=5, guard="rescale"),
@@ -121,6 +121,22 @@ def test_compiled_without_a_graph_break_is_eager(spec):
 
 
 @every_spec
+def test_autocast_does_not_take_digits_from_the_parameters(spec):
+    """The cores, the folded weight and the penalty are those of float32."""
+    start = dataclasses.replace(spec, init_std=0.2)
+    model = oftfx.adapt(small("mlp", torch.float32), start, example_inputs=rows(torch.float32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        penalty = oftfx.penalty(model)
+        found = [core for _, r in oftfx.modules.rotations(model) for core in r.cores()]
+    copied = copy.deepcopy(model)  # which keeps no cores
+    expected = [core for _, r in oftfx.modules.rotations(copied) for core in r.cores()]
+    for core, other in zip(found, expected, strict=True):
+        assert torch.equal(core, other)
+        assert core.dtype == torch.float32
+    torch.testing.assert_close(penalty, oftfx.penalty(model).detach(), rtol=0, atol=0)
+
+
+@every_spec
 @pytest.mark.slow
 def test_compiled_by_inductor(spec):
     model = adapted("mlp", spec)
@@ -193,6 +209,18 @@ def test_training_moves_every_rotation_and_nothing_else(spec, form):
     assert all(not torch.equal(after[name], value) for name, value in before.items())
     for name, value in frozen.items():
         assert torch.equal(called.get_parameter(name), value), name
+
+
+@every_spec
+@pytest.mark.parametrize(("name", "strict"), [("mlp", True), ("functional", False)])
+def test_an_export_of_the_adapted_module_knows_its_spec(spec, strict, name):
+    model = adapted(name, spec)
+    program = export(model, (x,), strict=strict)
+    for other in (program, program.module(), program.run_decompositions()):
+        a, b = oftfx.health(model), oftfx.health(other)
+        assert set(a.fqns) == set(b.fqns)
+        assert sorted(a.norm.tolist()) == sorted(b.norm.tolist())
+        assert oftfx.penalty(other).item() == pytest.approx(oftfx.penalty(model).item())
 
 
 @every_spec

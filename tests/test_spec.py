@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from oftfx import OFT, OftfxError, Spec, SpecError
+from oftfx import BOFT, COFT, GOFT, HRA, OFT, QGOFT, OftfxError, Spec, SpecError
 from oftfx.spec import matches
 
 # field, value, what the message must hold besides the field's name
@@ -258,3 +258,48 @@ def test_overrides_apply_in_order_and_to_their_layers_alone():
 def test_fields_that_may_differ_per_layer():
     own = {"block_size", "order", "exact", "guard", "share_blocks", "dropout"}
     assert OFT.method_fields() == own | {"dtype", "init_std"}
+
+
+METHOD_INVALID = [
+    (OFT, "share_blocks", 1, "bool"),
+    (OFT, "dropout", 1.0, "< 1"),
+    (OFT, "dropout", -0.1, "≥ 0"),
+    (OFT, "dropout", True, "number"),
+    (COFT, "eps", -1.0, "≥ 0"),
+    (COFT, "eps", math.inf, "finite"),
+    (COFT, "order", 0, "≥ 1"),
+    (BOFT, "factors", 0, "≥ 1"),
+    (BOFT, "factors", 2.0, "integer"),
+    (BOFT, "block_size", 5, "even"),
+    (GOFT, "scale", 1, "bool"),
+    (QGOFT, "weight", -0.1, "≥ 0"),
+    (QGOFT, "weight", "0.1", "number"),
+    (HRA, "rank", 3, "even"),
+    (HRA, "rank", 0, "≥ 2"),
+    (HRA, "weight", math.nan, "finite"),
+]
+
+
+@pytest.mark.parametrize(("method", "field", "value", "why"), METHOD_INVALID)
+def test_a_methods_field_out_of_range_is_an_error(method, field, value, why):
+    with pytest.raises(SpecError, match=field) as caught:
+        method(**{field: value})
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        COFT(eps=0.3, dropout=0.1),
+        BOFT(factors=3, block_size=8, share_blocks=True),
+        GOFT(scale=True),
+        QGOFT(weight=0.2),
+        HRA(rank=6, weight=0.1, overrides={"q": {"rank": 2}}),
+    ],
+)
+def test_every_method_survives_json(spec):
+    assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_one_factor_may_have_odd_blocks():
+    assert BOFT(factors=1, block_size=5).block_size == 5

@@ -78,3 +78,13 @@ def test_runs_on_meta():
     core = ops.cayley(torch.zeros(3, 6, device="meta"), 4, 4)
     assert core.shape == (3, 4, 4)
     assert core.device.type == "meta"
+
+
+@pytest.mark.parametrize("order", [4, None])
+def test_autocast_does_not_reach_the_core(order):
+    theta = 0.1 * torch.randn(2, 28)
+    expected = ops.cayley(theta, 8, order)
+    with torch.autocast("cpu", torch.bfloat16):
+        core = ops.cayley(theta, 8, order)
+    assert core.dtype == torch.float32
+    assert torch.equal(core, expected)

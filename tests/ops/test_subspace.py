@@ -137,3 +137,10 @@ def test_transpose_and_defect_are_those_of_the_dense_map(d, r, seed):
     eye = torch.eye(d, dtype=torch.float64)
     measured = torch.linalg.matrix_norm(matrix.mT @ matrix - eye, ord=2)
     torch.testing.assert_close(factor.defect(), measured, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_does_not_reach_inside():
+    operands = case("1-D")
+    expected = ops.subspace(*operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.subspace(*operands), expected)

@@ -10,6 +10,7 @@ no later step reads is returned. Every layer can be a Linear, a Conv1D, or a bar
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
-from oftfx import OFT
+from oftfx import BOFT, COFT, GOFT, HRA, OFT, QGOFT, Spec
+from oftfx.rotations import boft
 
 KINDS = ("linear", "conv1d", "functional", "matmul")
 # (stream, hidden) with a common divisor; odd ones among them.
@@ -186,37 +188,49 @@ def specs(
     program: Program,
     dtypes: tuple[torch.dtype, ...] = (torch.float64,),
     starts: tuple[float, ...] = (0.1,),
-) -> OFT:
-    """A spec that fits a program; far starts only where the series is guarded."""
-    common = math.gcd(*(layer.inputs for layer in program.layers))
-    method = {
+) -> Spec:
+    """A spec of any method that fits a program."""
+    method = draw(st.sampled_from((OFT, OFT, COFT, BOFT, GOFT, QGOFT, HRA)))
+    share = draw(st.booleans())
+    shared: dict[str, Any] = {
+        "share_inputs": share,
+        "dtype": draw(st.sampled_from(dtypes)),
+        "seed": draw(st.integers(0, 3)),
+        "init_std": draw(st.sampled_from(starts)),
+    }
+    widths = [layer.inputs for layer in program.layers]
+    if method is HRA:
+        return HRA(rank=draw(st.sampled_from(range(2, min(widths) + 1, 2))), **shared)
+    if method in (GOFT, QGOFT):
+        return method(scale=draw(st.booleans()), **shared)
+    common = math.gcd(*widths)
+    own = {
+        "block_size": draw(st.sampled_from(divisors(common))),
         "order": draw(st.integers(1, 6)),
         "exact": draw(st.booleans()),
         "guard": draw(st.sampled_from((None, "rescale", "exact"))),
+        "share_blocks": draw(st.booleans()),
     }
-    start = draw(st.sampled_from(starts))
-    if start and (method["exact"] or method["guard"]):
-        start = draw(st.sampled_from((start, 5 * start)))
-    share = draw(st.booleans())
+    if shared["init_std"] and (own["exact"] or own["guard"]):  # far starts only where it is guarded
+        shared["init_std"] *= draw(st.sampled_from((1, 5)))
+    if method is BOFT:
+        fitting = [
+            BOFT(**own, **shared, factors=m)
+            for m in (1, 2, 3)
+            if m == 1 or own["block_size"] % 2 == 0
+        ]
+        return draw(st.sampled_from([spec for spec in fitting if not boft.misfit(spec, common)]))
     overrides = {}
     if not share:  # sites that share a rotation must agree on its fields
         for i, layer in enumerate(program.layers):
             if draw(st.integers(0, 3)) == 0:
                 name = f"f{i}" if layer.kind in ("linear", "conv1d") else f"w{i}"
                 overrides[name] = {"block_size": draw(st.sampled_from(divisors(layer.inputs)))}
-    return OFT(
-        block_size=draw(st.sampled_from(divisors(common))),
-        share_inputs=share,
-        dtype=draw(st.sampled_from(dtypes)),
-        seed=draw(st.integers(0, 3)),
-        init_std=start,
-        overrides=overrides,
-        **method,
-    )
+    return method(overrides=overrides, **own, **shared)
 
 
 @st.composite
-def cases(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, **options) -> tuple[Program, OFT]:
+def cases(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, **options) -> tuple[Program, Spec]:
     """A program and a spec that fits it."""
     program = draw(programs(kinds))
     return program, draw(specs(program, **options))

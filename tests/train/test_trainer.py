@@ -134,7 +134,7 @@ def test_the_regulariser_reaches_the_loss(model, blocks, tmp_path):
 
 
 def test_the_regulariser_is_trained_away(model, blocks, tmp_path):
-    oftfx.adapt(model, oftfx.QGOFT(weight=10.0, init_std=0.2))
+    oftfx.adapt(model, oftfx.QGOFT(weight=10.0, init_std=0.03))
     before = oftfx.penalty(model).item()
     trainer = make_trainer(model, blocks, tmp_path, steps=8, save_strategy="no")
     watch(trainer)
