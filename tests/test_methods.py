@@ -14,7 +14,7 @@ from torch.export import Dim, export
 from torch.profiler import ProfilerActivity, profile
 
 import oftfx
-from oftfx import BOFT, COFT, GOFT, HRA, OFT, QGOFT, Spec, testing
+from oftfx import BOFT, COFT, GOFT, HRA, LOFT, OFT, PSOFT, QGOFT, Spec, testing
 from oftfx.rotations import num_trainable
 from tests.small import rows, small
 
@@ -33,6 +33,12 @@ SPECS: dict[str, Spec] = {
     "QGOFT": QGOFT(),
     "QGOFT, scaled": QGOFT(scale=True),
     "HRA": HRA(rank=4, weight=0.01),
+    "PSOFT": PSOFT(rank=4),
+    "PSOFT, strict and exact": PSOFT(rank=3, relaxed=False, exact=True, svd="full"),
+    "PSOFT, guarded": PSOFT(rank=5, guard="rescale"),
+    "LOFT, principal": LOFT(rank=4, support="principal", guard="exact"),
+    "LOFT, random and free": LOFT(rank=3, support="random", core="free"),
+    "LOFT, coordinate": LOFT(rank=8, support="coordinate"),
 }
 FORMS = ("module", "graph", "program")
 
@@ -259,6 +265,10 @@ COUNTS = {
     QGOFT(): 16_380,
     QGOFT(scale=True): 20_476,
     HRA(rank=8): 32_768,
+    PSOFT(rank=46): 1_127,
+    PSOFT(rank=46, relaxed=False): 1_035,
+    LOFT(rank=46): 1_035,
+    LOFT(rank=46, core="free"): 2_116,
 }
 
 

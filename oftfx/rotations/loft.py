@@ -25,8 +25,7 @@ def shapes(spec: LOFT, width: int) -> dict[str, tuple[int, ...]]:
 def start(spec: LOFT, width: int, generator: torch.Generator) -> dict[str, Tensor]:
     """The identity, or skew (or free) entries of the spec's standard deviation."""
     name, shape = next(iter(shapes(spec, width).items()))
-    values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return {name: values * spec.init_std}
+    return {name: oft.around_zero(spec, shape, generator)}
 
 
 def fixed(
