@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftfx.ops.rotate import block_gram, rotate
+from oftfx.ops.rotate import block_gram, rotate, rotate_grad
+from oftfx.ops.triton import kernels
 
 
 @torch.library.custom_op("oftfx::rotate_group", mutates_args=())
@@ -27,6 +28,15 @@ def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
         RuntimeError: The width of x is not n·b.
     """
     return [rotate(x, core) for core in cores]
+
+
+@torch.library.impl("oftfx::rotate_group", "cuda")
+def _(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
+    fast = kernels("rotate_group", x.device)
+    if fast is None or not fast.fits(x, cores):
+        return [rotate(x, core) for core in cores]
+    with torch.cuda.device_of(x):
+        return fast.rotate_group(x, cores)
 
 
 @rotate_group.register_fake
@@ -50,14 +60,30 @@ def rotate_group_grad(
     Returns:
         (..., n·b) in x's dtype, the sum over the cores; and for each core (n, b, b) in its dtype.
     """
-    grad_x = grads[0].new_empty(0)
-    if need_x:
-        grad_x = rotate(grads[0], cores[0].mT)
-        for grad, core in zip(grads[1:], cores[1:], strict=True):
-            grad_x += rotate(grad, core.mT)
-    if not need_cores:
-        return grad_x, [core.new_empty(0) for core in cores]
-    return grad_x, [block_gram(x, g, core) for g, core in zip(grads, cores, strict=True)]
+    return _one_by_one(grads, x, cores, need_x, need_cores)
+
+
+def _one_by_one(
+    grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
+) -> tuple[Tensor, list[Tensor]]:
+    grad_x, grad_core = rotate_grad(grads[0], x, cores[0], need_x, need_cores)
+    grad_cores = [grad_core]
+    for grad, core in zip(grads[1:], cores[1:], strict=True):
+        more, grad_core = rotate_grad(grad, x, core, need_x, need_cores)
+        grad_x += more
+        grad_cores.append(grad_core)
+    return grad_x, grad_cores
+
+
+@torch.library.impl("oftfx::rotate_group_grad", "cuda")
+def _(
+    grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
+) -> tuple[Tensor, list[Tensor]]:
+    fast = kernels("rotate_group", x.device)
+    if fast is None or not fast.fits(x, cores, grads):
+        return _one_by_one(grads, x, cores, need_x, need_cores)
+    with torch.cuda.device_of(x):
+        return fast.rotate_group_grad(grads, x, cores, need_x, need_cores)
 
 
 @rotate_group_grad.register_fake

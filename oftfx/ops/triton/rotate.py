@@ -27,7 +27,46 @@ LARGEST_ELSEWHERE = 64
 
 
 @triton.jit
-def _diagonal(
+def locate(
+    rows: int,
+    n: int,
+    tiles: int,
+    PACK: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A program's run of rows, the first block of its pack, and where the run begins and ends."""
+    columns = (n + PACK - 1) // PACK * PARTS
+    split = tl.program_id(0) // columns
+    first = tl.program_id(0) % columns // PARTS * PACK
+    begin = split.to(tl.int64) * tiles * TILE
+    return split, first, begin, tl.minimum(begin + tiles * TILE, rows)
+
+
+@triton.jit
+def columns_of(
+    first: tl.tensor,
+    n: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PART: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """All columns of the pack, and this program's part of them; which of either there are."""
+    whole = tl.arange(0, WIDE)
+    part = tl.program_id(0) % (WIDE // PART) * PART + tl.arange(0, PART)
+    if EVEN:
+        whole_in = whole >= 0
+        part_in = part >= 0
+    else:
+        whole_in = (whole < PACK * B) & (first + whole // B < n)
+        part_in = (part < PACK * B) & (first + part // B < n)
+    return whole, whole_in, part, part_in
+
+
+@triton.jit
+def diagonal(
     core: tl.tensor,
     first: tl.tensor,
     n: int,
@@ -38,16 +77,17 @@ def _diagonal(
     B: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ) -> tl.tensor:
     """The given columns of the pack's block-diagonal core, (WIDE, number of columns)."""
     i, j = tl.arange(0, WIDE)[:, None], part[None, :]
     same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
     block = (first + i // B).to(tl.int64) * core_block
-    return tl.load(core + block + i % B * core_row + j % B * core_col, same, 0.0)
+    return tl.load(core + block + i % B * core_row + j % B * core_col, same, 0.0).to(DTYPE)
 
 
 @triton.jit
-def _tile(
+def load_rows(
     start: tl.tensor,
     row: tl.tensor,
     end: tl.tensor,
@@ -58,6 +98,22 @@ def _tile(
     """Rows before ``end`` of some columns, and zeros after."""
     mask = (row < end)[:, None] & column_in[None, :]
     return tl.load(start + row[:, None] * stride + column[None, :], mask, 0.0)
+
+
+@triton.jit
+def store_gram(
+    slot: tl.tensor,
+    total: tl.tensor,
+    whole: tl.tensor,
+    whole_in: tl.tensor,
+    part: tl.tensor,
+    part_in: tl.tensor,
+    B: tl.constexpr,
+) -> None:
+    """The blocks on the diagonal of a pack's Gram matrix, one after another."""
+    same = (part[:, None] // B == whole[None, :] // B) & part_in[:, None] & whole_in[None, :]
+    entry = (whole[None, :] // B) * (B * B) + (part[:, None] % B) * B + whole[None, :] % B
+    tl.store(slot + entry, total, same)
 
 
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
@@ -88,62 +144,45 @@ def _pass(
     AHEAD: tl.constexpr,
 ) -> None:
     """One part of a pack's columns, over ``tiles`` tiles of rows."""
-    parts: tl.constexpr = WIDE // PART
-    packs = (n + PACK - 1) // PACK
-    split = tl.program_id(0) // (packs * parts)
-    column = tl.program_id(0) % (packs * parts)
-    first = column // parts * PACK
+    split, first, begin, end = locate(rows, n, tiles, PACK, WIDE // PART, TILE)
     dtype = source.dtype.element_ty
-
-    # Columns of the pack (all of them) and of this program's part of it.
-    whole = tl.arange(0, WIDE)
-    part = column % parts * PART + tl.arange(0, PART)
-    if EVEN:
-        whole_in = whole >= 0
-        part_in = part >= 0
-    else:
-        whole_in = (whole < PACK * B) & (first + whole // B < n)
-        part_in = (part < PACK * B) & (first + part // B < n)
-
-    begin = split.to(tl.int64) * tiles * TILE
-    end = tl.minimum(begin + tiles * TILE, rows)
+    whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
     source += first.to(tl.int64) * B
     other += first.to(tl.int64) * B
     out += first.to(tl.int64) * B
     lane = tl.arange(0, TILE)
     if AHEAD:  # asked for before the core, so that the two wait for memory together
-        x = _tile(source, begin + lane, end, source_stride, whole, whole_in)
+        x = load_rows(source, begin + lane, end, source_stride, whole, whole_in)
     if ROTATE:
-        turn = _diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE)
-        turn = turn.to(dtype)
+        turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
     if GRAM:
         total = tl.full((PART, WIDE), 0.0, tl.float32)
 
     for start in range(begin, end, TILE):
         row = start + lane
         if AHEAD:
-            following = _tile(source, row + TILE, end, source_stride, whole, whole_in)
+            following = load_rows(source, row + TILE, end, source_stride, whole, whole_in)
         else:  # Triton's pipeline asks for it some tiles before
-            x = _tile(source, row, end, source_stride, whole, whole_in)
+            x = load_rows(source, row, end, source_stride, whole, whole_in)
         if ROTATE:
-            plain = x if PART == WIDE else _tile(source, row, end, source_stride, part, part_in)
+            plain = x if PART == WIDE else load_rows(source, row, end, source_stride, part, part_in)
             # The residual form: x itself never passes through a product.
             turned = plain.to(tl.float32) + tl.dot(x, turn, input_precision=PRECISION)
             place = out + row[:, None] * width + part[None, :]
             tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
         if GRAM:
-            y = _tile(other, row, end, other_stride, part, part_in)
+            y = load_rows(other, row, end, other_stride, part, part_in)
             total = tl.dot(tl.trans(y.to(dtype)), x, total, input_precision=PRECISION)
         if AHEAD:
             x = following
 
     if GRAM:
-        same = (part[:, None] // B == whole[None, :] // B) & part_in[:, None] & whole_in[None, :]
         slot = (split.to(tl.int64) * n + first) * (B * B)
-        entry = (whole[None, :] // B) * (B * B) + (part[:, None] % B) * B + whole[None, :] % B
-        tl.store(gram + slot + entry, total, same)
+        store_gram(gram + slot, total, whole, whole_in, part, part_in, B)
 
 
+PRECISION = "tf32x3"
+"""tf32 alone keeps three digits of float32; three products of its parts keep them all."""
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 
@@ -153,11 +192,12 @@ def fits(x: Tensor, core: Tensor) -> bool:
     And a core for every block: one that all blocks share is left to PyTorch.
     """
     n, b, _ = core.shape
-    return x.dtype in _DTYPES and b <= _largest(x.device) and x.shape[-1] == n * b
+    return x.dtype in _DTYPES and b <= largest(x.device) and x.shape[-1] == n * b
 
 
 @functools.cache
-def _largest(device: torch.device) -> int:
+def largest(device: torch.device) -> int:
+    """The widest block on a device."""
     if device.type != "cuda":  # the interpreter
         return LARGEST
     properties = torch.cuda.get_device_properties(device)
@@ -168,7 +208,7 @@ def _largest(device: torch.device) -> int:
 def rotate(x: Tensor, core: Tensor) -> Tensor:
     """`oftfx::rotate`: x (..., n·b) of any strides and core (n, b, b) to a contiguous result."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, stride = _rows(x)
+    rows, stride = rows_of(x)
     n, b, _ = core.shape
     count = x.numel() // (n * b) if n else 0
     work = _work(
@@ -185,8 +225,8 @@ def rotate_grad(
     grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
-    grad_rows, grad_stride = _rows(grad)
-    x_rows, x_stride = _rows(x)
+    grad_rows, grad_stride = rows_of(grad)
+    x_rows, x_stride = rows_of(x)
     n, b, _ = core.shape
     count = x.numel() // (n * b) if n else 0
     block, row, col = core.stride()
@@ -266,23 +306,37 @@ def _work(
     device: torch.device,
 ) -> Work:
     """Chooses tiles, and runs of rows that make enough programs to keep the memory busy."""
-    pack, wide, part, tile, warps, stages, waves = tiles(b, dtype.itemsize, gram)
-    columns = triton.cdiv(n, pack) * (wide // part)
-    height = triton.cdiv(rows, tile)
-    # Equal runs, as many as are at work at a time: a few more would leave a thin last wave.
-    run = triton.cdiv(height, max(1, waves * _processors(device) // max(1, columns)))
-    splits = max(1, triton.cdiv(height, max(1, run)))
-    even = pack * b == wide and n % pack == 0
-    # tf32 alone keeps three digits of float32; three products of its parts keep them all.
-    constants = (b, pack, wide, part, tile, even, rotate, gram, "tf32x3", stages == 0)
+    chosen = tiles(b, dtype.itemsize, gram)
+    programs, run, splits = cut(rows, n, chosen, device)
+    last: tuple[int | str, ...] = (rotate, gram, PRECISION, chosen.stages == 0)
     numbers = (rows, n, run, n * b, source_stride, other_stride, *core_strides)
-    launch = Launch(
-        _pass, columns * splits, numbers, constants, num_warps=warps, num_stages=max(stages, 1)
-    )
+    constants = (*layout(n, b, chosen), *last)
+    launch = Launch(_pass, programs, numbers, constants, **options(chosen))
     return Work(launch, splits)
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int]:
+def cut(rows: int, n: int, chosen: Tiles, device: torch.device) -> tuple[int, int, int]:
+    """How many programs, tiles of rows in the run of each, and runs."""
+    columns = triton.cdiv(n, chosen.pack) * (chosen.wide // chosen.part)
+    height = triton.cdiv(rows, chosen.tile)
+    # Equal runs, as many as are at work at a time: a few more would leave a thin last wave.
+    run = triton.cdiv(height, max(1, chosen.waves * _processors(device) // max(1, columns)))
+    splits = max(1, triton.cdiv(height, max(1, run)))
+    return columns * splits, run, splits
+
+
+def layout(n: int, b: int, chosen: Tiles) -> tuple[int, ...]:
+    """The kernels' constants B, PACK, WIDE, PART, TILE and EVEN."""
+    pack, wide, part, tile, *_ = chosen
+    return b, pack, wide, part, tile, pack * b == wide and n % pack == 0
+
+
+def options(chosen: Tiles) -> dict[str, int]:
+    """What Triton compiles with."""
+    return {"num_warps": chosen.warps, "num_stages": max(chosen.stages, 1)}
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """Rows of neighbouring columns and their stride; a copy only where x has no such view."""
     width = x.shape[-1]
     if x.is_contiguous():

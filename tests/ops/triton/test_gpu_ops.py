@@ -54,6 +54,42 @@ def test_values_and_gradients_are_those_of_float64(b, dtype):
         assert torch.equal(ops.rotate(x, torch.zeros_like(core)), x)
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [2, 7, 16, 24, 32, 64, 128])
+def test_groups_and_their_gradients_are_those_of_float64(b, dtype, count):
+    """Those that one kernel serves, and those that it does not."""
+    for rows, blocks in ((4096, 3584 // b), (1, 576 // b), (33, 5), (1001, max(1, 200 // b))):
+        given = [operands(rows, blocks * b, b, dtype) for _ in range(count)]
+        x, grads, cores = given[0][1], [grad for grad, _, _ in given], [core for *_, core in given]
+        exact = ops.rotate_group(x.double(), [core.double() for core in cores])
+        exact_x, exact_cores = ops.rotate_group_grad(
+            [grad.double() for grad in grads],
+            x.double(),
+            [core.double() for core in cores],
+            True,
+            True,
+        )
+        leaves = [leaf.requires_grad_() for leaf in (x, *cores)]
+        outs = ops.rotate_group(x, cores)
+        grad_x, *grad_cores = torch.autograd.grad(outs, leaves, grads)
+        for out, value in zip(outs, exact, strict=True):
+            assert error(out.detach(), value) < ROUNDING[dtype]
+        # Of many gradients PyTorch rounds each, and each sum.
+        rounded = 1 if count <= 3 and b <= 64 else 2
+        assert error(grad_x, exact_x) < rounded * ROUNDING[dtype]
+        for value, reference in zip(grad_cores, exact_cores, strict=True):
+            if dtype is torch.float64:
+                assert error(value, reference) < 5 * ROUNDING[dtype]
+            else:
+                assert error(value, reference) < 5e-6
+        again = ops.rotate_group_grad(grads, x.detach(), [c.detach() for c in cores], True, True)
+        assert torch.equal(again[0], grad_x)
+        assert all(torch.equal(a, c) for a, c in zip(again[1], grad_cores, strict=True))
+        zeros = [torch.zeros_like(core) for core in cores]
+        assert all(torch.equal(out, x) for out in ops.rotate_group(x, zeros))
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 8, None])
 @pytest.mark.parametrize("b", [2, 3, 4, 8, 16, 31, 32, 48, 64, 128])
 def test_cores_and_their_gradients_are_those_of_float64(b, order):
@@ -69,7 +105,7 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
 
 
 def test_triton_serves_this_device():
-    for family in ("rotate", "cayley"):
+    for family in ("rotate", "rotate_group", "cayley"):
         assert kernels(family, torch.device(CUDA)) is not None
 
 
@@ -81,6 +117,13 @@ def test_opcheck(dtype):
     for needs in itertools.product((True, False), repeat=2):
         torch.library.opcheck(
             torch.ops.oftfx.rotate_grad.default, (grad, x.detach(), core.detach(), *needs)
+        )
+    group = [core.detach().clone().requires_grad_() for _ in range(2)]
+    torch.library.opcheck(torch.ops.oftfx.rotate_group.default, (x, group))
+    for needs in itertools.product((True, False), repeat=2):
+        torch.library.opcheck(
+            torch.ops.oftfx.rotate_group_grad.default,
+            ([grad, grad.clone()], x.detach(), [core.detach() for core in group], *needs),
         )
     theta = (0.02 * torch.randn(3, 496, device=CUDA)).to(dtype).requires_grad_()
     torch.library.opcheck(torch.ops.oftfx.cayley.default, (theta, 32, 4))
@@ -112,6 +155,13 @@ def test_offsets_beyond_32_bits():
     assert error(grad_x[-tail:], exact_x) < ROUNDING[torch.bfloat16]
     assert error(grad_core, exact_core) < 1e-6
     assert not grad_x[:-tail].any()
+    del grad_x
+    out, _ = ops.rotate_group(x, [core, core.mT])
+    assert error(out[-tail:], exact) < ROUNDING[torch.bfloat16]
+    del out, _
+    grad_x, grad_cores = ops.rotate_group_grad([x, x], x, [core, core], True, True)
+    assert error(grad_x[-tail:], 2 * exact_x) < ROUNDING[torch.bfloat16]
+    assert all(error(grad_core, exact_core) < 1e-6 for grad_core in grad_cores)
 
 
 def test_the_same_input_gives_the_same_bits():

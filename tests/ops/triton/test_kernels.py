@@ -38,7 +38,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from oftfx.ops.triton import cayley, rotate
+from oftfx.ops.triton import cayley, rotate, rotate_group
 
 cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -56,6 +56,13 @@ def check(launch, *tensors):
 for b, dtype, name in ((32, bf16, "*bf16"), (4, f32, "*fp32"), (33, bf16, "*bf16")):
     work = rotate._work(99, 3, b, dtype, f32, 3 * b, 3 * b, (b * b, b, 1), True, True, cpu)
     check(work.launch, name, name, "*fp32", name, "*fp32")
+for count, dtype, name in ((2, bf16, "*bf16"), (3, f32, "*fp32")):
+    args, turned = (count, 99, 3, 32, dtype, f32, 96), (1024, 1, 32)
+    work = rotate_group._work(*args, 0, turned, (), cpu)
+    check(work.launch, name, *["*fp32"] * 3, *[name] * 3)
+    work = rotate_group._work(*args, 96, turned, (True, True), cpu)
+    check(work.launch, *[name] * 4, *["*fp32"] * 3, name, "*fp32")
+    check(work.sum, *["*fp32"] * 4)
 check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")
 check(cayley._launch(cayley._cayley_grad, 5, 4, 3, f32, cpu), "*fp32", "*fp32", "*fp32")
 """

@@ -1,0 +1,345 @@
+"""Rotations of one tensor by two or three cores, and their gradients, in one pass each.
+
+As in `rotate`, a program takes a pack of blocks over a run of rows. Here it holds a core for each
+rotation: x is read once for all of them, and their gradients are added before anything is written.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oftfx.ops.triton import rotate
+from oftfx.ops.triton.launch import Launch
+from oftfx.ops.triton.rotate import (
+    LARGEST,
+    PRECISION,
+    Tiles,
+    columns_of,
+    cut,
+    diagonal,
+    largest,
+    layout,
+    load_rows,
+    locate,
+    options,
+    rows_of,
+    store_gram,
+)
+
+WIDEST = 64
+"""The widest block: of wider ones, three cores and three Gram matrices do not fit a program."""
+
+
+@triton.jit
+def _turned(x: tl.tensor, plain: tl.tensor, turn: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """In float32; x itself never passes through a product."""
+    return plain.to(tl.float32) + tl.dot(x, turn, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["rows", "n", "tiles"])
+def _forward(
+    source: tl.tensor,
+    core_0: tl.tensor,
+    core_1: tl.tensor,
+    core_2: tl.tensor,
+    out_0: tl.tensor,
+    out_1: tl.tensor,
+    out_2: tl.tensor,
+    rows: int,
+    n: int,
+    tiles: int,
+    width: int,
+    stride: int,
+    block: int,
+    row_step: int,
+    col_step: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    THREE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
+) -> None:
+    """``out_i = source + source·blockdiag(core_i)`` for a part of a pack's columns."""
+    _, first, begin, end = locate(rows, n, tiles, PACK, WIDE // PART, TILE)
+    whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
+    dtype = source.dtype.element_ty
+    shift = first.to(tl.int64) * B
+    source += shift
+    lane = tl.arange(0, TILE)
+    if AHEAD:  # as in `rotate`
+        x = load_rows(source, begin + lane, end, stride, whole, whole_in)
+    turn_0 = diagonal(core_0, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
+    turn_1 = diagonal(core_1, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
+    if THREE:
+        turn_2 = diagonal(core_2, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
+
+    for start in range(begin, end, TILE):
+        row = start + lane
+        if AHEAD:
+            following = load_rows(source, row + TILE, end, stride, whole, whole_in)
+        else:
+            x = load_rows(source, row, end, stride, whole, whole_in)
+        plain = x if PART == WIDE else load_rows(source, row, end, stride, part, part_in)
+        place = shift + row[:, None] * width + part[None, :]
+        there = (row < end)[:, None] & part_in[None, :]
+        tl.store(out_0 + place, _turned(x, plain, turn_0, PRECISION).to(dtype), there)
+        tl.store(out_1 + place, _turned(x, plain, turn_1, PRECISION).to(dtype), there)
+        if THREE:
+            tl.store(out_2 + place, _turned(x, plain, turn_2, PRECISION).to(dtype), there)
+        if AHEAD:
+            x = following
+
+
+@triton.jit(do_not_specialize=["rows", "n", "tiles"])
+def _backward(
+    grad_0: tl.tensor,
+    grad_1: tl.tensor,
+    grad_2: tl.tensor,
+    other: tl.tensor,
+    core_0: tl.tensor,
+    core_1: tl.tensor,
+    core_2: tl.tensor,
+    out: tl.tensor,
+    gram: tl.tensor,
+    rows: int,
+    n: tl.tensor,
+    tiles: int,
+    width: int,
+    grad_stride: int,
+    other_stride: int,
+    block: int,
+    row_step: int,
+    col_step: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    THREE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    GRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """``out = Σ grad_i + grad_i·blockdiag(core_i)`` and ``gram_i = otherᵀ grad_i``, of a part."""
+    split, first, begin, end = locate(rows, n, tiles, PACK, WIDE // PART, TILE)
+    whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
+    dtype = grad_0.dtype.element_ty
+    shift = first.to(tl.int64) * B
+    grad_0 += shift
+    grad_1 += shift
+    grad_2 += shift
+    other += shift
+    lane = tl.arange(0, TILE)
+    if ROTATE:
+        turn_0 = diagonal(core_0, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
+        turn_1 = diagonal(core_1, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
+        if THREE:
+            turn_2 = diagonal(
+                core_2, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype
+            )
+    if GRAM:
+        total_0 = tl.full((PART, WIDE), 0.0, tl.float32)
+        total_1 = tl.full((PART, WIDE), 0.0, tl.float32)
+        if THREE:
+            total_2 = tl.full((PART, WIDE), 0.0, tl.float32)
+
+    for start in range(begin, end, TILE):
+        row = start + lane
+        g_0 = load_rows(grad_0, row, end, grad_stride, whole, whole_in)
+        g_1 = load_rows(grad_1, row, end, grad_stride, whole, whole_in)
+        if THREE:
+            g_2 = load_rows(grad_2, row, end, grad_stride, whole, whole_in)
+        if ROTATE:
+            p_0 = g_0 if PART == WIDE else load_rows(grad_0, row, end, grad_stride, part, part_in)
+            p_1 = g_1 if PART == WIDE else load_rows(grad_1, row, end, grad_stride, part, part_in)
+            turned = _turned(g_0, p_0, turn_0, PRECISION) + _turned(g_1, p_1, turn_1, PRECISION)
+            if THREE:
+                p_2 = (
+                    g_2 if PART == WIDE else load_rows(grad_2, row, end, grad_stride, part, part_in)
+                )
+                turned += _turned(g_2, p_2, turn_2, PRECISION)
+            place = out + shift + row[:, None] * width + part[None, :]
+            tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
+        if GRAM:
+            y = tl.trans(load_rows(other, row, end, other_stride, part, part_in))
+            total_0 = tl.dot(y, g_0, total_0, input_precision=PRECISION)
+            total_1 = tl.dot(y, g_1, total_1, input_precision=PRECISION)
+            if THREE:
+                total_2 = tl.dot(y, g_2, total_2, input_precision=PRECISION)
+
+    if GRAM:
+        count: tl.constexpr = 3 if THREE else 2
+        entries = n.to(tl.int64) * (B * B)
+        gram += split * count * entries + first.to(tl.int64) * (B * B)
+        store_gram(gram, total_0, whole, whole_in, part, part_in, B)
+        store_gram(gram + entries, total_1, whole, whole_in, part, part_in, B)
+        if THREE:
+            store_gram(gram + 2 * entries, total_2, whole, whole_in, part, part_in, B)
+
+
+@triton.jit(do_not_specialize=["splits", "entries"])
+def _sum(
+    gram: tl.tensor,
+    out_0: tl.tensor,
+    out_1: tl.tensor,
+    out_2: tl.tensor,
+    splits: int,
+    entries: tl.tensor,
+    COUNT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    """Adds the runs in order, for all cores in one launch."""
+    entry = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    for i in tl.static_range(COUNT):
+        total = tl.full((SIZE,), 0.0, tl.float32)
+        for start in range(0, splits, AT_ONCE):
+            for run in tl.static_range(AT_ONCE):  # which wait for memory together
+                slot = ((start + run) * COUNT + i) * entries.to(tl.int64)
+                there = (start + run < splits) & (entry < entries)
+                total += tl.load(gram + slot + entry, there, 0.0)
+        out = out_0 if i == 0 else out_1 if i == 1 else out_2
+        tl.store(out + entry, total, entry < entries)
+
+
+def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernels take these: two or three rotations alike, each one for `rotate`."""
+    first = cores[0]
+    return (
+        2 <= len(cores) <= 3
+        and rotate.fits(x, first)
+        and first.shape[-1] <= WIDEST
+        and largest(x.device) == LARGEST
+        and all(core.shape == first.shape and core.dtype == first.dtype for core in cores)
+        and all(grad.dtype == x.dtype for grad in grads)
+    )
+
+
+def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
+    """`oftfx::rotate_group`: x (..., n·b) of any strides and cores (n, b, b), from one reading."""
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in cores]
+    rows, stride = rows_of(x)
+    n, b, _ = cores[0].shape
+    count = x.numel() // (n * b) if n else 0
+    cores, strides = _cores(cores)
+    work = _work(len(cores), count, n, b, x.dtype, cores[0].dtype, stride, 0, strides, (), x.device)
+    work.launch(rows, *_three(cores), *_three(outs))
+    return outs
+
+
+def rotate_group_grad(
+    grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """`oftfx::rotate_group_grad`: all gradients from one reading of ``grads`` and ``x``."""
+    grad_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
+    grad_cores = [
+        torch.empty(core.shape if need_cores else 0, dtype=core.dtype, device=x.device)
+        for core in cores
+    ]
+    if not (need_x or need_cores):
+        return grad_x, grad_cores
+    rows = [rows_of(grad) for grad in grads]
+    if any(stride != rows[0][1] for _, stride in rows):
+        rows = [rows_of(grad.contiguous()) for grad in grads]
+    x_rows, x_stride = rows_of(x)
+    n, b, _ = cores[0].shape
+    count = x.numel() // (n * b) if n else 0
+    cores, (block, row, col) = _cores(cores)
+    work = _work(
+        len(cores),
+        count,
+        n,
+        b,
+        x.dtype,
+        cores[0].dtype,
+        rows[0][1],
+        x_stride,
+        (block, col, row),  # of Cᵀ
+        (need_x, need_cores),
+        x.device,
+    )
+    shape = (work.splits, len(cores), n, b, b) if need_cores else (0,)
+    gram = torch.empty(shape, dtype=torch.float32, device=x.device)
+    work.launch(*_three([grad for grad, _ in rows]), x_rows, *_three(cores), grad_x, gram)
+    if need_cores:
+        work.sum(gram, *_three(grad_cores))
+    return grad_x, grad_cores
+
+
+def _three(tensors: list[Tensor]) -> list[Tensor]:
+    """With the last one again where there are two: kernels skip it."""
+    return tensors if len(tensors) == 3 else [*tensors, tensors[-1]]
+
+
+def _cores(cores: list[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The cores, of one set of strides, and those."""
+    strides = cores[0].stride()
+    if any(core.stride() != strides for core in cores):
+        cores = [core.contiguous() for core in cores]
+        strides = cores[0].stride()
+    return cores, strides
+
+
+class Work(NamedTuple):
+    """One problem cut into programs.
+
+    Attributes:
+        launch: Runs them.
+        sum: Adds what the runs found.
+        splits: Into how many runs the rows are cut.
+    """
+
+    launch: Launch
+    sum: Launch
+    splits: int
+
+
+def tiles(b: int, itemsize: int, gradients: bool) -> Tiles:
+    """As for one rotation, but for what registers hold: a tile of rows, and a Gram matrix each."""
+    chosen = rotate.tiles(b, itemsize, gradients)
+    return chosen._replace(warps=8) if gradients else chosen._replace(tile=64)
+
+
+@functools.lru_cache(maxsize=4096)
+def _work(
+    count: int,
+    rows: int,
+    n: int,
+    b: int,
+    dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    source_stride: int,
+    other_stride: int,
+    core_strides: tuple[int, int, int],
+    needs: tuple[bool, ...],
+    device: torch.device,
+) -> Work:
+    """Chooses tiles and runs; ``needs`` says which gradients are wanted, and is empty forward."""
+    chosen = tiles(b, dtype.itemsize, bool(needs))
+    programs, run, splits = cut(rows, n, chosen, device)
+    strides = (source_stride, other_stride) if needs else (source_stride,)
+    numbers = (rows, n, run, n * b, *strides, *core_strides)
+    last: tuple[int | str, ...] = (*needs, PRECISION) if needs else (PRECISION, chosen.stages == 0)
+    launch = Launch(
+        _backward if needs else _forward,
+        programs,
+        numbers,
+        (*layout(n, b, chosen), count == 3, *last),
+        **options(chosen),
+    )
+    entries = n * b * b
+    return Work(
+        launch,
+        Launch(_sum, triton.cdiv(entries, 256), (splits, entries), (count, 8, 256), num_warps=4),
+        splits,
+    )
