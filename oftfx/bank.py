@@ -31,6 +31,10 @@ class Bank:
         self.root = root
         self.rotations = list(rotations)
         self.useful = True
+        alike: dict[Any, list[Rotation]] = {}
+        for rotation in self.rotations:
+            alike.setdefault((rotation.spec, *rotation.shapes.items()), []).append(rotation)
+        self.alike = list(alike.values())
         self.handed: list[Given] = []
         self.handles: tuple[RemovableHandle, ...] = (
             root.register_forward_pre_hook(self.fill),
@@ -45,15 +49,15 @@ class Bank:
         # A data-parallel replica calls the same hook with rotations of its own.
         if root is not self.root or not (self.useful and torch.is_grad_enabled()):
             return
-        batches: dict[Any, list[Rotation]] = {}
-        for rotation in self.rotations:
-            if rotation.enabled and _ready(rotation):
-                tensors = rotation.tensors().values()
-                key = (rotation.spec, *((t.shape, t.dtype, t.device) for t in tensors))
-                batches.setdefault(key, []).append(rotation)
-        for members in batches.values():
-            if len(members) > 1:
-                self.handed += _build(members)
+        for members in self.alike:
+            batches: dict[Any, list[Rotation]] = {}
+            for rotation in members:
+                if rotation.enabled and _ready(rotation):
+                    kind = tuple((t.dtype, t.device) for t in rotation.tensors().values())
+                    batches.setdefault(kind, []).append(rotation)
+            for batch in batches.values():
+                if len(batch) > 1:
+                    self.handed += _build(batch)
 
     def close(self, root: nn.Module, args: Any, output: Any) -> None:
         """Ends the forward; a forward hook. Gives up where compiled layers build their own."""
@@ -68,7 +72,7 @@ class Bank:
         """Lets go of the cores handed out before."""
         self.handed.clear()
         for rotation in self.rotations:
-            rotation.given = None
+            vars(rotation)["given"] = None  # a module's own way of setting attributes is slow
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -133,5 +137,6 @@ def _build(members: list[Rotation]) -> Iterator[Given]:
     cores = built(members[0].spec, stacked)
     shares = zip(*(core.unbind() for core in cores), strict=True)
     for rotation, tensors, share in zip(members, held, shares, strict=True):
-        rotation.given = given = Given(list(tensors.values()), share)
+        given = Given(list(tensors.values()), share)
+        vars(rotation)["given"] = given
         yield given

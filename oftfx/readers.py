@@ -36,15 +36,15 @@ class Kept(NamedTuple):
     """What the first reader of a tensor left for the others.
 
     Attributes:
-        key: Which tensor and parameters it was made from, in which state.
-        held: Those tensors, so that the ids in the key cannot be others' meanwhile.
-        rotated: The rotated tensor, by rotation.
+        x: The tensor they read.
+        state: Its version, and the modes it was read in.
+        turned: By rotation, the parameters it had, their versions, and the rotated x.
         served: The readers that have had theirs.
     """
 
-    key: Any
-    held: tuple[Tensor, ...]
-    rotated: dict[Turns, Tensor]
+    x: Tensor
+    state: Any
+    turned: "dict[Turns, tuple[list[Tensor], list[int], Tensor]]"
     served: set[nn.Module]
 
 
@@ -57,30 +57,40 @@ class Readers:
 
     def __init__(self, rotations: dict[Any, Turns]) -> None:
         self.rotations = rotations
+        self.turns = list(dict.fromkeys(rotations.values()))
         self.useful = True
         self._kept: Kept | None = None
 
     def rotate(self, reader: nn.Module, x: Tensor) -> Tensor:
         """The reader's rotated x, computed once for all that read it in this forward."""
         own = self.rotations[reader]
-        turns = dict.fromkeys(self.rotations.values())
-        if len(turns) > 1 and not (self.useful and all(turn.enabled for turn in turns)):
-            return rotated(x, own.applied())
-        held = (x, *(tensor for turn in turns for tensor in turn.tensors().values()))
-        if not all(map(traceable, held)):
-            return rotated(x, own.applied())
-        versions = ((id(tensor), tensor._version) for tensor in held)
-        key = (torch.is_grad_enabled(), autocast_dtype(x), *versions)
-        if self._kept is None or self._kept.key != key or reader in self._kept.served:
-            # A reader that asks again is in another forward, whose graph must be its own.
-            if self._kept is not None and torch._C._current_graph_task_id() == -1:
-                self.useful = False  # the others did not come for theirs: they read something else
-            self._kept = Kept(key, held, together(x, list(turns)), set())
+        version = None if x.is_inference() else x._version
+        state = (version, torch.is_grad_enabled(), autocast_dtype(x))
         kept = self._kept
+        if kept is None or kept.x is not x or kept.state != state or not _still(kept, own, reader):
+            # A reader that asks again is in another forward, whose graph must be its own.
+            if kept is not None and torch._C._current_graph_task_id() == -1:
+                self.useful = False  # the others did not come for theirs: they read something else
+            self._kept = kept = None
+            if not self._together(x):
+                return rotated(x, own.applied())
+            self._kept = kept = Kept(x, state, self._turn(x), set())
         kept.served.add(reader)
         if len(kept.served) == len(self.rotations):
             self._kept = None
-        return kept.rotated[own]
+        return kept.turned[own][2]
+
+    def _together(self, x: Tensor) -> bool:
+        """Whether to compute more than one reader asks for."""
+        if len(self.turns) > 1 and not (self.useful and all(turn.enabled for turn in self.turns)):
+            return False
+        parameters = (tensor for turn in self.turns for tensor in turn.tensors().values())
+        return traceable(x) and all(map(traceable, parameters))
+
+    def _turn(self, x: Tensor) -> "dict[Turns, tuple[list[Tensor], list[int], Tensor]]":
+        out = together(x, self.turns)
+        held = {turn: list(turn.tensors().values()) for turn in self.turns}
+        return {turn: (held[turn], [t._version for t in held[turn]], out[turn]) for turn in out}
 
     def clear(self) -> None:
         """Lets go of what was kept."""
@@ -88,6 +98,18 @@ class Readers:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_kept": None}
+
+
+def _still(kept: Kept, own: Turns, reader: nn.Module) -> bool:
+    """Whether what was kept is this reader's: of the parameters it has now, and not had yet."""
+    if reader in kept.served:
+        return False
+    tensors, versions, _ = kept.turned[own]
+    now = own.tensors().values()
+    return all(
+        a is b and b._version == version
+        for a, b, version in zip(tensors, now, versions, strict=True)
+    )
 
 
 def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:

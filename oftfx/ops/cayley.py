@@ -35,7 +35,7 @@ def _cayley(theta: Tensor, block_size: int, order: int | None) -> Tensor:
     return core.view(*theta.shape[:-1], block_size, block_size)
 
 
-@torch.library.impl("oftfx::cayley", "cuda")
+@torch.library.impl("oftfx::cayley", ("cpu", "cuda"))
 def _(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
     fast = kernels("cayley", theta.device)
     if fast is None or not fast.fits(theta, block_size, order):
@@ -61,7 +61,7 @@ def cayley_grad(
     return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
 
 
-@torch.library.impl("oftfx::cayley_grad", "cuda")
+@torch.library.impl("oftfx::cayley_grad", ("cpu", "cuda"))
 def _(grad: Tensor, theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
     fast = kernels("cayley", theta.device)
     if fast is None or not fast.fits(theta, block_size, order):

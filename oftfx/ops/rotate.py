@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.ops.define import LIBRARY, below, define, differentiate
 from oftfx.ops.precision import as_given
 from oftfx.ops.triton import kernels
 
 
-@torch.library.custom_op("oftfx::rotate", mutates_args=())
 def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     """``x·blockdiag(I + C_1 … I + C_n)``, in residual form.
 
@@ -31,7 +31,8 @@ def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     Raises:
         RuntimeError: The width of x is not n·b, or the stride does not fit it.
     """
-    return _rotate(x, core, stride)
+    result: Tensor = ROTATE(x, core, stride)
+    return result
 
 
 def _rotate(x: Tensor, core: Tensor, stride: int) -> Tensor:
@@ -44,23 +45,25 @@ def _rotate(x: Tensor, core: Tensor, stride: int) -> Tensor:
     return rotated
 
 
-@torch.library.impl("oftfx::rotate", "cuda")
-def _(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
+def _rotate_anywhere(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     _check(x, core, stride)
     fast = kernels("rotate", x.device)
     if stride > 1 or fast is None or not fast.fits(x, core):
         return _rotate(x, core, stride)
     with torch.cuda.device_of(x):
-        return fast.rotate(x, core)
+        result: Tensor = fast.rotate(x, core)
+    return result
 
 
-@rotate.register_fake
+ROTATE = define("rotate(Tensor x, Tensor core, int stride=1) -> Tensor", _rotate_anywhere)
+
+
+@torch.library.register_fake("oftfx::rotate", lib=LIBRARY)
 def _(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
-    _check(x, core, stride)
+    torch._check(_fits(x, core, stride), lambda: _misfit(x, core, stride))
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("oftfx::rotate_grad", mutates_args=())
 def rotate_grad(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -77,7 +80,8 @@ def rotate_grad(
     Returns:
         (..., n·b) in x's dtype and (n, b, b) in the core's.
     """
-    return _rotate_grad(grad, x, core, need_x, need_core, stride)
+    result: tuple[Tensor, Tensor] = ROTATE_GRAD(grad, x, core, need_x, need_core, stride)
+    return result
 
 
 @as_given
@@ -90,18 +94,25 @@ def _rotate_grad(
     return grad_x, grad_core
 
 
-@torch.library.impl("oftfx::rotate_grad", "cuda")
-def _(
+def _rotate_grad_anywhere(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     fast = kernels("rotate", x.device)
     if stride > 1 or fast is None or not fast.fits(x, core):
         return _rotate_grad(grad, x, core, need_x, need_core, stride)
     with torch.cuda.device_of(x):
-        return fast.rotate_grad(grad, x, core, need_x, need_core)
+        result: tuple[Tensor, Tensor] = fast.rotate_grad(grad, x, core, need_x, need_core)
+    return result
 
 
-@rotate_grad.register_fake
+ROTATE_GRAD = define(
+    "rotate_grad(Tensor grad, Tensor x, Tensor core, bool need_x, bool need_core, int stride=1) "
+    "-> (Tensor, Tensor)",
+    _rotate_grad_anywhere,
+)
+
+
+@torch.library.register_fake("oftfx::rotate_grad", lib=LIBRARY)
 def _(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -115,23 +126,27 @@ def block_gram(x: Tensor, y: Tensor, like: Tensor, stride: int = 1) -> Tensor:
     return torch.bmm(_blocks(x, like).mT, _blocks(y, like)).to(like.dtype)
 
 
-def _check(x: Tensor, core: Tensor, stride: int = 1) -> None:
+def _fits(x: Tensor, core: Tensor, stride: int) -> bool:
     n, b, c = core.shape
     width = x.shape[-1]
-    torch._check(
-        b == c and (width == n * b or (n == 1 and width % b == 0)),
-        lambda: (
-            f"oftfx::rotate: x of shape {tuple(x.shape)} does not fit a core of shape "
-            f"{tuple(core.shape)}: the last axis must be {n}·{b}."
-        ),
+    if b != c or (width != n * b and (n != 1 or width % b)):
+        return False
+    return stride == 1 or (stride > 1 and b % 2 == 0 and width % (stride * b) == 0)
+
+
+def _misfit(x: Tensor, core: Tensor, stride: int) -> str:
+    n, b, _ = core.shape
+    return (
+        f"oftfx::rotate: x of shape {tuple(x.shape)} does not fit a core of shape "
+        f"{tuple(core.shape)} and stride={stride}: the last axis must be {n}·{b}, the stride must "
+        "divide the number of blocks, and beyond 1 their width must be even."
     )
-    torch._check(
-        stride == 1 or (stride > 1 and b % 2 == 0 and width % (stride * b) == 0),
-        lambda: (
-            f"oftfx::rotate: stride={stride} does not fit {width // b} blocks of {b}: it must "
-            "divide their number, and their width must be even."
-        ),
-    )
+
+
+def _check(x: Tensor, core: Tensor, stride: int) -> None:
+    """In every launch's way, so without `torch._check`, which costs more than a launch."""
+    if not _fits(x, core, stride):
+        raise RuntimeError(_misfit(x, core, stride))
 
 
 def _together(x: Tensor, core: Tensor, stride: int) -> Tensor:
@@ -148,42 +163,58 @@ def _apart(x: Tensor, core: Tensor, stride: int) -> Tensor:
 
 def _blocks(x: Tensor, core: Tensor) -> Tensor:
     """Reads x (..., n·b) as (n, rows, b), a view where x allows one."""
-    _check(x, core)
     n, b, _ = core.shape
     return x.reshape(-1, n, b).transpose(0, 1)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, core, *ctx.stride = inputs  # a trailing argument that has its default is left out
-    ctx.save_for_backward(x, core)
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
+        ctx.save_for_backward(x, core)
+        ctx.stride = stride
+        result: Tensor = below(ROTATE, x, core, stride)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, core = ctx.saved_tensors
+        need_x, need_core = ctx.needs_input_grad[:2]
+        grad_x, grad_core = ROTATE_GRAD(grad, x, core, need_x, need_core, ctx.stride)
+        return grad_x if need_x else None, grad_core if need_core else None, None
 
 
-def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, core = ctx.saved_tensors
-    need_x, need_core, *_ = ctx.needs_input_grad
-    grad_x, grad_core = rotate_grad(grad, x, core, need_x, need_core, *ctx.stride)
-    grads = grad_x if need_x else None, grad_core if need_core else None
-    return (*grads, *(None for _ in ctx.stride))
+class _RotateGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        x: Tensor,
+        core: Tensor,
+        need_x: bool,
+        need_core: bool,
+        stride: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(grad, x, core)
+        ctx.needs = need_x, need_core
+        ctx.stride = stride
+        result: tuple[Tensor, Tensor] = below(ROTATE_GRAD, grad, x, core, need_x, need_core, stride)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
+        """Second order: both results are bilinear, so their derivatives are rotations and Grams."""
+        grad, x, core = ctx.saved_tensors
+        need_x, need_core = ctx.needs
+        d_grad = torch.zeros_like(grad)
+        d_x = d_core = None
+        if need_x:  # grad_x = grad + grad·Cᵀ
+            d_grad = rotate(grad_x, core, ctx.stride)
+            d_core = block_gram(grad_x, grad, core, ctx.stride)
+        if need_core:  # grad_core = xᵀ·grad
+            d_grad = d_grad + rotate(x, grad_core, ctx.stride) - x
+            d_x = rotate(grad, grad_core.mT, ctx.stride) - grad
+        return d_grad, d_x, d_core, None, None, None
 
 
-def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad, x, core, ctx.need_x, ctx.need_core, *ctx.stride = inputs
-    ctx.save_for_backward(grad, x, core)
-
-
-def _rotate_grad_backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
-    """Second order: both results are bilinear, so their derivatives are rotations and Grams."""
-    grad, x, core = ctx.saved_tensors
-    d_grad = torch.zeros_like(grad)
-    d_x = d_core = None
-    if ctx.need_x:  # grad_x = grad + grad·Cᵀ
-        d_grad = rotate(grad_x, core, *ctx.stride)
-        d_core = block_gram(grad_x, grad, core, *ctx.stride)
-    if ctx.need_core:  # grad_core = xᵀ·grad
-        d_grad = d_grad + rotate(x, grad_core, *ctx.stride) - x
-        d_x = rotate(grad, grad_core.mT, *ctx.stride) - grad
-    return (d_grad, d_x, d_core, None, None, *(None for _ in ctx.stride))
-
-
-rotate.register_autograd(_rotate_backward, setup_context=_save)
-rotate_grad.register_autograd(_rotate_grad_backward, setup_context=_save_grad)
+differentiate(ROTATE, _Rotate.apply)
+differentiate(ROTATE_GRAD, _RotateGrad.apply)

@@ -30,7 +30,7 @@ def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     return [rotate(x, core) for core in cores]
 
 
-@torch.library.impl("oftfx::rotate_group", "cuda")
+@torch.library.impl("oftfx::rotate_group", ("cpu", "cuda"))
 def _(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     fast = kernels("rotate_group", x.device)
     if fast is None or not fast.fits(x, cores):
@@ -75,7 +75,7 @@ def _one_by_one(
     return grad_x, grad_cores
 
 
-@torch.library.impl("oftfx::rotate_group_grad", "cuda")
+@torch.library.impl("oftfx::rotate_group_grad", ("cpu", "cuda"))
 def _(
     grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
 ) -> tuple[Tensor, list[Tensor]]:
