@@ -496,7 +496,7 @@ def test_seeds_depend_on_the_site_alone(plan):
         '{"spec": {"method": "OFT"}, "sites": [{}], "skipped": [], "capture": "graph"}',
         '{"spec": [], "sites": [], "skipped": [], "capture": "graph"}',
         '{"spec": {"method": "OFT"}, "sites": 3, "skipped": [], "capture": "graph"}',
-        '{"spec": {"method": "GOFT"}, "sites": [], "skipped": [], "capture": "graph"}',
+        '{"spec": {"method": "ROFT"}, "sites": [], "skipped": [], "capture": "graph"}',
     ],
 )
 def test_what_is_no_plan_is_refused(text):
