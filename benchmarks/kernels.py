@@ -47,6 +47,26 @@ def rotation(tokens: int, width: int, b: int, dtype: torch.dtype) -> dict[str, f
     }
 
 
+def group(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
+    """Rotations of one bfloat16 tensor, in one op and in one each, gradients added."""
+    x, *grads = torch.randn(count + 1, tokens, width, device="cuda").bfloat16().unbind()
+    cores = list(0.1 * torch.randn(count, width // b, b, b, device="cuda").unbind())
+
+    def apart() -> Tensor:
+        pairs = zip(grads, cores, strict=True)
+        first, *others = (ops.rotate_grad(grad, x, core, True, True)[0] for grad, core in pairs)
+        for other in others:
+            first += other
+        return first
+
+    return {
+        "rotate": microseconds(lambda: ops.rotate_group(x, cores)),
+        "rotate, one each": microseconds(lambda: [ops.rotate(x, core) for core in cores]),
+        "gradients": microseconds(lambda: ops.rotate_group_grad(grads, x, cores, True, True)),
+        "gradients, one each": microseconds(apart),
+    }
+
+
 def cores(blocks: int, b: int, order: int) -> dict[str, float]:
     theta = 0.02 * torch.randn(blocks, b * (b - 1) // 2, device="cuda")
     grad = torch.randn(blocks, b, b, device="cuda")
@@ -92,7 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="JSON with every measurement and the setting")
     args = parser.parse_args()
-    result: dict[str, dict[str, dict[str, float]]] = {"rotation": {}, "cores": {}, "launches": {}}
+    kinds = ("rotation", "group", "cores", "launches")
+    result: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in kinds}
     bf16, f32 = torch.bfloat16, torch.float32
     shapes = [(4096, 3584, b, bf16) for b in (8, 16, 32, 64, 128, 256)]
     shapes += [(4096, 18944, b, bf16) for b in (32, 64, 128, 256)]
@@ -118,6 +139,10 @@ def main() -> None:
         )
     header = ("tokens × width", "copy, µs", "rotate (× copy)", "both gradients", "core gradient")
     print(table(header, lines))
+    for count in (2, 3):
+        name = f"{count} of one 4096 × 3584, b=32, bfloat16"
+        times = result["group"][name] = group(count, 4096, 3584, 32)
+        print(f"{name}: " + ", ".join(f"{key} {value:.1f} µs" for key, value in times.items()))
     # Every site of Qwen2.5-7B: six of width 3584 and one of 18944 in each of 28 layers.
     for b in (16, 32, 64):
         for order in (3, 4):

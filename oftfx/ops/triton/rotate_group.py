@@ -130,7 +130,8 @@ def _backward(
     GRAM: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """``out = Σ grad_i + grad_i·blockdiag(core_i)`` and ``gram_i = otherᵀ grad_i``, of a part."""
+    """``out = Σ grad_i + grad_i·blockdiag(core_i)`` and ``gram_i = otherᵀ grad_i``, of a pack."""
+    tl.static_assert(PART == WIDE)
     split, first, begin, end = locate(rows, n, tiles, PACK, WIDE // PART, TILE)
     whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
     dtype = grad_0.dtype.element_ty
@@ -160,14 +161,9 @@ def _backward(
         if THREE:
             g_2 = load_rows(grad_2, row, end, grad_stride, whole, whole_in)
         if ROTATE:
-            p_0 = g_0 if PART == WIDE else load_rows(grad_0, row, end, grad_stride, part, part_in)
-            p_1 = g_1 if PART == WIDE else load_rows(grad_1, row, end, grad_stride, part, part_in)
-            turned = _turned(g_0, p_0, turn_0, PRECISION) + _turned(g_1, p_1, turn_1, PRECISION)
+            turned = _turned(g_0, g_0, turn_0, PRECISION) + _turned(g_1, g_1, turn_1, PRECISION)
             if THREE:
-                p_2 = (
-                    g_2 if PART == WIDE else load_rows(grad_2, row, end, grad_stride, part, part_in)
-                )
-                turned += _turned(g_2, p_2, turn_2, PRECISION)
+                turned += _turned(g_2, g_2, turn_2, PRECISION)
             place = out + shift + row[:, None] * width + part[None, :]
             tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
         if GRAM:
@@ -213,7 +209,11 @@ def _sum(
 
 
 def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bool:
-    """Whether the kernels take these: two or three rotations alike, each one for `rotate`."""
+    """Whether the kernels take these: two or three rotations alike, each one for `rotate`.
+
+    And their gradients if there are any, of 16 bits: for the parts of several float32 products a
+    program lacks registers.
+    """
     first = cores[0]
     return (
         2 <= len(cores) <= 3
@@ -221,7 +221,7 @@ def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bo
         and first.shape[-1] <= WIDEST
         and largest(x.device) == LARGEST
         and all(core.shape == first.shape and core.dtype == first.dtype for core in cores)
-        and all(grad.dtype == x.dtype for grad in grads)
+        and all(grad.dtype == x.dtype and x.dtype.itemsize == 2 for grad in grads)
     )
 
 
@@ -304,10 +304,12 @@ class Work(NamedTuple):
     splits: int
 
 
-def tiles(b: int, itemsize: int, gradients: bool) -> Tiles:
-    """As for one rotation, but for what registers hold: a tile of rows, and a Gram matrix each."""
+def tiles(b: int, itemsize: int, gradients: bool, count: int) -> Tiles:
+    """As for one rotation, but with what ``count`` of them keep in registers, as measured."""
     chosen = rotate.tiles(b, itemsize, gradients)
-    return chosen._replace(warps=8) if gradients else chosen._replace(tile=64)
+    if itemsize == 4:
+        return chosen
+    return chosen._replace(warps=8, waves=1 if gradients else 4 - count)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -325,7 +327,7 @@ def _work(
     device: torch.device,
 ) -> Work:
     """Chooses tiles and runs; ``needs`` says which gradients are wanted, and is empty forward."""
-    chosen = tiles(b, dtype.itemsize, bool(needs))
+    chosen = tiles(b, dtype.itemsize, bool(needs), count)
     programs, run, splits = cut(rows, n, chosen, device)
     strides = (source_stride, other_stride) if needs else (source_stride,)
     numbers = (rows, n, run, n * b, *strides, *core_strides)

@@ -56,11 +56,11 @@ def check(launch, *tensors):
 for b, dtype, name in ((32, bf16, "*bf16"), (4, f32, "*fp32"), (33, bf16, "*bf16")):
     work = rotate._work(99, 3, b, dtype, f32, 3 * b, 3 * b, (b * b, b, 1), True, True, cpu)
     check(work.launch, name, name, "*fp32", name, "*fp32")
-for count, dtype, name in ((2, bf16, "*bf16"), (3, f32, "*fp32")):
-    args, turned = (count, 99, 3, 32, dtype, f32, 96), (1024, 1, 32)
-    work = rotate_group._work(*args, 0, turned, (), cpu)
+for count in (2, 3):
+    sizes, strides, name = (count, 99, 3, 32, bf16, f32, 96), (1024, 1, 32), "*bf16"
+    work = rotate_group._work(*sizes, 0, strides, (), cpu)
     check(work.launch, name, *["*fp32"] * 3, *[name] * 3)
-    work = rotate_group._work(*args, 96, turned, (True, True), cpu)
+    work = rotate_group._work(*sizes, 96, strides, (True, True), cpu)
     check(work.launch, *[name] * 4, *["*fp32"] * 3, name, "*fp32")
     check(work.sum, *["*fp32"] * 4)
 check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")

@@ -47,15 +47,14 @@ def test_rotates_as_the_reference_does(count, rows, n, b, dtype, device):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("rows", "n", "b"), SIZES)
-def test_gradients_are_the_references(count, rows, n, b, dtype, device):
-    grads, x, cores = case(count, rows, n, b, dtype, device)
+def test_gradients_are_the_references(count, rows, n, b, device):
+    grads, x, cores = case(count, rows, n, b, torch.float16, device)
     grad_x, grad_cores = kernel.rotate_group_grad(grads, x, cores, True, True)
     exact_x, exact_cores = exact_grads(grads, x, cores)
-    assert grad_x.dtype == dtype
+    assert grad_x.dtype == torch.float16
     # Added in float32 and rounded once: as exact as one rotation's.
-    assert error(grad_x, exact_x) < ROUNDING[dtype]
+    assert error(grad_x, exact_x) < ROUNDING[torch.float16]
     assert len(grad_cores) == count
     for value, exact in zip(grad_cores, exact_cores, strict=True):
         assert value.dtype == torch.float32
@@ -76,7 +75,7 @@ def test_zero_cores_are_the_identity_to_the_last_bit(rows, n, b, device):
 
 @pytest.mark.parametrize(("need_x", "need_cores"), [(True, False), (False, True), (False, False)])
 def test_half_the_gradient_is_the_same_half(need_x, need_cores, device):
-    grads, x, cores = case(3, 70, 5, 8, torch.float32, device)
+    grads, x, cores = case(3, 70, 5, 8, torch.float16, device)
     whole_x, whole_cores = kernel.rotate_group_grad(grads, x, cores, True, True)
     grad_x, grad_cores = kernel.rotate_group_grad(grads, x, cores, need_x, need_cores)
     assert (grad_x.numel() > 0, grad_cores[0].numel() > 0) == (need_x, need_cores)
@@ -99,19 +98,23 @@ def test_operands_may_have_any_strides(layout, device):
     # Neither the cores nor the gradients have one layout among them.
     cores = [(0.1 * torch.randn(b, b, 2, device=device)).permute(2, 0, 1)]
     cores.append(0.1 * torch.randn(2, b, b, device=device))
-    grads = [torch.randn(width, device=device).expand(x.shape), torch.randn_like(x)]
+    half = x.half()
+    grads = [torch.randn(width, device=device).half().expand(x.shape), torch.randn_like(half)]
     for out, core in zip(kernel.rotate_group(x, cores), cores, strict=True):
         assert out.is_contiguous()
         assert error(out, ops.rotate(x.double(), core.double())) < 1e-6
-    grad_x, grad_cores = kernel.rotate_group_grad(grads, x, cores, True, True)
-    exact_x, exact_cores = exact_grads(grads, x, cores)
-    for value, exact in zip([grad_x, *grad_cores], [exact_x, *exact_cores], strict=True):
+    cores = [core.half().float() for core in cores]
+    assert cores[0].stride() != cores[1].stride()
+    grad_x, grad_cores = kernel.rotate_group_grad(grads, half, cores, True, True)
+    exact_x, exact_cores = exact_grads(grads, half, cores)
+    assert error(grad_x, exact_x) < ROUNDING[torch.float16]
+    for value, exact in zip(grad_cores, exact_cores, strict=True):
         assert error(value, exact) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 def test_no_rows_give_no_rows_and_zero_gradients(shape, device):
-    x, cores = torch.zeros(shape, device=device), list(torch.randn(2, 2, 4, 4, device=device))
+    x, cores = torch.zeros(shape, device=device).half(), list(torch.randn(2, 2, 4, 4).to(device))
     assert [out.shape for out in kernel.rotate_group(x, cores)] == [x.shape] * 2
     grad_x, grad_cores = kernel.rotate_group_grad([x, x], x, cores, True, True)
     assert grad_x.shape == shape
@@ -119,17 +122,17 @@ def test_no_rows_give_no_rows_and_zero_gradients(shape, device):
 
 
 def test_no_blocks_give_nothing(device):
-    x, cores = torch.zeros(3, 0, device=device), [torch.zeros(0, 4, 4, device=device)] * 2
+    x, cores = torch.zeros(3, 0, device=device).half(), [torch.zeros(0, 4, 4, device=device)] * 2
     assert kernel.rotate_group(x, cores)[0].shape == (3, 0)
     assert kernel.rotate_group_grad([x, x], x, cores, True, True)[1][0].shape == (0, 4, 4)
 
 
 def test_cores_of_another_dtype_are_cast_and_their_gradients_cast_back(device):
-    grads, x, cores = case(2, 20, 3, 8, torch.float32, device)
+    grads, x, cores = case(2, 20, 3, 8, torch.float16, device)
     for dtype in (torch.float64, torch.float16):
         given = [core.to(dtype) for core in cores]
         grad_x, grad_cores = kernel.rotate_group_grad(grads, x, given, True, True)
-        assert (grad_x.dtype, *(grad.dtype for grad in grad_cores)) == (torch.float32, dtype, dtype)
+        assert (grad_x.dtype, *(grad.dtype for grad in grad_cores)) == (torch.float16, dtype, dtype)
 
 
 def test_many_runs_are_added_the_same_way_every_time(device, monkeypatch):
@@ -156,6 +159,9 @@ def test_serves_what_it_says():
     assert not fits(dtype=torch.float64)
     assert fits(b=64)
     assert not fits(b=65)
-    assert not fits(grads=[torch.zeros(8), torch.zeros(8, dtype=torch.float16)])
+    half = torch.zeros(8, dtype=torch.float16)
+    assert fits(dtype=torch.float16, grads=[half, half])
+    assert not fits(dtype=torch.float16, grads=[half, half.float()])
+    assert not fits(grads=[half.float(), half.float()])
     mixed = [torch.zeros(1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.float16)]
     assert not kernel.fits(torch.zeros(8), mixed)
