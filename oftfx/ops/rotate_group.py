@@ -4,16 +4,17 @@ What q, k and v (or gate and up) do to the tensor they share: each turns it by a
 The gradients meet here as well, so that their sum is never a pass of its own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oftfx.ops.define import LIBRARY, below, define, differentiate
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.triton import kernels
 
 
-@torch.library.custom_op("oftfx::rotate_group", mutates_args=())
 def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     """[`rotate`][oftfx.ops.rotate] of one x by each of several cores.
 
@@ -27,24 +28,27 @@ def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     Raises:
         RuntimeError: The width of x is not n·b.
     """
-    return [rotate(x, core) for core in cores]
+    result: list[Tensor] = ROTATE_GROUP(x, cores)
+    return result
 
 
-@torch.library.impl("oftfx::rotate_group", ("cpu", "cuda"))
-def _(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
+def _rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     fast = kernels("rotate_group", x.device)
     if fast is None or not fast.fits(x, cores):
         return [rotate(x, core) for core in cores]
     with torch.cuda.device_of(x):
-        return fast.rotate_group(x, cores)
+        result: list[Tensor] = fast.rotate_group(x, cores)
+    return result
 
 
-@rotate_group.register_fake
+ROTATE_GROUP = define("rotate_group(Tensor x, Tensor[] cores) -> Tensor[]", _rotate_group)
+
+
+@torch.library.register_fake("oftfx::rotate_group", lib=LIBRARY)
 def _(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     return [x.new_empty(x.shape) for _ in cores]
 
 
-@torch.library.custom_op("oftfx::rotate_group_grad", mutates_args=())
 def rotate_group_grad(
     grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -60,7 +64,8 @@ def rotate_group_grad(
     Returns:
         (..., n·b) in x's dtype, the sum over the cores; and for each core (n, b, b) in its dtype.
     """
-    return _one_by_one(grads, x, cores, need_x, need_cores)
+    result: tuple[Tensor, list[Tensor]] = ROTATE_GROUP_GRAD(grads, x, cores, need_x, need_cores)
+    return result
 
 
 def _one_by_one(
@@ -75,18 +80,27 @@ def _one_by_one(
     return grad_x, grad_cores
 
 
-@torch.library.impl("oftfx::rotate_group_grad", ("cpu", "cuda"))
-def _(
+def _rotate_group_grad(
     grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
 ) -> tuple[Tensor, list[Tensor]]:
     fast = kernels("rotate_group", x.device)
     if fast is None or not fast.fits(x, cores, grads):
         return _one_by_one(grads, x, cores, need_x, need_cores)
     with torch.cuda.device_of(x):
-        return fast.rotate_group_grad(grads, x, cores, need_x, need_cores)
+        result: tuple[Tensor, list[Tensor]] = fast.rotate_group_grad(
+            grads, x, cores, need_x, need_cores
+        )
+    return result
 
 
-@rotate_group_grad.register_fake
+ROTATE_GROUP_GRAD = define(
+    "rotate_group_grad(Tensor[] grads, Tensor x, Tensor[] cores, bool need_x, bool need_cores) "
+    "-> (Tensor, Tensor[])",
+    _rotate_group_grad,
+)
+
+
+@torch.library.register_fake("oftfx::rotate_group_grad", lib=LIBRARY)
 def _(
     grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -94,40 +108,62 @@ def _(
     return grad_x, [core.new_empty(core.shape if need_cores else 0) for core in cores]
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: list[Tensor]) -> None:
-    x, cores = inputs
-    ctx.save_for_backward(x, *cores)
+class _RotateGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *cores: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *cores)
+        return tuple(below(ROTATE_GROUP, x, list(cores)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *cores = ctx.saved_tensors
+        need_x, *need_cores = ctx.needs_input_grad
+        grad_x, grad_cores = ROTATE_GROUP_GRAD(list(grads), x, cores, need_x, any(need_cores))
+        needed = zip(grad_cores, need_cores, strict=True)
+        return grad_x if need_x else None, *(grad if need else None for grad, need in needed)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, Any]:
-    x, *cores = ctx.saved_tensors
-    need_x, need_cores = ctx.needs_input_grad
-    need_cores = any(need_cores) if isinstance(need_cores, (list, tuple)) else need_cores
-    given = [torch.zeros_like(x) if grad is None else grad for grad in grads]  # one went unread
-    grad_x, grad_cores = rotate_group_grad(given, x, cores, need_x, need_cores)
-    return grad_x if need_x else None, grad_cores if need_cores else [None] * len(cores)
+class _RotateGroupGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, need_x: bool, need_cores: bool, x: Tensor, *grads_and_cores: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.needs = need_x, need_cores
+        ctx.save_for_backward(x, *grads_and_cores)
+        grads, cores = _halves(grads_and_cores)
+        grad_x, grad_cores = below(ROTATE_GROUP_GRAD, grads, x, cores, need_x, need_cores)
+        return grad_x, *grad_cores
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, *grad_cores: Tensor) -> tuple[Any, ...]:
+        """Second order, by differentiating the sum of what each core alone would give."""
+        need_x, need_cores = ctx.needs
+        x, *rest = leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        total = torch.zeros((), dtype=x.dtype, device=x.device)
+        with torch.enable_grad():
+            for grad, core, grad_core in zip(*_halves(rest), grad_cores, strict=True):
+                if need_x:
+                    total = total + (rotate(grad, core.mT) * grad_x).sum()
+                if need_cores:
+                    total = total + (block_gram(x, grad, core) * grad_core).sum()
+        return None, None, *torch.autograd.grad(total, leaves, allow_unused=True)
 
 
-def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grads, x, cores, ctx.need_x, ctx.need_cores = inputs
-    ctx.save_for_backward(x, *grads, *cores)
+def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    half = len(tensors) // 2
+    return list(tensors[:half]), list(tensors[half:])
 
 
-def _grad_backward(ctx: Any, grad_x: Tensor, grad_cores: list[Tensor]) -> tuple[Any, ...]:
-    """Second order, by differentiating the sum of what each core alone would give."""
-    leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-    x, *rest = leaves
-    grads, cores = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    total = torch.zeros((), dtype=x.dtype, device=x.device)
-    with torch.enable_grad():
-        for i, (grad, core) in enumerate(zip(grads, cores, strict=True)):
-            if ctx.need_x:
-                total = total + (rotate(grad, core.mT) * grad_x).sum()
-            if ctx.need_cores:
-                total = total + (block_gram(x, grad, core) * grad_cores[i]).sum()
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    return list(found[1 : 1 + len(grads)]), found[0], list(found[1 + len(grads) :]), None, None
+def _apply(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
+    return list(_RotateGroup.apply(x, *cores))
 
 
-rotate_group.register_autograd(_backward, setup_context=_save)
-rotate_group_grad.register_autograd(_grad_backward, setup_context=_save_grad)
+def _apply_grad(
+    grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
+) -> tuple[Tensor, list[Tensor]]:
+    grad_x, *grad_cores = _RotateGroupGrad.apply(need_x, need_cores, x, *grads, *cores)
+    return grad_x, grad_cores
+
+
+differentiate(ROTATE_GROUP, _apply)
+differentiate(ROTATE_GROUP_GRAD, _apply_grad)

@@ -270,7 +270,7 @@ def test_opcheck_with_a_stride_and_with_one_block(blocks, stride):
 
 @pytest.mark.parametrize(("n", "b", "stride"), [(3, 4, 2), (4, 3, 2), (4, 4, 8), (4, 4, 0)])
 def test_a_stride_that_does_not_fit_is_a_clear_error(n, b, stride):
-    with pytest.raises(RuntimeError, match=f"stride={stride} does not fit {n} blocks of {b}"):
+    with pytest.raises(RuntimeError, match=f"stride={stride}: the last axis must be {n}·{b}"):
         ops.rotate(torch.randn(2, n * b), random_core(n, b, torch.float32), stride)
 
 
