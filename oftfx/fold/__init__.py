@@ -1,0 +1,92 @@
+"""Rotations → weights: ``W ← W Mᵀ``, block by block, and what that cost.
+
+    before                          after
+    x_r = rotate(x, core)           y = linear(x, W', b)      W' = W·blockdiag(I + C_i)ᵀ
+    y   = linear(x_r, W, b)
+
+The fold is the rotation itself, applied to the rows of W with the cores transposed, so nothing of
+the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R1ᵀ.
+"""
+
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from oftfx.adapter import parameters
+from oftfx.capture import unwrap
+from oftfx.errors import MergeError, PlanError
+from oftfx.fold.graph import merge_graph
+from oftfx.fold.module import merge_module
+from oftfx.fold.report import MergedSite, MergeReport
+
+__all__ = ["MergeReport", "MergedSite", "merge"]
+
+M = TypeVar("M", nn.Module, ExportedProgram)
+
+
+@overload
+def merge(
+    model: M,
+    report: Literal[False] = False,
+    *,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+) -> M: ...
+@overload
+def merge(
+    model: M,
+    report: Literal[True],
+    *,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+) -> tuple[M, MergeReport]: ...
+def merge(
+    model: M,
+    report: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+) -> M | tuple[M, MergeReport]:
+    """Folds every adapter into the weights and gives a plain model back.
+
+    A tied weight that only one of its users rotates gets a tensor of its own; a transformers model
+    then forgets the tie in its config, so that saving keeps both.
+
+    A model with rotated quantised layers becomes an ordinary float one: each quantised layer,
+    adapted or not, becomes an `nn.Linear`, and a transformers model forgets its quantisation. One
+    layer at a time is held in float32.
+
+    Args:
+        model: An adapted nn.Module or GraphModule, merged in place; or an ExportedProgram, of
+            which a merged copy is returned.
+        report: Also measure what it cost.
+        dtype: Of a model with quantised layers: the dtype of all its parameters afterwards;
+            bfloat16 for None. A float model keeps the dtypes it has.
+        requantize: Store what was folded in the format its layer has now. Rounding takes part of
+            the adaptation away again, all of it where the rotations are small; the report says how
+            much survived.
+
+    Raises:
+        MergeError: There is nothing to merge, or a weight or rotation cannot be folded (on
+            `meta`, not finite, of a library that cannot dequantise), or ``dtype`` or
+            ``requantize`` do not fit the model. The model is untouched.
+
+    Warns:
+        OftfxWarning: Requantising rounded most of the adaptation away.
+    """
+    inner = unwrap(model)
+    try:
+        parameters(inner)
+    except PlanError as error:
+        raise MergeError(f"nothing to merge: {error}") from error
+    merged: Any
+    if isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        if dtype is not None or requantize:
+            raise MergeError("dtype and requantize are for an nn.Module with quantised layers.")
+        merged, costs = merge_graph(inner, report)
+    else:
+        merged, costs = merge_module(inner, report, dtype, requantize)
+    result = merged if isinstance(model, ExportedProgram) else model
+    return (result, MergeReport(tuple(costs))) if report else result

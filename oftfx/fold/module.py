@@ -1,0 +1,214 @@
+"""Merging an nn.Module: its layers get their folded weights and their own classes back."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftfx import sites
+from oftfx.attach import detach
+from oftfx.errors import MergeError, OftfxWarning
+from oftfx.fold.report import MergedSite, percent
+from oftfx.fold.weight import Fold
+from oftfx.modules import Adapted, Rotation, SharedRotation, bare, site_name
+from oftfx.sites import pretrained
+from oftfx.sites.quantised import Quantiser, device_of, to_linear
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One adapted weight of a module; its fold is made when it is wanted, one at a time."""
+
+    fqn: str
+    module: nn.Module
+    name: str
+    layout: str
+    rotations: list[Rotation | SharedRotation]
+    quantiser: Quantiser | None = None
+
+    def fold(self, dtype: torch.dtype = torch.bfloat16) -> Fold:
+        """Its fold; ``dtype`` is for a quantised weight, a float one keeps its own."""
+        factors = [factor for rotation in self.rotations for factor in rotation.factors()]
+        if self.quantiser is not None:
+            weight = _dequantised(self.fqn, self.module, self.quantiser)
+            return Fold(self.fqn, weight, True, factors, dtype)
+        kept = self.module._parameters[self.name]
+        assert kept is not None
+        return Fold(self.fqn, kept, self.layout == "out_in", factors, kept.dtype)
+
+    def replace(self, value: Tensor) -> None:
+        weight = self.module._parameters[self.name]
+        assert weight is not None
+        self.module._parameters[self.name] = nn.Parameter(value, weight.requires_grad)
+
+
+@torch.no_grad()
+def merge_module(
+    model: nn.Module, report: bool, dtype: torch.dtype | None, requantize: bool
+) -> tuple[nn.Module, list[MergedSite]]:
+    """Folds every rotation of a module into its weight; one layer's floats at a time.
+
+    Raises:
+        MergeError: The options do not fit, or a weight cannot be folded. The model is untouched.
+    """
+    quantised = list(_quantised(model))
+    _check_options(bool(quantised), dtype, requantize)
+    found = list(_module_sites(model))
+    rotated = any(site.quantiser is not None for site in found)
+    to_floats = not requantize and (dtype is not None or rotated)
+    dtype = dtype or torch.bfloat16
+    for site in found:
+        if requantize and site.quantiser is not None and not site.quantiser.REQUANTISES:
+            raise MergeError(
+                f"{site.fqn}: {site.quantiser.KIND} layers are not quantised anew here: merge to "
+                "floats, oftfx.merge(model), and quantise the result with its own library."
+            )
+        site.fold().check()
+    if to_floats:
+        for fqn, module, quantiser in quantised:
+            _dequantised(fqn, module, quantiser)
+    names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    costs, any_untied = [], False
+    for site in found:
+        if site.quantiser is not None:
+            cost = _store_quantised(site, site.quantiser, report, dtype, requantize)
+        else:
+            cost, untied = _store(site, names, report)
+            any_untied |= untied
+        if cost is not None:
+            costs.append(cost)
+    detach(model)
+    if any_untied:
+        _forget_tie(model)
+    if requantize:
+        _warn_of_loss(costs)
+    if to_floats:
+        _finish_floats(model, dtype)
+    return model, costs
+
+
+def _store(site: _Site, names: Counter[int], report: bool) -> tuple[MergedSite | None, bool]:
+    """Folds one float weight: in place, or into a tensor of its own where it is tied."""
+    fold = site.fold()
+    stored = fold.run()
+    untied = names[id(fold.weight)] > 1
+    cost = fold.cost(stored, untied) if report else None
+    if untied:
+        names[id(fold.weight)] -= 1
+        site.replace(stored)
+    else:
+        fold.weight.copy_(stored)
+    return cost, untied
+
+
+def _store_quantised(
+    site: _Site, quantiser: Quantiser, report: bool, dtype: torch.dtype, requantize: bool
+) -> MergedSite | None:
+    """Folds one quantised weight; its floats are gone when this returns."""
+    fold = site.fold(dtype)
+    if requantize:
+        quantiser.requantise(site.module, fold.folded(torch.float32))
+        stored = quantiser.dequantise(site.module)
+        return fold.cost(stored, survived=fold.survived(stored))
+    stored = fold.run()
+    assert isinstance(site.module, Adapted)
+    bare(site.module)
+    to_linear(site.module, stored)
+    return fold.cost(stored) if report else None
+
+
+def _check_options(quantised: bool, dtype: torch.dtype | None, requantize: bool) -> None:
+    if (dtype is not None or requantize) and not quantised:
+        raise MergeError("dtype and requantize are for quantised layers, and the model has none.")
+    if dtype is None:
+        return
+    if requantize:
+        raise MergeError("requantize=True keeps the format that each layer has: leave dtype out.")
+    if not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise MergeError(f"dtype={dtype}: must be a floating dtype of ≥ 16 bits.")
+
+
+def _quantised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantiser]]:
+    for fqn, module in model.named_modules():
+        if (quantiser := sites.quantiser_of(module)) is not None:
+            yield fqn, module, quantiser
+
+
+def _dequantised(fqn: str, module: nn.Module, quantiser: Quantiser) -> Tensor:
+    """A quantised layer's weight as floats.
+
+    Raises:
+        MergeError: Its library cannot make one, or what it holds is damaged.
+    """
+    fault = quantiser.fault(module)
+    if not fault and device_of(module).type == "meta":
+        fault = "its weight is on `meta`; load the whole model onto a device before merging"
+    if fault:
+        raise MergeError(f"{fqn}: {fault}.")
+    try:
+        weight = quantiser.dequantise(module)
+    except MergeError as error:
+        raise MergeError(f"{fqn}: {error}") from error
+    if not torch.isfinite(weight).all():
+        raise MergeError(f"{fqn}: its quantised weight is not finite; its quant state is damaged.")
+    return weight
+
+
+def _finish_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turns what is still quantised to floats and gives all parameters one dtype."""
+    for _, module, quantiser in list(_quantised(model)):
+        to_linear(module, quantiser.dequantise(module).to(dtype))
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    pretrained.forget_quantisation(model)
+
+
+def _warn_of_loss(costs: list[MergedSite]) -> None:
+    lost = [site for site in costs if site.survived is not None and site.survived < 0.5]
+    if lost:
+        worst = min(lost, key=lambda site: site.survived or 0.0)
+        warnings.warn(
+            f"requantising rounded most of the adaptation away at {len(lost)} of {len(costs)} "
+            f"sites ({worst.fqn}: {percent(worst.survived)} is left). The merged model is close "
+            "to the base; keep the adapter beside it, or merge to floats: oftfx.merge(model).",
+            OftfxWarning,
+            stacklevel=4,
+        )
+
+
+def _module_sites(model: nn.Module) -> Iterator[_Site]:
+    for fqn, module in model.named_modules():
+        if not isinstance(module, Adapted):
+            continue
+        layouts = dict(module.oft_shadowed)
+        if not layouts:
+            provider = sites.provider_of(module)
+            assert provider is not None
+            layouts = {"weight": provider.LAYOUT}
+        quantiser = sites.quantiser_of(module)
+        for name, layout in layouts.items():
+            held: list[Any] = [
+                rotation[name] if isinstance(rotation, nn.ModuleDict) else rotation
+                for rotation in module.oft.values()
+                if not isinstance(rotation, nn.ModuleDict) or name in rotation
+            ]
+            yield _Site(site_name(fqn, name), module, name, layout, held, quantiser)
+
+
+def _forget_tie(model: nn.Module) -> None:
+    """A transformers config that still says the embeddings are tied would tie them on loading."""
+    embeddings = [
+        getattr(getattr(model, name)(), "weight", None)
+        for name in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(model, name)
+    ]
+    config: Any = getattr(model, "config", None)
+    if len(embeddings) == 2 and embeddings[0] is not embeddings[1] and config is not None:
+        for part in (config, config.get_text_config()):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
