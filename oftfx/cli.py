@@ -30,11 +30,12 @@ app = typer.Typer(
 ROTATIONS, TRAINING, MEASURING, OUTPUT = "Rotations", "Training", "Measuring", "Output"
 
 Method = Annotated[
-    Literal["oft", "coft", "boft", "goft", "qgoft", "hra"],
+    Literal["oft", "coft", "boft", "goft", "qgoft", "hra", "psoft", "loft"],
     typer.Option(
         help="How inputs are rotated: in blocks (oft), in blocks that stay near the identity "
-        "(coft) or reach ever farther (boft), in a tree of pairs (goft; qgoft with free pairs), or "
-        "by reflections (hra).",
+        "(coft) or reach ever farther (boft), in a tree of pairs (goft; qgoft with free pairs), by "
+        "reflections (hra), or among a few directions of the input: the weight's main ones (psoft) "
+        "or those that matter most to the loss (loft).",
         rich_help_panel=ROTATIONS,
     ),
 ]
@@ -50,8 +51,8 @@ BlockSize = Annotated[
 Order = Annotated[
     int | None,
     typer.Option(
-        help="oft, coft, boft: order k of the Cayley–Neumann series; even orders stay closer to "
-        "orthogonal. 4 unless given.",
+        help="All but goft, qgoft and hra: order k of the Cayley–Neumann series; even orders stay "
+        "closer to orthogonal. 4 unless given.",
         rich_help_panel=ROTATIONS,
         show_default=False,
     ),
@@ -60,16 +61,16 @@ Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="oft, coft, boft: the exact Cayley transform instead of the series: slower, always "
-        "orthogonal.",
+        help="All but goft, qgoft and hra: the exact Cayley transform instead of the series: "
+        "slower, always orthogonal.",
         rich_help_panel=ROTATIONS,
     ),
 ]
 Guard = Annotated[
     Literal["none", "rescale", "exact"],
     typer.Option(
-        help="oft, coft, boft: what happens as ‖Q‖ nears 1, beyond which the series means nothing: "
-        "only warn, or from 0.9 on shrink Q back, or use the exact transform there.",
+        help="All but goft, qgoft and hra: what happens as ‖Q‖ nears 1, beyond which the series "
+        "means nothing: only warn, or from 0.9 on shrink Q back, or use the exact transform there.",
         rich_help_panel=ROTATIONS,
     ),
 ]
@@ -116,7 +117,8 @@ Scale = Annotated[
 Rank = Annotated[
     int | None,
     typer.Option(
-        help="hra: how many reflections, an even number. 8 unless given.",
+        help="hra: how many reflections, an even number; 8 unless given. psoft, loft: how many "
+        "directions; 64 unless given.",
         rich_help_panel=ROTATIONS,
         show_default=False,
     ),
@@ -127,6 +129,31 @@ Weight = Annotated[
         help="qgoft, hra: weight of the regulariser in the loss. 0.01 and 0 unless given.",
         rich_help_panel=ROTATIONS,
         show_default=False,
+    ),
+]
+Support = Annotated[
+    Literal["skew", "gradient", "principal", "random", "coordinate"] | None,
+    typer.Option(
+        help="loft: which directions. The first two follow the loss's gradient on a few blocks of "
+        "the training text. skew unless given.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
+    ),
+]
+Core = Annotated[
+    Literal["orthogonal", "free"] | None,
+    typer.Option(
+        help="loft: whether the directions are rotated or mapped freely. orthogonal unless given.",
+        rich_help_panel=ROTATIONS,
+        show_default=False,
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="psoft: rotations alone, without the two vectors of scales.",
+        rich_help_panel=ROTATIONS,
     ),
 ]
 Targets = Annotated[
@@ -259,6 +286,9 @@ def finetune(
     scale: Scale = False,
     rank: Rank = None,
     weight: Weight = None,
+    support: Support = None,
+    core: Core = None,
+    strict: Strict = False,
     targets: Targets = None,
     share_inputs: ShareInputs = False,
 ) -> None:
@@ -298,6 +328,9 @@ def finetune(
             scale=scale,
             rank=rank,
             weight=weight,
+            support=support,
+            core=core,
+            strict=strict,
             targets=targets,
             share_inputs=share_inputs,
         ),
@@ -336,6 +369,9 @@ def plan(
     scale: Scale = False,
     rank: Rank = None,
     weight: Weight = None,
+    support: Support = None,
+    core: Core = None,
+    strict: Strict = False,
     targets: Targets = None,
     share_inputs: ShareInputs = False,
 ) -> None:
@@ -366,6 +402,9 @@ def plan(
         scale=scale,
         rank=rank,
         weight=weight,
+        support=support,
+        core=core,
+        strict=strict,
         targets=targets,
         share_inputs=share_inputs,
     )
@@ -442,6 +481,10 @@ def _console(stderr: bool = False) -> "Console":
     return Console(stderr=stderr, highlight=False)
 
 
+_OPPOSITES = {"strict": "relaxed"}
+"""Flags that switch a field off."""
+
+
 def _spec(method: str, **given: Any) -> "oftfx.Spec":
     """The spec of a method from the options; None, False and "none" are those not given.
 
@@ -459,9 +502,11 @@ def _spec(method: str, **given: Any) -> "oftfx.Spec":
         if not (value is None or value is False or value == "none")
     }
     for key in fields:
-        if key not in known:
+        if _OPPOSITES.get(key, key) not in known:
             option = key.replace("_", "-")
             raise SpecError(f"--{option} is no option of --method {method}.")
+    for option in fields.keys() & _OPPOSITES.keys():
+        fields[_OPPOSITES[option]] = not fields.pop(option)
     return cls(**fields)
 
 

@@ -118,6 +118,14 @@ METHODS = {
     "goft --scale": {"method": "GOFT", "scale": True},
     "qgoft --weight 0.1": {"method": "QGOFT", "weight": 0.1},
     "hra --rank 4 --weight 0": {"method": "HRA", "rank": 4, "weight": 0.0},
+    "psoft --rank 6 --strict": {"method": "PSOFT", "rank": 6, "relaxed": False},
+    "loft --rank 6 --support random --core free --order 2": {
+        "method": "LOFT",
+        "rank": 6,
+        "support": "random",
+        "core": "free",
+        "order": 2,
+    },
 }
 
 
@@ -128,13 +136,25 @@ def test_every_method_has_its_options(oftfx, model_dir, line):
     assert Spec.from_json(json.loads(text)["spec"]) == Spec.from_json(METHODS[line])
 
 
-@pytest.mark.parametrize("method", ["coft", "boft", "goft", "qgoft", "hra"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "hra",
+        "loft",
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in ("coft", "boft", "goft", "qgoft", "psoft")
+        ),
+    ],
+)
 def test_every_method_finetunes(oftfx, model_dir, text_file, tmp_path, method):
     out = tmp_path / "out"
     arguments = ["finetune", "--model", model_dir, "--data", text_file, "--out", out]
     arguments += ["--method", method, "--steps", 2, "--seq-len", 16, "--lr", 0.01]
     if method == "boft":
         arguments += ["--block-size", 8]
+    if method in ("psoft", "loft"):
+        arguments += ["--rank", 4]
     code, printed, err = oftfx(*arguments)
     assert code == 0, err
     assert "agrees" in printed

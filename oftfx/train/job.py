@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE_TOKENS = 64
+CALIBRATION_BLOCKS = 4  # as many batches as LOFT's authors use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,14 @@ def run(job: Job, console: Console | None = None) -> Report:
     return report
 
 
+def _calibration(spec: oftfx.Spec, blocks: "Dataset") -> list[dict[str, Tensor]] | None:
+    """Training text for the methods whose directions follow the loss, one block at a time."""
+    if not (isinstance(spec, oftfx.LOFT) and spec.support in ("skew", "gradient")):
+        return None
+    few = data.spread(blocks, CALIBRATION_BLOCKS)
+    return [data.collate([few[i]]) for i in range(len(few))]
+
+
 def _run(job: Job, out: Path, console: Console) -> Report:
     documents = _read(job)  # bad text is cheaper to find than a model is to load
     with stage(console, "Loading the model"):
@@ -127,7 +136,7 @@ def _run(job: Job, out: Path, console: Console) -> Report:
 
     before = _take(model, tokenizer, texts, job, "Measuring before", console)
     with stage(console, "Planning and adapting"):
-        oftfx.adapt(model, job.spec)
+        oftfx.adapt(model, job.spec, calibration=_calibration(job.spec, texts.train))
         trainable = sum(parameter.numel() for parameter in oftfx.parameters(model))
     start = time.perf_counter()
     with stage(console, "Training", job.steps) as line:
