@@ -63,7 +63,10 @@ class Readers:
 
     def rotate(self, reader: nn.Module, x: Tensor) -> Tensor:
         """The reader's rotated x, computed once for all that read it in this forward."""
-        own = self.rotations[reader]
+        own = self.rotations.get(reader)
+        if own is None:  # a shallow copy, such as a data-parallel replica, of a reader
+            alone: Any = getattr(reader, "rotation", reader)
+            return rotated(x, alone.applied())
         version = None if x.is_inference() else x._version
         state = (version, torch.is_grad_enabled(), autocast_dtype(x))
         kept = self._kept

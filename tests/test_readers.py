@@ -134,3 +134,17 @@ def test_nothing_is_kept_after_a_forward():
     model = oftfx.adapt(small("attention"), SPEC, example_inputs=rows())
     model(rows())
     assert all(r.readers is None or r.readers._kept is None for _, r in rotations(model))
+
+
+def test_a_replica_of_a_reader_rotates_alone():
+    """nn.DataParallel copies modules shallowly and gives the copies plain tensors."""
+    model = oftfx.adapt(small("attention"), SPEC, example_inputs=rows())
+    rotation = model.q.oft.default
+    replica = rotation._replicate_for_data_parallel()
+    replica.theta = rotation.theta.detach() * 2
+    rotation.readers.clear()
+    x = rows()
+    with torch.no_grad():
+        turned = replica(x)
+        rotation.theta.mul_(2)
+        assert torch.equal(turned, rotation(x))
