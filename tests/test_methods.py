@@ -43,6 +43,21 @@ SPECS: dict[str, Spec] = {
 FORMS = ("module", "graph", "program")
 
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def variants_slow(names) -> list:
+    """Names of specs as parameters, all but the first of each method marked slow."""
+    seen: set[type] = set()
+    out = []
+    for name in names:
+        first = type(SPECS[name]) not in seen
+        seen.add(type(SPECS[name]))
+        out.append(pytest.param(name, marks=() if first else pytest.mark.slow))
+    return out
+
+
+every_spec_named = pytest.mark.parametrize("spec_name", variants_slow(SPECS))
+"""For what takes a second or more: the default suite runs one spec of each method."""
 every_form = pytest.mark.parametrize("form", FORMS)
 
 x = rows()
@@ -90,9 +105,10 @@ def test_adapting_does_not_change_one_bit(spec, name, form, dtype):
     testing.assert_identity_at_init(base(name, form, dtype), spec, rows(dtype))
 
 
-@every_spec
+@every_spec_named
 @pytest.mark.parametrize("name", ["attention", "functional"])
-def test_every_form_computes_the_same_in_value_and_gradient(spec, name):
+def test_every_form_computes_the_same_in_value_and_gradient(spec_name, name):
+    spec = SPECS[spec_name]
     module = adapted(name, spec)
     assert not torch.allclose(testing.run(module, x)[0], testing.run(small(name), x)[0], atol=1e-3)
     for form in FORMS[1:]:
@@ -113,8 +129,9 @@ def test_gradcheck(spec):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True, atol=1e-6)
 
 
-@every_spec
-def test_compiled_without_a_graph_break_is_eager(spec):
+@every_spec_named
+def test_compiled_without_a_graph_break_is_eager(spec_name):
+    spec = SPECS[spec_name]
     model = adapted("mlp", spec)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     testing.assert_same_function(compiled, model, x)
@@ -156,8 +173,9 @@ def test_folded_is_unfolded(spec, name, form):
     testing.assert_folds(adapted(name, spec, form), x)
 
 
-@every_spec
-def test_folded_is_unfolded_for_an_export_of_the_adapted_module(spec):
+@every_spec_named
+def test_folded_is_unfolded_for_an_export_of_the_adapted_module(spec_name):
+    spec = SPECS[spec_name]
     testing.assert_folds(exported(adapted("mlp", spec)), x)
 
 
@@ -211,9 +229,10 @@ def test_training_moves_every_rotation_and_nothing_else(spec, form):
         assert torch.equal(called.get_parameter(name), value), name
 
 
-@every_spec
+@every_spec_named
 @pytest.mark.parametrize(("name", "strict"), [("mlp", True), ("functional", False)])
-def test_an_export_of_the_adapted_module_knows_its_spec(spec, strict, name):
+def test_an_export_of_the_adapted_module_knows_its_spec(spec_name, strict, name):
+    spec = SPECS[spec_name]
     model = adapted(name, spec)
     program = export(model, (x,), strict=strict)
     for other in (program, program.module(), program.run_decompositions()):

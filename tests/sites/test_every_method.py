@@ -9,14 +9,14 @@ import oftfx
 from oftfx import LOFT, testing
 from tests.quantised import assert_unchanged, dequantised, linear4bit, quantised_llama, stored
 from tests.small import tokens
-from tests.test_methods import SPECS
+from tests.test_methods import SPECS, variants_slow
 
 BATCH = {**tokens(), "labels": tokens()["input_ids"]}
 CALIBRATED = {
     "LOFT, skew": LOFT(rank=4),
     "LOFT, gradient and free": LOFT(rank=3, support="gradient", core="free"),
 }
-every_method = pytest.mark.parametrize("name", [*SPECS, *CALIBRATED])
+every_method = pytest.mark.parametrize("name", [*variants_slow(SPECS), *CALIBRATED])
 
 
 @pytest.fixture(scope="module")
