@@ -24,12 +24,13 @@ class Bank:
 
     Args:
         root: The model whose forward opens the bank.
-        rotations: Its rotations.
+        rotations: Its rotations; those with fixed tensors build their cores themselves.
     """
 
     def __init__(self, root: nn.Module, rotations: Iterable[Rotation]) -> None:
         self.root = root
-        self.rotations = list(rotations)
+        # What is never trained would be stacked in every forward, only to be handed through.
+        self.rotations = [r for r in rotations if not r.method.FIXED]
         self.useful = True
         alike: dict[Any, list[Rotation]] = {}
         for rotation in self.rotations:
@@ -45,7 +46,8 @@ class Bank:
         """Builds the cores of every rotation that is in use; a forward pre-hook."""
         if torch.compiler.is_compiling():
             return
-        self.clear()
+        if self.handed:
+            self.clear()
         # A data-parallel replica calls the same hook with rotations of its own.
         if root is not self.root or not (self.useful and torch.is_grad_enabled()):
             return

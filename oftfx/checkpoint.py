@@ -23,7 +23,7 @@ from oftfx.adapter import put
 from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
-from oftfx.fingerprint import Weights
+from oftfx.fingerprint import Fingerprint
 from oftfx.host import parameters_of
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of
@@ -140,7 +140,7 @@ def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
 
 def _fingerprint(model: Model, plan: Plan) -> dict[str, list[float] | None]:
     """A few values of each adapted weight; None where it is on `meta`."""
-    weights = Weights(model)
+    weights = Fingerprint(model)
     return {site.weight: weights.samples(site.weight) for site in plan.sites}
 
 
@@ -208,7 +208,7 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
 
 
 def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> None:
-    weights = Weights(model)
+    weights = Fingerprint(model)
     for site in plan.sites:
         shape = weights.shape(site.weight)
         if shape is None:

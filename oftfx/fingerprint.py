@@ -19,7 +19,7 @@ _CAST = 0.02  # relative: a cast to half precision passes, other weights do not
 _QUANTISED = 0.5  # where one of the two is quantised: 4 bits pass, other weights do not
 
 
-class Weights:
+class Fingerprint:
     """The weights of a model by name, each as the (out, in) or (in, out) matrix it stands for."""
 
     def __init__(self, model: Model) -> None:

@@ -75,4 +75,4 @@ def values(
 def is_calibrated(plan: Plan, site: Site) -> bool:
     """Whether a site's directions depend on the loss."""
     spec = plan.spec_of(site)
-    return isinstance(spec, LOFT) and spec.support in ("skew", "gradient")
+    return isinstance(spec, LOFT) and spec.calibrated

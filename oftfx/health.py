@@ -126,7 +126,8 @@ def rotations_of(model: nn.Module | ExportedProgram, name: str | None = None) ->
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         host = host_of(model)
         once = {r.parameters: r for r in insert.inserted(host) if name in (None, r.adapter)}
-        found = [Held(r.site, r.tensors(host), insert.spec_of(host, r)) for r in once.values()]
+        plans = insert.plans(host)
+        found = [Held(r.site, r.tensors(host), insert.spec_of(r, plans)) for r in once.values()]
     else:
         found = [
             Held(fqn, dict(rotation.named_parameters()), rotation.spec)

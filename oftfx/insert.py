@@ -173,7 +173,7 @@ def erase(host: Host, found: Inserted) -> None:
     graph = host.module.graph
     readers = host.readers()
     graph.erase_node(found.node)
-    behind = _behind(found.operands)
+    behind = match.behind(found.operands)
     for node in reversed(list(graph.nodes)):
         # A trace leaves nodes beside the core of which nothing comes, such as notes on casts.
         beside = node.op == "call_function" and not behind.isdisjoint(node.all_input_nodes)
@@ -194,7 +194,7 @@ def inserted(host: Host) -> list[Inserted]:
         if node.op == "call_function" and node.target in MAPS:
             x, *operands = node.args
             nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
-            parameters = tuple(sorted(readers[n] for n in _behind(nodes) if n in readers))
+            parameters = tuple(sorted(readers[n] for n in match.behind(nodes) if n in readers))
             owner, _, path = parameters[0].rpartition(".")[0].rpartition(f"{CHILD}.")
             adapter, _, weight = path.partition(".")
             site = site_name(owner.rstrip("."), weight or "weight")
@@ -203,28 +203,20 @@ def inserted(host: Host) -> list[Inserted]:
     return out
 
 
-def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
-    """These nodes and everything they are made from."""
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
+def plans(host: Host) -> dict[str, Plan]:
+    """The plans that a graph remembers, by adapter."""
+    found = records(host.module).items()
+    return {name: Plan.from_json(record["plan"]) for name, record in found}
 
 
-def spec_of(host: Host, found: Inserted) -> Spec:
+def spec_of(found: Inserted, plans: dict[str, Plan]) -> Spec:
     """The spec a rotation was made from: the plan's, or what an exported module's nodes note.
 
     Raises:
         PlanError: The graph is a trace of an adapted module that notes nothing.
     """
-    record = records(host.module).get(found.adapter)
-    if record is not None:
-        plan = Plan.from_json(record["plan"])
-        return plan.spec.at(found.site)
+    if found.adapter in plans:
+        return plans[found.adapter].spec.at(found.site)
     note = found.node.meta.get("custom", {}).get(NOTE)
     if note is None:
         raise PlanError(

@@ -5,7 +5,7 @@ by the call stack that the tracer recorded; that keeps tied weights apart.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -173,8 +173,13 @@ def _reaches_topk(start: fx.Node, matmuls: set[fx.Node], depth: int = 8) -> bool
 
 def _feeding(matmuls: set[fx.Node]) -> set[fx.Node]:
     """All nodes that some matmul of the set reads, directly or through others."""
+    return behind(source for node in matmuls for source in node.all_input_nodes)
+
+
+def behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes and everything they are made from."""
     seen: set[fx.Node] = set()
-    stack = [source for node in matmuls for source in node.all_input_nodes]
+    stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:

@@ -358,6 +358,11 @@ class LOFT(_Subspace):
     support: Literal["skew", "gradient", "principal", "random", "coordinate"] = "skew"
     core: Literal["orthogonal", "free"] = "orthogonal"
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the directions depend on the loss."""
+        return self.support in ("skew", "gradient")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice(self, "support", ("skew", "gradient", "principal", "random", "coordinate"))

@@ -1,4 +1,4 @@
-"""A model's weights as floats: the one place that reads them, however they are stored."""
+"""A model's weights as floats, however they are stored, for directions that depend on them."""
 
 from typing import cast
 

@@ -13,21 +13,31 @@ from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
 
 
-class Linear4bit:
-    """4-bit blocks, each with the largest of its absolute values, itself quantised or not."""
+class _Layer:
+    """What both kinds of layers have in common."""
 
-    KIND = "linear4bit"
-    CLASS = "bitsandbytes.nn.modules.Linear4bit"
+    CLASS: str
     LAYOUT: Layout = "out_in"
     REQUANTISES = True
 
     def owns(self, module: nn.Module) -> bool:
-        """Whether the module multiplies as a Linear4bit does."""
+        """Whether the module multiplies as a layer of this kind does."""
         return forward_of(module) == f"{self.CLASS}.forward"
 
     def shape(self, module: Any) -> tuple[int, int]:
         """Shape of W: (out, in)."""
         return module.out_features, module.in_features
+
+    def blocks(self, module: nn.Module) -> bool:
+        """Never: its autograd function has a gradient for its input."""
+        return False
+
+
+class Linear4bit(_Layer):
+    """4-bit blocks, each with the largest of its absolute values, itself quantised or not."""
+
+    KIND = "linear4bit"
+    CLASS = "bitsandbytes.nn.modules.Linear4bit"
 
     def fault(self, module: Any) -> str:
         """Why nothing can be trained through this layer as it is; empty when it can."""
@@ -46,10 +56,6 @@ class Linear4bit:
         if state.absmax.numel() != blocks:
             return f"its quant state scales {state.absmax.numel()} blocks, the weight has {blocks}"
         return ""
-
-    def blocks(self, module: nn.Module) -> bool:
-        """Never: its autograd function has a gradient for its input."""
-        return False
 
     def pin(self, module: Any) -> None:
         """Turns off the layout for inference on CPUs, which has no gradient.
@@ -95,21 +101,11 @@ class Linear4bit:
         module._parameters["weight"], module.quant_state = parameter, new
 
 
-class Linear8bitLt:
+class Linear8bitLt(_Layer):
     """Rows of int8 with a scale each; the activation is quantised in inference too."""
 
     KIND = "linear8bit"
     CLASS = "bitsandbytes.nn.modules.Linear8bitLt"
-    LAYOUT: Layout = "out_in"
-    REQUANTISES = True
-
-    def owns(self, module: nn.Module) -> bool:
-        """Whether the module multiplies as a Linear8bitLt does."""
-        return forward_of(module) == f"{self.CLASS}.forward"
-
-    def shape(self, module: Any) -> tuple[int, int]:
-        """Shape of W: (out, in)."""
-        return module.out_features, module.in_features
 
     def fault(self, module: Any) -> str:
         """Why nothing can be trained through this layer as it is; empty when it can."""
@@ -127,10 +123,6 @@ class Linear8bitLt:
                 f"{(out, width)}"
             )
         return ""
-
-    def blocks(self, module: nn.Module) -> bool:
-        """Never: its autograd function has a gradient for its input."""
-        return False
 
     def pin(self, module: nn.Module) -> None:
         """Nothing to do: the rows stay as they are."""

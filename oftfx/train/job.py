@@ -119,7 +119,7 @@ def run(job: Job, console: Console | None = None) -> Report:
 
 def _calibration(spec: oftfx.Spec, blocks: "Dataset") -> list[dict[str, Tensor]] | None:
     """Training text for the methods whose directions follow the loss, one block at a time."""
-    if not (isinstance(spec, oftfx.LOFT) and spec.support in ("skew", "gradient")):
+    if not (isinstance(spec, oftfx.LOFT) and spec.calibrated):
         return None
     few = data.spread(blocks, CALIBRATION_BLOCKS)
     return [data.collate([few[i]]) for i in range(len(few))]
