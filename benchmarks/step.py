@@ -1,6 +1,8 @@
-"""One training step, forward and backward, beside the frozen model's and PEFT's.
+r"""One training step, forward and backward, beside the frozen model's and PEFT's.
 
     python benchmarks/step.py --model smollm2-135m --tokens 512 --out benchmarks/results/cpu.json
+    python benchmarks/step.py --model qwen2.5-7b --quant nf4 --dtype bfloat16 --device cuda \
+        --batch 4 --tokens 1024
 
 All rows run in one process on the same random weights and the same random tokens: on a CPU turn by
 turn, so that a slow moment of the machine hits every row; on a GPU one after the other, so that
@@ -10,6 +12,7 @@ models, so that a row's ratio is the cost of its adapter alone. Run it in `make 
 
 import argparse
 import gc
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -28,6 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 import oftfx
 from oftfx.backend import oftfx as backend
+from oftfx.sites.pretrained import quantise
 from oftfx.table import table
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
@@ -68,6 +72,14 @@ def peft_lora(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
 
 
+def in_bf16(adapted: nn.Module) -> nn.Module:
+    """With what is trained in 16 bits: PEFT's faster mode, which it has to be asked for."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return adapted
+
+
 ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "frozen base": frozen,
     "oftfx OFT b32": lambda model: oftfx.adapt(model, oftfx.OFT(block_size=32)),
@@ -77,10 +89,15 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "PEFT OFT b32": peft_oft,
     "PEFT LoRA r16": peft_lora,
 }
+IN_BF16: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "PEFT OFT b32, bf16 adapters": lambda model: in_bf16(peft_oft(model)),
+    "PEFT LoRA r16, bf16 adapters": lambda model: in_bf16(peft_lora(model)),
+}
 
 
 def main() -> None:
     args = _arguments()
+    transformers.utils.logging.disable_progress_bar()
     config = CONFIGS[args.model]()
     if args.layers:
         config.num_hidden_layers = args.layers
@@ -91,11 +108,18 @@ def main() -> None:
     tokens = torch.randint(config.vocab_size, (args.batch, args.tokens), generator=generator)
     tokens = tokens.to(device)
 
+    known = ROWS | (IN_BF16 if dtype is torch.bfloat16 else {})
+
     def build(name: str) -> nn.Module:
         torch.manual_seed(0)
-        with warnings.catch_warnings(), device:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = ROWS[name](AutoModelForCausalLM.from_config(config, dtype=dtype)).train()
+            with device:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if args.quant:
+                model = quantise(model, double=args.quant == "nf4-double")
+            with device:
+                model = known[name](model).train()
         if args.compile:  # by the function, which needs no installed entry point
             torch._dynamo.reset()
             model.compile(backend=backend if name.startswith("oftfx") else "inductor")
@@ -113,14 +137,16 @@ def main() -> None:
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
         return seconds, float(torch.stack(norms).norm()) if norms else 0.0
 
-    names = args.rows or list(ROWS)
+    names = args.rows or list(known)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     norms: dict[str, float] = {}
     first: dict[str, float] = {}
     peaks: dict[str, float] = {}
     if device.type == "cuda":  # one model at a time: its peak is its own
         for name in names:
+            start = time.perf_counter()
             model = build(name)
+            print(f"{name}: built in {time.perf_counter() - start:.1f} s", file=sys.stderr)
             first[name], _ = step(model)
             for _ in range(2):
                 step(model)
@@ -129,6 +155,8 @@ def main() -> None:
                 took, norms[name] = step(model)
                 seconds[name].append(took)
             peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            took = statistics.median(seconds[name])
+            print(f"{name}: {took * 1000:.1f} ms, {peaks[name]:.1f} GiB", file=sys.stderr)
             del model
             gc.collect()
             torch.cuda.empty_cache()
@@ -167,6 +195,7 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,
+            "bitsandbytes": importlib.metadata.version("bitsandbytes"),
             "oftfx": oftfx.__version__,
         },
         "seconds": seconds,
@@ -190,12 +219,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--quant", choices=("nf4", "nf4-double"), help="quantise the linear layers")
     parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
     parser.add_argument("--compile", action="store_true", help="oftfx's rows by its backend")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rows", nargs="*", choices=ROWS)
+    parser.add_argument("--rows", nargs="*", choices=[*ROWS, *IN_BF16], help="else all that apply")
     parser.add_argument("--out", type=Path, help="JSON with every measurement and the setting")
     return parser.parse_args()
 

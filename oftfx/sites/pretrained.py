@@ -6,6 +6,37 @@ from typing import Any
 from torch import nn
 
 
+def quantise(model: Any, double: bool = True) -> Any:
+    """The NF4 model that loading a float transformers model's own files in 4 bits would give.
+
+    For weights that come in no such files: a GGUF file's, random ones. The head stays as it is, and
+    what is not quantised shares its storage with the model given.
+
+    Args:
+        model: A float transformers model; the result is on its device.
+        double: Whether the blocks' scales are quantised as well.
+    """
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=model.dtype,
+    )
+    quantised = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        dtype=model.dtype,
+        device_map={"": model.device},
+        quantization_config=config,
+    )
+    if model.can_generate():
+        quantised.generation_config = model.generation_config
+    return quantised
+
+
 def allow_training(model: nn.Module) -> None:
     """Lets Trainer train adapters on a quantised base, which it allows for those of PEFT alone."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
