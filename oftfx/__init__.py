@@ -3,6 +3,7 @@
 from oftfx.adapter import adapt, disabled, parameters, remove
 from oftfx.calibrate import Calibration, calibrate
 from oftfx.checkpoint import load, save
+from oftfx.compile import compile
 from oftfx.constrain import penalty, project
 from oftfx.errors import (
     CaptureError,
@@ -48,6 +49,7 @@ __all__ = [
     "SpecError",
     "adapt",
     "calibrate",
+    "compile",
     "differentiable",
     "disabled",
     "health",

@@ -1,0 +1,144 @@
+"""`oftfx.compile(model)`: regional compilation."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import oftfx
+from oftfx import OFT, PlanError, testing
+from oftfx.compile import layers
+from tests.small import Attention, rows
+
+SPEC = OFT(block_size=4, init_std=0.2)
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+class Layer(nn.Module):
+    """With an index of its own, as the layers of language models have."""
+
+    def __init__(self, index: int, hidden: int = 8) -> None:
+        super().__init__()
+        self.index = index
+        self.up = nn.Linear(8, hidden)
+        self.down = nn.Linear(hidden, 8)
+
+    def forward(self, x: Tensor, cache: dict[int, Tensor] | None = None) -> Tensor:
+        up = torch.tanh(self.up(x))
+        if cache is not None:
+            cache[self.index] = up
+        return self.down(up)
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int = 4, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(i) for i in range(depth))
+        self.head = nn.Linear(8, 3)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor, cache: dict[int, Tensor] | None = None) -> Tensor:
+        for layer in self.layers:
+            if self.checkpointed:
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x, cache)
+        return self.head(x)
+
+
+def stack(**options):
+    x = rows(torch.float32)
+    return oftfx.adapt(Stack(**options), SPEC, example_inputs=x), x
+
+
+def test_all_layers_train_by_one_graph_and_compute_what_they_did():
+    model, x = stack()
+    expected = testing.gradients(model, x)
+    assert oftfx.compile(model, fullgraph=True) is model
+    actual = testing.gradients(model, x)
+    for name, gradient in expected.items():
+        testing.assert_close(actual[name], gradient, name)
+    assert counters["oftfx"]["graphs"] == 1
+    assert counters["oftfx"]["rotations"] == 2
+
+
+def test_compiling_leaves_names_and_parameters_as_they_are():
+    model, _ = stack()
+    before = dict(model.named_parameters())
+    oftfx.compile(model)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert type(model) is Stack
+    assert type(model.layers[0]) is Layer
+
+
+def test_a_model_without_repeated_layers_is_compiled_whole():
+    x = rows(torch.float32)
+    model = oftfx.adapt(Attention(), SPEC, example_inputs=x)
+    with torch.no_grad():
+        expected = model(x)
+        testing.assert_close(oftfx.compile(model)(x), expected, "output")
+    assert counters["oftfx"]["rotations"] == 4
+
+
+def test_checkpointed_layers_share_one_graph():
+    model, x = stack(checkpointed=True)
+    eager = oftfx.adapt(Stack(), SPEC, example_inputs=x)
+    eager.load_state_dict(model.state_dict())
+    testing.assert_same_function(oftfx.compile(model), eager, x)
+    assert counters["oftfx"]["graphs"] <= 2  # the first with and without its input's gradient
+
+
+def test_other_lengths_cost_one_graph_more():
+    model, _ = stack()
+    oftfx.compile(model)
+    with torch.no_grad():
+        for length in (3, 5, 7, 9):
+            x = torch.randn(2, length, 8)
+            with_graph = model(x)
+            with torch.compiler.set_stance("force_eager"):
+                testing.assert_close(with_graph, model(x), "output")
+    assert counters["oftfx"]["graphs"] == 2
+
+
+def test_layers_with_a_place_in_a_cache_are_all_compiled():
+    depth = 12  # more than Dynamo compiles one function for by itself
+    model, x = stack(depth=depth)
+    oftfx.compile(model)
+    cache: dict[int, Tensor] = {}
+    with torch.no_grad():
+        model(x, cache)
+    assert cache.keys() == set(range(depth))
+    assert counters["oftfx"]["graphs"] == depth
+
+
+def test_what_is_not_adapted_is_not_compiled():
+    x = rows(torch.float32)
+    with pytest.raises(PlanError, match="no adapter"):
+        oftfx.compile(Stack())
+    program = torch.export.export(Stack(), (x,))
+    with pytest.raises(PlanError, match="module"):
+        oftfx.compile(oftfx.adapt(program, SPEC))
+
+
+def test_the_layers_are_the_outermost_repeated_ones():
+    class Block(nn.Module):
+        def __init__(self, hidden: int = 8) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([Layer(0, hidden), Layer(1, hidden)])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.ModuleList([Block(), Block(), Block(12)])
+            self.stages = nn.ModuleList([nn.ModuleList([Layer(0), Layer(1)])])
+            self.parts = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            self.frozen = nn.ModuleList([nn.ReLU(), nn.ReLU()])
+            self.apart = nn.ModuleList([Layer(0, 8), Layer(0, 12)])
+
+    model = Model()
+    oftfx.adapt(model, SPEC, capture="modules")
+    assert list(layers(model)) == [*model.encoder, *model.stages[0]]
