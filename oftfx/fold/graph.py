@@ -10,8 +10,9 @@ from oftfx import insert, match
 from oftfx.adapter import remove
 from oftfx.capture import read
 from oftfx.errors import MergeError
+from oftfx.fold.cost import cost, settled
 from oftfx.fold.report import MergedSite
-from oftfx.fold.weight import Fold
+from oftfx.fold.weight import Fold, check_finite
 from oftfx.host import Host, host_of
 from oftfx.sites.matmul import is_view_of_weight, parameter_behind, tensor_behind
 
@@ -56,18 +57,19 @@ def merge_graph(
             folds[name] = Fold(fqn, weight, out_in, factors, weight.dtype)
     for fold in folds.values():
         fold.check()
+    check_finite((fold.fqn, fold.finite()) for fold in folds.values())
 
     for use in uses:
         if not folds.keys().isdisjoint(graph.aliases[use.weight]):
             _read_own_name(host, use, graph.aliases[use.weight])
-    costs = []
+    measured = []
     for name, fold in folds.items():
         stored = fold.run()
         if report:
-            costs.append(fold.cost(stored, untied=len(graph.aliases[name]) > 1))
+            measured.append(cost(fold, stored, untied=len(graph.aliases[name]) > 1))
         requires_grad = host.parameters()[name].requires_grad
         host.set(name, nn.Parameter(stored, requires_grad=requires_grad))
-    return remove(host.finish()), costs
+    return remove(host.finish()), settled(measured)
 
 
 def _chains(

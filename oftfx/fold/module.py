@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from oftfx import sites
 from oftfx.attach import detach
 from oftfx.errors import MergeError, OftfxWarning
+from oftfx.fold.cost import Cost, cost, settled
 from oftfx.fold.report import MergedSite, percent
-from oftfx.fold.weight import Fold
+from oftfx.fold.weight import Fold, check_finite
 from oftfx.modules import Adapted, Rotation, SharedRotation, bare, site_name
 from oftfx.sites import pretrained
 from oftfx.sites.quantised import Quantiser, device_of, to_linear
@@ -21,7 +22,7 @@ from oftfx.sites.quantised import Quantiser, device_of, to_linear
 
 @dataclass(frozen=True)
 class _Site:
-    """One adapted weight of a module; its fold is made when it is wanted, one at a time."""
+    """One adapted weight of a module; a quantised one's fold is made when it is wanted."""
 
     fqn: str
     module: nn.Module
@@ -52,6 +53,8 @@ def merge_module(
 ) -> tuple[nn.Module, list[MergedSite]]:
     """Folds every rotation of a module into its weight; one layer's floats at a time.
 
+    The weights are folded one after the other without waiting for the device in between.
+
     Raises:
         MergeError: The options do not fit, or a weight cannot be folded. The model is untouched.
     """
@@ -67,20 +70,25 @@ def merge_module(
                 f"{site.fqn}: {site.quantiser.KIND} layers are not quantised anew here: merge to "
                 "floats, oftfx.merge(model), and quantise the result with its own library."
             )
-        site.fold().check()
+    folds, finite = zip(*map(_checked, found), strict=True)
+    check_finite(finite)
     if to_floats:
         for fqn, module, quantiser in quantised:
             _dequantised(fqn, module, quantiser)
     names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    costs, any_untied = [], False
-    for site in found:
-        if site.quantiser is not None:
-            cost = _store_quantised(site, site.quantiser, report, dtype, requantize)
+    measured: list[Cost | None] = []
+    any_untied = False
+    for site, kept in zip(found, folds, strict=True):
+        if kept is None:
+            assert site.quantiser is not None
+            measured.append(_store_quantised(site, site.quantiser, report, dtype, requantize))
         else:
-            cost, untied = _store(site, names, report)
+            untied = names[id(kept.weight)] > 1
             any_untied |= untied
-        if cost is not None:
-            costs.append(cost)
+            if untied:
+                names[id(kept.weight)] -= 1
+            measured.append(_store(site, kept, untied, report))
+    costs = settled([each for each in measured if each is not None])
     detach(model)
     if any_untied:
         _forget_tie(model)
@@ -91,34 +99,41 @@ def merge_module(
     return model, costs
 
 
-def _store(site: _Site, names: Counter[int], report: bool) -> tuple[MergedSite | None, bool]:
-    """Folds one float weight: in place, or into a tensor of its own where it is tied."""
+def _checked(site: _Site) -> tuple[Fold | None, tuple[str, Tensor]]:
+    """A float weight's fold, None for a quantised one; and whether its rotation is finite."""
     fold = site.fold()
+    fold.check()
+    return None if site.quantiser else fold, (site.fqn, fold.finite())
+
+
+def _store(site: _Site, fold: Fold, untied: bool, report: bool) -> Cost | None:
+    """Folds one float weight: in place, or into a tensor of its own where it is tied."""
+    if not (untied or report):
+        fold.run(into=fold.weight.detach())
+        return None
     stored = fold.run()
-    untied = names[id(fold.weight)] > 1
-    cost = fold.cost(stored, untied) if report else None
+    measured = cost(fold, stored, untied) if report else None
     if untied:
-        names[id(fold.weight)] -= 1
         site.replace(stored)
     else:
         fold.weight.copy_(stored)
-    return cost, untied
+    return measured
 
 
 def _store_quantised(
     site: _Site, quantiser: Quantiser, report: bool, dtype: torch.dtype, requantize: bool
-) -> MergedSite | None:
+) -> Cost | None:
     """Folds one quantised weight; its floats are gone when this returns."""
     fold = site.fold(dtype)
     if requantize:
         quantiser.requantise(site.module, fold.folded(torch.float32))
         stored = quantiser.dequantise(site.module)
-        return fold.cost(stored, survived=fold.survived(stored))
+        return cost(fold, stored, requantised=True)
     stored = fold.run()
     assert isinstance(site.module, Adapted)
     bare(site.module)
     to_linear(site.module, stored)
-    return fold.cost(stored) if report else None
+    return cost(fold, stored) if report else None
 
 
 def _check_options(quantised: bool, dtype: torch.dtype | None, requantize: bool) -> None:

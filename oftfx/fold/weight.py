@@ -1,15 +1,17 @@
-"""One weight to fold, and what folding it costs."""
+"""One weight to fold."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from oftfx.errors import MergeError
-from oftfx.fold.report import MergedSite
 from oftfx.ops.factor import Factor
+
+BLOCK = 2**24
+"""How many elements are folded at once: 64 MiB in float32, however large the weight."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ class Fold:
     """What the folded weight is stored in."""
 
     def check(self) -> None:
-        """That it can be folded.
+        """That it can be folded, as far as that is known without waiting for the device.
 
         Raises:
-            MergeError: It has no values, is no float, or its rotation is not finite.
+            MergeError: It has no values, or is no float.
         """
         if self.weight.device.type == "meta":
             raise MergeError(
@@ -39,50 +41,47 @@ class Fold:
                 f"{self.fqn}: its weight is quantised, which this version folds in an nn.Module "
                 "only: merge that and export it anew, or keep the rotation in the graph."
             )
-        if not all(torch.isfinite(tensor).all() for tensor in self._tensors()):
-            raise MergeError(f"{self.fqn}: its rotation is not finite; training diverged there.")
+
+    def finite(self) -> Tensor:
+        """Whether its rotation is finite, one bool on the device."""
+        return torch.stack([torch.isfinite(tensor).all() for tensor in self._tensors()]).all()
 
     def folded(self, dtype: torch.dtype) -> Tensor:
         """``W Mᵀ`` in (out, in), computed in this dtype."""
-        rows = (self.weight if self.out_in else self.weight.mT).to(dtype)
+        return self.turned(self.weight if self.out_in else self.weight.mT, dtype)
+
+    def turned(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """``w Mᵀ`` for rows w of the weight, computed in this dtype."""
+        rows = rows.to(dtype)
         for factor in reversed(self.factors):
             rows = factor.transposed()(rows)
         return rows
 
-    def run(self) -> Tensor:
-        """The weight to store, in its own layout and dtype."""
-        rows = self.folded(torch.promote_types(self._wide(), self.dtype))
-        return (rows if self.out_in else rows.mT).to(self.dtype).contiguous()
+    def run(self, into: Tensor | None = None) -> Tensor:
+        """Folds, block by block, without waiting for the device.
 
-    def survived(self, stored: Tensor) -> float:
-        """The share of the adaptation that a stored weight kept, as `MergedSite` defines it."""
-        exact = self.folded(self._wide())
-        change = exact - self.weight
-        return float(((stored - self.weight) * change).sum() / change.square().sum())
+        Args:
+            into: Where the weight to store goes, the weight's own memory perhaps; None for a
+                tensor of its own.
 
-    def cost(
-        self, stored: Tensor, untied: bool = False, survived: float | None = None
-    ) -> MergedSite:
-        """What storing this weight cost, measured on 16 random inputs."""
-        exact = self.folded(torch.float64)
-        out_in = self.out_in
-        before, after = (w if out_in else w.mT for w in (self.weight, stored))
-        seed = torch.Generator().manual_seed(0)
-        x = torch.randn(16, before.shape[1], generator=seed).to(before)
-        rotated = x
-        for factor in self.factors:
-            rotated = factor(rotated)
-        unmerged = (rotated @ before.mT).double()
-        return MergedSite(
-            self.fqn,
-            output_error=relative_error((x @ after.to(x.dtype).mT).double() - unmerged, unmerged),
-            orthogonality_error=max(float(factor.defect()) for factor in self.factors),
-            rounding_error=relative_error(after.double() - exact, exact),
-            untied=untied,
-            survived=survived,
-        )
+        Returns:
+            The weight to store, in its own layout and dtype.
+        """
+        if into is None:
+            into = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+        dtype = torch.promote_types(self.wide(), self.dtype)
+        for old, new in self.blocks(into):
+            new.copy_(self.turned(old, dtype))
+        return into
 
-    def _wide(self) -> torch.dtype:
+    def blocks(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The weight's rows, (out, in), and beside them a stored weight's."""
+        pairs = [tensor.detach() for tensor in (self.weight, stored)]
+        old, new = (tensor if self.out_in else tensor.mT for tensor in pairs)
+        step = max(1, BLOCK * old.shape[0] // max(1, old.numel()))
+        return zip(old.split(step), new.split(step), strict=True)
+
+    def wide(self) -> torch.dtype:
         """The widest of the weight's dtype and the factors'."""
         dtypes = (tensor.dtype for tensor in self._tensors())
         return functools.reduce(torch.promote_types, dtypes, self.weight.dtype)
@@ -92,6 +91,20 @@ class Fold:
             yield from (operand for operand in factor.operands if isinstance(operand, Tensor))
 
 
-def relative_error(difference: Tensor, reference: Tensor) -> float:
-    """The difference's 2-norm in terms of the reference's."""
-    return float(difference.norm() / reference.norm().clamp_min(1e-300))
+def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+    """That rotations are finite; waits for each device once.
+
+    Args:
+        named: Sites, and whether theirs is.
+
+    Raises:
+        MergeError: One is not.
+    """
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for fqn, finite in named:
+        by_device.setdefault(finite.device, []).append((fqn, finite))
+    for members in by_device.values():
+        known = torch.stack([finite for _, finite in members]).tolist()
+        for (fqn, _), finite in zip(members, known, strict=True):
+            if not finite:
+                raise MergeError(f"{fqn}: its rotation is not finite; training diverged there.")
