@@ -26,11 +26,11 @@ from typing import Any
 import peft
 import torch
 import transformers
+from measure import compiled, kernels
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 import oftfx
-from oftfx.backend import oftfx as backend
 from oftfx.sites.pretrained import quantise
 from oftfx.table import table
 
@@ -63,11 +63,6 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def peft_oft(model: nn.Module) -> nn.Module:
-    config = peft.OFTConfig(oft_block_size=32, r=0, target_modules="all-linear")
-    return peft.get_peft_model(model, config)
-
-
 def peft_lora(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
 
@@ -80,19 +75,27 @@ def in_bf16(adapted: nn.Module) -> nn.Module:
     return adapted
 
 
-ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "frozen base": frozen,
-    "oftfx OFT b32": lambda model: oftfx.adapt(model, oftfx.OFT(block_size=32)),
-    "oftfx OFT b32, shared": lambda model: oftfx.adapt(
-        model, oftfx.OFT(block_size=32, share_inputs=True)
-    ),
-    "PEFT OFT b32": peft_oft,
-    "PEFT LoRA r16": peft_lora,
-}
-IN_BF16: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "PEFT OFT b32, bf16 adapters": lambda model: in_bf16(peft_oft(model)),
-    "PEFT LoRA r16, bf16 adapters": lambda model: in_bf16(peft_lora(model)),
-}
+def known_rows(b: int, with_bf16: bool) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """How each row's model is adapted; the first is what the others are compared with."""
+
+    def oft(**fields: Any) -> Callable[[nn.Module], nn.Module]:
+        return lambda model: oftfx.adapt(model, oftfx.OFT(block_size=b, **fields))
+
+    def peft_oft(model: nn.Module) -> nn.Module:
+        config = peft.OFTConfig(oft_block_size=b, r=0, target_modules="all-linear")
+        return peft.get_peft_model(model, config)
+
+    rows: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "frozen base": frozen,
+        f"oftfx OFT b{b}": oft(),
+        f"oftfx OFT b{b}, shared": oft(share_inputs=True),
+        f"PEFT OFT b{b}": peft_oft,
+        "PEFT LoRA r16": peft_lora,
+    }
+    if with_bf16:
+        rows[f"PEFT OFT b{b}, bf16 adapters"] = lambda model: in_bf16(peft_oft(model))
+        rows["PEFT LoRA r16, bf16 adapters"] = lambda model: in_bf16(peft_lora(model))
+    return rows
 
 
 def main() -> None:
@@ -108,7 +111,10 @@ def main() -> None:
     tokens = torch.randint(config.vocab_size, (args.batch, args.tokens), generator=generator)
     tokens = tokens.to(device)
 
-    known = ROWS | (IN_BF16 if dtype is torch.bfloat16 else {})
+    known = known_rows(args.block_size, with_bf16=dtype is torch.bfloat16)
+    names = args.rows or list(known)
+    if unknown := set(names) - known.keys():
+        sys.exit(f"no such rows: {sorted(unknown)}; there are {list(known)}")
 
     def build(name: str) -> nn.Module:
         torch.manual_seed(0)
@@ -120,10 +126,7 @@ def main() -> None:
                 model = quantise(model, double=args.quant == "nf4-double")
             with device:
                 model = known[name](model).train()
-        if args.compile:  # by the function, which needs no installed entry point
-            torch._dynamo.reset()
-            model.compile(backend=backend if name.startswith("oftfx") else "inductor")
-        return model
+        return compiled(model, args.compile, args.mode) if args.compile else model
 
     def step(model: nn.Module) -> tuple[float, float]:
         """Seconds of one step, and the norm of its gradients."""
@@ -137,11 +140,11 @@ def main() -> None:
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
         return seconds, float(torch.stack(norms).norm()) if norms else 0.0
 
-    names = args.rows or list(known)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     norms: dict[str, float] = {}
     first: dict[str, float] = {}
     peaks: dict[str, float] = {}
+    launches: dict[str, int] = {}
     if device.type == "cuda":  # one model at a time: its peak is its own
         for name in names:
             start = time.perf_counter()
@@ -155,6 +158,7 @@ def main() -> None:
                 took, norms[name] = step(model)
                 seconds[name].append(took)
             peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            launches[name] = kernels(lambda model=model: step(model))  # type: ignore[misc]
             took = statistics.median(seconds[name])
             print(f"{name}: {took * 1000:.1f} ms, {peaks[name]:.1f} GiB", file=sys.stderr)
             del model
@@ -179,12 +183,13 @@ def main() -> None:
             f"{medians[name] * 1000:.1f}",
             f"{medians[name] / base:.3f}",
             f"{peaks[name]:.1f}" if name in peaks else "",
+            f"{launches[name] - launches[names[0]]:+}" if name in launches else "",
             f"{first[name]:.1f}",
             f"{norms[name]:.2e}",
         )
         for name in names
     ]
-    header = ("model", "ms", "× base", "peak GiB", "first s", "gradient norm")
+    header = ("model", "ms", "× base", "peak GiB", "kernels", "first s", "gradient norm")
     print(table(header, rows, right=" ".join(header)))
     result: dict[str, Any] = {
         "setting": {
@@ -201,6 +206,7 @@ def main() -> None:
         "seconds": seconds,
         "first_seconds": first,
         "peak_gib": peaks,
+        "kernels": launches,
         "gradient_norm": norms,
     }
     if args.out:
@@ -221,11 +227,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--quant", choices=("nf4", "nf4-double"), help="quantise the linear layers")
     parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
-    parser.add_argument("--compile", action="store_true", help="oftfx's rows by its backend")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="layers",
+        choices=("layers", "whole"),
+        help="oftfx's rows by its backend, layer by layer (or the model as a whole)",
+    )
+    parser.add_argument("--mode", help="of the compiler, such as reduce-overhead")
+    parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rows", nargs="*", choices=[*ROWS, *IN_BF16], help="else all that apply")
+    parser.add_argument("--rows", nargs="*", help="else all that apply")
     parser.add_argument("--out", type=Path, help="JSON with every measurement and the setting")
     return parser.parse_args()
 
