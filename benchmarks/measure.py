@@ -37,5 +37,5 @@ def kernels(run: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    on_device = (event for event in profile.events() if event.device_type is DeviceType.CUDA)
+    on_device = (event for event in profile.events() if event.device_type == DeviceType.CUDA)
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)

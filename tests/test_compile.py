@@ -1,5 +1,7 @@
 """`oftfx.compile(model)`: regional compilation."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,10 +43,8 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, cache: dict[int, Tensor] | None = None) -> Tensor:
         for layer in self.layers:
-            if self.checkpointed:
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x, cache)
+            run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointed else layer
+            x = run(x, cache)
         return self.head(x)
 
 
