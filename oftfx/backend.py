@@ -4,16 +4,21 @@ Counts land in Dynamo's own counters, `torch._dynamo.utils.counters["oftfx"]`: g
 distinct cores, and under each pass's name how many ops it saved.
 """
 
+import functools
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 from torch import Tensor, fx
 from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 
+from oftfx import ops
 from oftfx.errors import OftfxWarning
 from oftfx.ops.factor import MAPS
 from oftfx.passes import PASSES
@@ -59,8 +64,18 @@ def oftfx(
         module.recompile()
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **given}
     inductor: Any = lookup_backend("inductor")
-    compiled: Callable[..., Any] = inductor(graph, example_inputs, config_patches=patches)
+    # The compile caches know the ops by name; what a name stands for is in this tag.
+    tag = f"{torch.compiler.config.cache_key_tag} oftfx {_source()}".strip()
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        compiled: Callable[..., Any] = inductor(graph, example_inputs, config_patches=patches)
     return compiled
+
+
+@functools.cache
+def _source() -> str:
+    """A digest of the code of the ops, whose gradients the caches keep compiled."""
+    files = sorted(Path(ops.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _nodes(graph: fx.GraphModule) -> Iterator[fx.Node]:

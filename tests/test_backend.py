@@ -1,6 +1,10 @@
 """`torch.compile(model, backend="oftfx")`."""
 
 import importlib.metadata
+import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -80,3 +84,53 @@ def test_the_backend_counts_rotations_in_the_bodies_of_checkpointed_regions():
     model = oftfx.adapt(Checkpointed(), SPEC, example_inputs=x)
     testing.assert_same_function(torch.compile(model, backend=backend), model, x)
     assert counters["oftfx"]["rotations"] >= 1
+
+
+PROCESS = """
+import json, torch, oftfx
+from torch import nn
+from torch._dynamo.utils import counters
+
+x = torch.ones(3, 8)
+model = oftfx.adapt(nn.Sequential(nn.Linear(8, 8)), oftfx.OFT(block_size=4), example_inputs=x)
+oftfx.compile(model)(x).sum().backward()
+print(json.dumps({name: counters[name] for name in ("aot_autograd", "inductor", "oftfx")}))
+"""
+
+
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", PROCESS],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for _ in range(2)
+    ]
+    first, second = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
+    assert first["aot_autograd"]["autograd_cache_saved"] == 1
+    assert second["aot_autograd"]["autograd_cache_hit"] == 1
+    assert second["inductor"]["fxgraph_cache_hit"] == 2  # forward and backward
+    assert "fxgraph_cache_miss" not in second["inductor"]
+    assert not any("bypass" in name for counts in second.values() for name in counts)
+    assert second["oftfx"] == first["oftfx"]  # the passes run before the caches are asked
+
+
+def test_the_caches_forget_what_another_version_of_the_ops_compiled(monkeypatch):
+    x = rows(torch.float32)
+
+    model = oftfx.adapt(nn.Sequential(nn.Linear(8, 8)), SPEC, example_inputs=x)
+    with torch.no_grad():
+        oftfx.compile(model)(x)
+        torch._dynamo.reset()
+        counters.clear()
+        oftfx.compile(model)(x)
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setattr("oftfx.backend._source", lambda: "another")
+        oftfx.compile(model)(x)
+        assert counters["aot_autograd"]["autograd_cache_miss"] == 1
