@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,7 @@ from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
 from oftfx.fingerprint import Fingerprint
 from oftfx.host import parameters_of
+from oftfx.interop import peft
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of
 from oftfx.sites import is_quantised
@@ -35,56 +36,47 @@ FORMAT = 1
 TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
 
 
-def save(model: Model, directory: str | os.PathLike[str], name: str = "default") -> None:
+def save(
+    model: Model,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    format: Literal["oftfx", "peft"] = "oftfx",
+) -> None:
     """Writes one adapter of a model.
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
         directory: Made if missing; an adapter in it is replaced.
         name: Which adapter.
+        format: ``"peft"`` writes what HF PEFT's ``from_pretrained`` loads to the same function
+            (OFT, COFT and HRA): each layer that shares a rotation gets a copy.
 
     Raises:
         PlanError: The model has no such adapter.
-        CheckpointError: The directory cannot be written.
+        CheckpointError: The directory cannot be written, or PEFT cannot express the adapter.
+        ValueError: ``format`` is none of these.
     """
-    from safetensors.torch import save as serialise
-
     inner = unwrap(model)
     plan = _plan(inner, name)
     values = _values(inner, plan, name)
-    payload = serialise({key: value.detach().cpu().contiguous() for key, value in values.items()})
-    from oftfx import __version__
-
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "oftfx": __version__,
-        "torch": torch.__version__,
-        "plan": json.loads(plan.to_json()),
-        "base": _fingerprint(inner, plan),
-        "sha256": hashlib.sha256(payload).hexdigest(),
-    }
-    manifest["checksum"] = _checksum(manifest)
-    path = Path(directory)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        before = (path / TENSORS).read_bytes() if (path / TENSORS).is_file() else None
-        _write(path / TENSORS, payload)
-        try:
-            _write(path / MANIFEST, json.dumps(manifest, indent=1).encode())
-        except OSError:
-            if before is not None:  # the adapter that was here stays whole
-                _write(path / TENSORS, before)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}.") from error
+    match format:
+        case "oftfx":
+            files = _files(inner, plan, values)
+        case "peft":
+            config = getattr(inner, "config", None)
+            files = peft.write(plan, values, getattr(config, "_name_or_path", None) or None)
+        case _:
+            raise ValueError(f"format={format!r}: must be 'oftfx' or 'peft'.")
+    _write_all(Path(directory), files)
 
 
 def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
-    """Adapts a base model with an adapter that [`save`][oftfx.save] wrote.
+    """Adapts a base model with an adapter that [`save`][oftfx.save] or HF PEFT wrote.
 
     Args:
         model: The base, in any of the three forms.
-        directory: What ``save`` wrote.
+        directory: What ``save`` wrote, or PEFT's ``save_pretrained`` (OFT, HRA and PSOFT, by
+            PEFT 0.18 or later).
         name: The name the adapter gets in this model.
 
     Returns:
@@ -96,8 +88,12 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
         PlanError: The model has an adapter of this name already.
     """
     inner = unwrap(model)
-    plan, values, base = _read(Path(directory))
-    _check_base(inner, plan, base, Path(directory))
+    path = Path(directory)
+    if peft.holds_peft(path) and not (path / MANIFEST).is_file():
+        plan, values = peft.read(inner, path)
+    else:
+        plan, values, base = _read(path)
+        _check_base(inner, plan, base, path)
     taken = any(modules.is_rotation(key, name) for key in parameters_of(inner))
     try:
         # What is never trained comes from the file too: no weight is decomposed, no batch run.
@@ -152,8 +148,7 @@ def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory; oftfx.save writes one.")
     if not (path / MANIFEST).is_file():
-        foreign = (path / "adapter_config.json").is_file()
-        hint = ": it is PEFT's, which this version does not read." if foreign else "."
+        hint = "."
         if nested := sorted(path.glob(f"*/{MANIFEST}")):
             hint = f"; did you mean {nested[0].parent}?"
         raise CheckpointError(f"{path} holds no {MANIFEST}{hint}")
@@ -230,6 +225,41 @@ def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> N
 
 def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _files(model: Model, plan: Plan, values: dict[str, Tensor]) -> dict[str, bytes]:
+    """The contents of a directory in this library's own format."""
+    from safetensors.torch import save as serialise
+
+    from oftfx import __version__
+
+    payload = serialise({key: value.detach().cpu().contiguous() for key, value in values.items()})
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "oftfx": __version__,
+        "torch": torch.__version__,
+        "plan": json.loads(plan.to_json()),
+        "base": _fingerprint(model, plan),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    manifest["checksum"] = _checksum(manifest)
+    return {TENSORS: payload, MANIFEST: json.dumps(manifest, indent=1).encode()}
+
+
+def _write_all(path: Path, files: dict[str, bytes]) -> None:
+    """Writes a directory's files; when one fails, those that were there before stay whole."""
+    before = {}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name, payload in files.items():
+            held = (path / name).read_bytes() if (path / name).is_file() else None
+            _write(path / name, payload)
+            before[name] = held
+    except OSError as error:
+        for name, held in before.items():
+            if held is not None:
+                _write(path / name, held)
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
 
 
 def _write(path: Path, payload: bytes) -> None:
