@@ -29,6 +29,7 @@ from oftfx.interop import peft
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of
 from oftfx.sites import is_quantised
+from oftfx.weights import Weights
 
 M = TypeVar("M", nn.Module, ExportedProgram)
 
@@ -40,8 +41,9 @@ def save(
     model: Model,
     directory: str | os.PathLike[str],
     name: str = "default",
-    format: Literal["oftfx", "peft"] = "oftfx",
-) -> None:
+    format: Literal["oftfx", "peft", "lora"] = "oftfx",
+    rank: int | None = None,
+) -> peft.LoraReport | None:
     """Writes one adapter of a model.
 
     Args:
@@ -49,25 +51,38 @@ def save(
         directory: Made if missing; an adapter in it is replaced.
         name: Which adapter.
         format: ``"peft"`` writes what HF PEFT's ``from_pretrained`` loads to the same function
-            (OFT, COFT and HRA): each layer that shares a rotation gets a copy.
+            (OFT, COFT and HRA), ``"lora"`` what anything that knows PEFT's LoRA loads: the same
+            function for PSOFT, LOFT and HRA, for the others the nearest of a rank. Both write each
+            layer that shares a rotation a copy.
+        rank: Of LoRA's factors; None for that of the method, where it has one.
+
+    Returns:
+        For ``"lora"``, what each site lost.
 
     Raises:
-        PlanError: The model has no such adapter.
-        CheckpointError: The directory cannot be written, or PEFT cannot express the adapter.
-        ValueError: ``format`` is none of these.
+        PlanError: The model has no such adapter; or its weights, which LoRA needs, have no values.
+        CheckpointError: The directory cannot be written, or the format cannot express the adapter.
+        ValueError: ``format`` is none of these, or a rank is given to another than LoRA.
     """
     inner = unwrap(model)
     plan = _plan(inner, name)
     values = _values(inner, plan, name)
+    if rank is not None and (format != "lora" or rank < 1):
+        raise ValueError(f"rank={rank}: must be ≥ 1, and is for format='lora' alone.")
+    report = None
+    # Where the base came from, as transformers' models remember.
+    base = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
     match format:
         case "oftfx":
             files = _files(inner, plan, values)
         case "peft":
-            config = getattr(inner, "config", None)
-            files = peft.write(plan, values, getattr(config, "_name_or_path", None) or None)
+            files = peft.write(plan, values, base)
+        case "lora":
+            files, report = peft.write_lora(plan, values, Weights(inner), rank, base)
         case _:
-            raise ValueError(f"format={format!r}: must be 'oftfx' or 'peft'.")
+            raise ValueError(f"format={format!r}: must be 'oftfx', 'peft' or 'lora'.")
     _write_all(Path(directory), files)
+    return report
 
 
 def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:

@@ -142,7 +142,7 @@ def test_what_peft_cannot_express_is_refused(spec, why, tmp_path):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'oftfx' or 'peft'"):
+    with pytest.raises(ValueError, match="'oftfx', 'peft' or 'lora'"):
         oftfx.save(oftfx.adapt(llama(), oftfx.OFT(block_size=8)), tmp_path, format="lore")
 
 

@@ -5,7 +5,8 @@ they are converted; everything else is the same for all methods.
 """
 
 from oftfx.interop.peft.directory import holds_peft
+from oftfx.interop.peft.lora import LoraReport, LoraSite, write_lora
 from oftfx.interop.peft.read import read
 from oftfx.interop.peft.write import write
 
-__all__ = ["holds_peft", "read", "write"]
+__all__ = ["LoraReport", "LoraSite", "holds_peft", "read", "write", "write_lora"]

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from oftfx.errors import CheckpointError
 from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
 from oftfx.interop.peft.formats import WRITES
-from oftfx.plan import Plan
+from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of
 
 PEFT_VERSION = "0.21.2"
@@ -27,24 +28,39 @@ def write(plan: Plan, values: Mapping[str, Tensor], base: str | None) -> dict[st
     Raises:
         CheckpointError: PEFT cannot express the adapter. Says which site or field.
     """
-    from safetensors.torch import save
-
     form, name = WRITES.get(type(plan.spec), (None, ""))
     if form is None:
         raise CheckpointError(f"PEFT has no {type(plan.spec).__name__}; save it without format=.")
     tensors = {}
     for site in plan.sites:
+        check_layer(site)
         spec = plan.spec_of(site)
-        if site.kind == "functional":
-            raise CheckpointError(f"{site.fqn} is no layer of its own, which PEFT cannot adapt.")
         held = {
             key: values[f"{site.rotation}.{key}"]
             for key in method_of(spec).shapes(spec, site.in_features)
         }
-        # A copy, since safetensors refuses names of one tensor, as shared rotations have.
         for suffix, tensor in form.theirs(spec, held).items():
-            tensors[f"{PREFIX}{site.fqn}.{suffix}"] = tensor.detach().cpu().clone().contiguous()
-    config = {
+            tensors[f"{PREFIX}{site.fqn}.{suffix}"] = tensor
+    config = header(plan, base) | form.config(
+        {site.fqn: plan.spec_of(site) for site in plan.sites},
+        {site.fqn: site.in_features for site in plan.sites},
+    )
+    return files(tensors, config | {"peft_type": name})
+
+
+def check_layer(site: Site) -> None:
+    """That a site is a layer of its own.
+
+    Raises:
+        CheckpointError: It is a bare parameter.
+    """
+    if site.kind == "functional":
+        raise CheckpointError(f"{site.fqn} is no layer of its own, which PEFT cannot adapt.")
+
+
+def header(plan: Plan, base: str | None) -> dict[str, Any]:
+    """The part of the config that is the same for every method."""
+    return {
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "bias": "none",
@@ -54,17 +70,20 @@ def write(plan: Plan, values: Mapping[str, Tensor], base: str | None) -> dict[st
         "layers_pattern": None,
         "layers_to_transform": None,
         "modules_to_save": None,
-        "peft_type": name,
         "peft_version": PEFT_VERSION,
         "revision": None,
         "target_modules": [site.fqn for site in plan.sites],
         "task_type": None,
-        **form.config(
-            {site.fqn: plan.spec_of(site) for site in plan.sites},
-            {site.fqn: site.in_features for site in plan.sites},
-        ),
     }
+
+
+def files(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The contents of the two files."""
+    from safetensors.torch import save
+
+    # Copies, since safetensors refuses names of one tensor, as shared rotations have.
+    own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
     return {
-        TENSORS: save(tensors, metadata={"format": "pt"}),
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True)).encode(),
+        TENSORS: save(own, metadata={"format": "pt"}),
+        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
