@@ -14,6 +14,7 @@ from oftfx.errors import (
     PlanError,
     SpecError,
 )
+from oftfx.explain import ExplainedSite, Explanation, explain
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
@@ -34,6 +35,8 @@ __all__ = [
     "Calibration",
     "CaptureError",
     "CheckpointError",
+    "ExplainedSite",
+    "Explanation",
     "Group",
     "Health",
     "MergeError",
@@ -52,6 +55,7 @@ __all__ = [
     "compile",
     "differentiable",
     "disabled",
+    "explain",
     "health",
     "load",
     "merge",

@@ -50,7 +50,7 @@ def oftfx(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", [[], ["finetune"], ["plan"], ["merge"]])
+@pytest.mark.parametrize("command", [[], ["finetune"], ["plan"], ["explain"], ["merge"]])
 def test_help_teaches(oftfx, command):
     code, out, _ = oftfx(*command, "--help")
     assert code == 0
@@ -88,6 +88,12 @@ def test_finetune_then_merge(oftfx, model_dir, text_file, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert MARKER in {path.name for path in (tmp_path / "merged").iterdir()}
+
+    code, table, err = oftfx("explain", model_dir, out / "adapter")
+    assert code == 0, err
+    assert "transformer.h.0.attn.c_attn" in table
+    _, text, _ = oftfx("explain", model_dir, out / "adapter", "--json")
+    assert all(site["norm"] > 0 for site in json.loads(text)["sites"])
 
 
 def test_plan_prints_a_table_or_json(oftfx, model_dir):
