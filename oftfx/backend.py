@@ -65,8 +65,8 @@ def oftfx(
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **given}
     inductor: Any = lookup_backend("inductor")
     # The compile caches know the ops by name; what a name stands for is in this tag.
-    tag = f"{torch.compiler.config.cache_key_tag} oftfx {_source()}".strip()
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} oftfx {_source()}".strip()):
         compiled: Callable[..., Any] = inductor(graph, example_inputs, config_patches=patches)
     return compiled
 

@@ -60,8 +60,9 @@ class ExplainedSite:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What [`explain`][oftfx.explain] found; ``str()`` is a table: equal layers in
-    one row, with the worst of their norms and errors.
+    """What [`explain`][oftfx.explain] found.
+
+    ``str()`` is a table: equal layers in one row, with the worst of their norms and errors.
 
     Attributes:
         sites: In the order of the plans.
