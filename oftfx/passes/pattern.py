@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
