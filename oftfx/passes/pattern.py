@@ -10,6 +10,7 @@ Arguments are compared after defaults are filled in, commuted operands in either
 are seen through where the pattern says [`Cast`][oftfx.passes.pattern.Cast].
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -100,7 +101,8 @@ class OneOf(NamedTuple):
     patterns: tuple[Any, ...]
 
 
-class Match(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Match:
     """What matched.
 
     Attributes:
@@ -108,16 +110,16 @@ class Match(NamedTuple):
         nodes: The nodes of the expression itself, without what it captured.
     """
 
-    captured: Mapping[str, Any] = _NONE
+    captured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     nodes: tuple[fx.Node, ...] = ()
 
-    def __getitem__(self, name: str) -> Any:  # type: ignore[override]
+    def __getitem__(self, name: str) -> Any:
         """What a capture holds."""
         return self.captured[name]
 
     def plus(self, node: fx.Node) -> "Match":
         """With one more node."""
-        return self._replace(nodes=(*self.nodes, node))
+        return dataclasses.replace(self, nodes=(*self.nodes, node))
 
 
 def call(name: str, *operands: Any) -> Call:
@@ -153,7 +155,7 @@ def _matches(pattern: Any, given: Any, found: Match) -> Iterator[Match]:
         case Capture(name, where):
             if name not in found.captured:
                 if where(given):
-                    yield found._replace(captured={**found.captured, name: given})
+                    yield dataclasses.replace(found, captured={**found.captured, name: given})
             elif found.captured[name] is given:
                 yield found
         case Cast(inner):
