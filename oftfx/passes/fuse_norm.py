@@ -13,18 +13,27 @@ if anything does.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from oftfx.ops.triton import kernels
-from oftfx.passes.effects import barrier
+from oftfx.passes.effects import epochs
 from oftfx.passes.group import ROTATE, ROTATE_GROUP
-from oftfx.passes.pattern import Capture, Cast, Match, OneOf, arguments, call, match, value_of
+from oftfx.passes.pattern import (
+    Capture,
+    Cast,
+    Match,
+    OneOf,
+    arguments,
+    call,
+    has_shape,
+    match,
+    value_of,
+)
 
 NORM_ROTATE = torch.ops.oftfx.norm_rotate.default
 
@@ -36,7 +45,7 @@ def _is_row(node: Any) -> bool:
         value is not None
         and value.is_floating_point()
         and value.dim() > 1
-        and statically_known_true(value.shape[-1] == 1)
+        and has_shape(node, (*value.shape[:-1], 1))
     )
 
 
@@ -72,20 +81,16 @@ class _Statistics(NamedTuple):
 
 def fuse_norm(graph: fx.GraphModule) -> int:
     """Fuses the rotations of norms with them; returns how many such ops there are then."""
-    epochs: dict[fx.Node, int] = {}
-    epoch = 0
-    for node in graph.graph.nodes:
-        epoch += barrier(node)
-        epochs[node] = epoch
+    epoch = epochs(graph.graph)
     fused = 0
-    for node in epochs:
+    for node in epoch:
         if node.op != "call_function" or node.target not in (ROTATE, ROTATE_GROUP):
             continue
         found = match(NORM, node.args[0])
         if found is None or not _is_norm(found) or _stride(node) != 1:
             continue
         # The op reads x where the rotation was, not where the norm was.
-        if len({epochs[one] for one in (*found.nodes, node)}) > 1:
+        if len({epoch[one] for one in (*found.nodes, node)}) > 1:
             continue
         if _served(node, found):
             _fuse(graph.graph, node, found)
@@ -111,21 +116,11 @@ def _is_norm(found: Match) -> bool:
         return False
     given: Mapping[str, Any] = found.captured
     vectors = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
-    if not all(_is_column(one) and _has_shape(one, x.shape[-1:]) for one in vectors):
+    if not all(_is_column(one) and has_shape(one, x.shape[-1:]) for one in vectors):
         return False
     if "rstd" in given:
-        return _has_shape(given["rstd"], (*x.shape[:-1], 1))
+        return has_shape(given["rstd"], (*x.shape[:-1], 1))
     return len(given["shape"]) == 1
-
-
-def _has_shape(node: fx.Node, shape: Sequence[Any]) -> bool:
-    """Whether it has for sure: no guard comes from here."""
-    value = value_of(node)
-    return (
-        value is not None
-        and value.dim() == len(shape)
-        and all(statically_known_true(i == j) for i, j in zip(value.shape, shape, strict=True))
-    )
 
 
 def _served(rotation: fx.Node, found: Match) -> bool:

@@ -12,12 +12,13 @@ are seen through where the pattern says [`Cast`][oftfx.passes.pattern.Cast].
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -137,6 +138,16 @@ def value_of(node: Any) -> Tensor | None:
     """The fake tensor that Dynamo saw a node give; None for what is no tensor."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def has_shape(node: Any, shape: Sequence[Any]) -> bool:
+    """Whether it has for sure: no guard comes from here."""
+    value = value_of(node)
+    return (
+        value is not None
+        and value.dim() == len(shape)
+        and all(statically_known_true(i == j) for i, j in zip(value.shape, shape, strict=True))
+    )
 
 
 def arguments(node: fx.Node, name: str) -> tuple[Any, ...] | None:
