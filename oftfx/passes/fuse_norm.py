@@ -55,10 +55,12 @@ def _is_column(node: Any) -> bool:
     return value is not None and value.is_floating_point() and value.dim() == 1
 
 
-_X, _RSTD = Capture("x"), Capture("rstd", _is_row)
+_X, _MEAN = Capture("x"), Capture("mean", _is_row)
+_RSTD, _STD = Capture("rstd", _is_row), Capture("std", _is_row)
 _WEIGHT, _BIAS = Capture("weight", _is_column), Capture("bias", _is_column)
 _WHOLE = (Cast(_X), Capture("shape"), Capture("weight"))
-_ROWS = call("mul", Cast(_X), _RSTD)
+_CENTRED = Cast(OneOf((call("sub", Cast(_X), Cast(_MEAN)), _X)))
+_ROWS = OneOf((call("mul", _CENTRED, Cast(_RSTD)), call("div", _CENTRED, Cast(_STD))))
 _COLUMNS = call("mul", Cast(_WEIGHT), Cast(_ROWS))
 NORM = Cast(
     OneOf(
@@ -118,9 +120,10 @@ def _is_norm(found: Match) -> bool:
     vectors = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
     if not all(_is_column(one) and has_shape(one, x.shape[-1:]) for one in vectors):
         return False
-    if "rstd" in given:
-        return has_shape(given["rstd"], (*x.shape[:-1], 1))
-    return len(given["shape"]) == 1
+    rows = [given[name] for name in ("mean", "rstd", "std") if name in given]
+    if not all(has_shape(one, (*x.shape[:-1], 1)) for one in rows):
+        return False
+    return bool(rows) or len(given["shape"]) == 1
 
 
 def _served(rotation: fx.Node, found: Match) -> bool:
@@ -152,8 +155,13 @@ def _fuse(graph: fx.Graph, rotation: fx.Node, found: Match) -> None:
 
 def _statistics(graph: fx.Graph, found: Match) -> _Statistics:
     """The mean and rstd of each row: the graph's own, or nodes for those of a whole norm."""
-    if "rstd" in found.captured:
-        return _Statistics(None, found["rstd"])
+    given = found.captured
+    if "rstd" in given:
+        return _Statistics(given.get("mean"), given["rstd"])
+    if "std" in given:
+        return _Statistics(
+            given.get("mean"), graph.call_function(torch.reciprocal, (given["std"],))
+        )
     x, value = found["x"], value_of(found["x"])
     assert value is not None
     wide = torch.promote_types(value.dtype, torch.float32)

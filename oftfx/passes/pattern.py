@@ -44,6 +44,12 @@ _TWO = ("input", "other")
 _ALPHA = {"alpha": 1}
 OPERATIONS: dict[str, Operation] = {
     "add": Operation((operator.add, torch.add, "add", "__add__"), (*_TWO, "alpha"), _ALPHA, True),
+    "sub": Operation((operator.sub, torch.sub, "sub", "__sub__"), (*_TWO, "alpha"), _ALPHA),
+    "div": Operation(
+        (operator.truediv, torch.div, torch.true_divide, "div", "__truediv__"),
+        (*_TWO, "rounding_mode"),
+        {"rounding_mode": None},
+    ),
     "mul": Operation(
         (operator.mul, torch.mul, torch.multiply, "mul", "__mul__"), _TWO, _NONE, True
     ),
@@ -52,9 +58,6 @@ OPERATIONS: dict[str, Operation] = {
     "gelu": Operation(
         (F.gelu, torch._C._nn.gelu), ("input", "approximate"), {"approximate": "none"}
     ),
-    "chunk": Operation((torch.chunk, "chunk"), ("input", "chunks", "dim"), {"dim": 0}),
-    "split": Operation((torch.split, "split"), ("tensor", "split_size", "dim"), {"dim": 0}),
-    "getitem": Operation((operator.getitem,), _TWO),
     "rms_norm": Operation(
         (F.rms_norm, torch.rms_norm),
         ("input", "normalized_shape", "weight", "eps"),

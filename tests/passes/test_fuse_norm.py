@@ -85,6 +85,13 @@ def t5(x, weight, bias):
     return weight * (x * torch.rsqrt(variance + 1e-5))
 
 
+def deberta(x, weight, bias):
+    h = x.float()
+    mean = h.mean(-1, keepdim=True)
+    variance = (h - mean).pow(2).mean(-1, keepdim=True)
+    return weight * ((h - mean) / torch.sqrt(variance + 1e-5)).to(x.dtype) + bias
+
+
 NORMS = {
     "RMSNorm": lambda: nn.RMSNorm(WIDTH),
     "RMSNorm, no weight": lambda: nn.RMSNorm(WIDTH, eps=1e-3, elementwise_affine=False),
@@ -95,6 +102,7 @@ NORMS = {
     "Gemma": lambda: Norm(lambda x, w, b: (x.float() * rstd(x.float()) * (1.0 + w)).type_as(x)),
     "T5": lambda: Norm(t5),
     "x·x": lambda: Norm(lambda x, w, b: (x * (x * x).mean(-1, keepdim=True).add(1e-5).rsqrt()) * w),
+    "DeBERTa": lambda: Norm(deberta),
     "a bias": lambda: Norm(lambda x, w, b: b + w * (x * rstd(x))),
 }
 NO_NORMS = {
