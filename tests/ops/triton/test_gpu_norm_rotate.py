@@ -83,6 +83,29 @@ def test_opcheck(kind):
     torch.library.opcheck(op, (*norm, wanted, torch.bfloat16))
 
 
+def test_offsets_beyond_32_bits():
+    """Everything happens in the rows past 2³¹ elements."""
+    b, width, tail = 32, 4096, 200
+    rows = 2**31 // width + tail
+    x = torch.zeros(rows, width, dtype=torch.bfloat16, device=CUDA)
+    x[-tail:] = torch.randn(tail, width, device=CUDA)
+    rstd = torch.rand(rows, 1, device=CUDA)
+    cores = [(0.1 * torch.randn(width // b, b, b, device=CUDA)).bfloat16().float()]
+    last = (x[-tail:], None, rstd[-tail:], None, None, cores)
+    (exact,) = ops.norm_rotate(*double(last), torch.float64)
+    given = (x, None, rstd, None, None, cores)
+    assert error(ops.norm_rotate(*given, torch.bfloat16)[0][-tail:], exact) < 8e-3
+    needs = (True, False, True)
+    grad_x, _, grad_rstd, _, _, grad_cores = ops.norm_rotate_grad([x], *given, *needs)
+    exact_x, _, exact_rstd, _, _, exact_cores = ops.norm_rotate_grad(
+        [x[-tail:].double()], *double(last), *needs
+    )
+    assert error(grad_x[-tail:], exact_x) < 8e-3
+    assert error(grad_rstd[-tail:], exact_rstd) < 5e-6
+    assert error(grad_cores[0], exact_cores[0]) < 8e-3
+    assert not grad_x[:-tail].any()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_language_model_in_value_gradient_and_memory(autocast, fresh_compiler):
     config = Qwen2Config(
