@@ -9,7 +9,8 @@
 The statistics stay nodes, for the compiler to compute where x is written. Anything that scales rows
 and then columns is such a norm, whichever way its rows' numbers came about; `F.rms_norm` and
 `F.layer_norm` are taken apart into statistics and the op. What else reads y still does, and y stays
-if anything does.
+if anything does. A norm that is trained, and what no kernel serves, is left to the compiler:
+`counters["oftfx"]["norms_left"]` says how often.
 """
 
 import operator
@@ -94,7 +95,7 @@ def fuse_norm(graph: fx.GraphModule) -> int:
         # The op reads x where the rotation was, not where the norm was.
         if len({epoch[one] for one in (*found.nodes, node)}) > 1:
             continue
-        if _served(node, found):
+        if _served(node, found) and not _is_trained(found):
             _fuse(graph.graph, node, found)
             fused += 1
         else:
@@ -134,6 +135,14 @@ def _served(rotation: fx.Node, found: Match) -> bool:
         return False
     fast = kernels("norm_rotate", x.device)
     return fast is not None and bool(fast.fits(x, cores, y.dtype))
+
+
+def _is_trained(found: Match) -> bool:
+    """Whether the norm itself is, whose gradients the compiler sums better than plain PyTorch."""
+    values = (value_of(found.captured.get(name)) for name in ("weight", "bias"))
+    return torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in values
+    )
 
 
 def _fuse(graph: fx.Graph, rotation: fx.Node, found: Match) -> None:

@@ -208,7 +208,7 @@ def test_what_else_reads_the_norm_still_does():
     assert counters["oftfx"]["fuse_norm"] > 0
 
 
-def test_trained_norms_get_their_gradients():
+def test_a_trained_norm_stays_the_compilers():
     model = oftfx.adapt(Reader(nn.LayerNorm(WIDTH)), SPEC, example_inputs=data())
     model.norm.requires_grad_(True)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -216,6 +216,7 @@ def test_trained_norms_get_their_gradients():
     for one in (model, compiled):
         loss = one(x).square().mean()
         grads.append(torch.autograd.grad(loss, [model.norm.weight, model.norm.bias]))
+    assert (counters["oftfx"]["fuse_norm"], counters["oftfx"]["norms_left"]) == (0, 1)
     for value, expected in zip(*grads, strict=True):
         testing.assert_close(value, expected, "gradient")
 
@@ -253,6 +254,17 @@ def test_not_out_of_what_has_no_gradient():
     assert counters["oftfx"]["fuse_norm"] == 0
     for value, expected in zip(*grads, strict=True):
         testing.assert_close(value, expected, "gradient")
+
+
+def test_enters_the_bodies_of_checkpointed_regions():
+    class Checkpointed(Reader):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    model = oftfx.adapt(Checkpointed(nn.RMSNorm(WIDTH)), SPEC, example_inputs=data())
+    compiled = torch.compile(model, backend=backend)
+    testing.assert_same_function(compiled, model, data())
+    assert counters["oftfx"]["fuse_norm"] > 0
 
 
 def test_may_be_switched_off():
