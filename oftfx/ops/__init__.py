@@ -3,6 +3,7 @@
 from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
+from oftfx.ops.norm_rotate import norm_rotate, norm_rotate_grad
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
 from oftfx.ops.subspace import subspace, subspace_grad
@@ -15,6 +16,8 @@ __all__ = [
     "givens_grad",
     "glu_rotate",
     "glu_rotate_grad",
+    "norm_rotate",
+    "norm_rotate_grad",
     "rotate",
     "rotate_grad",
     "rotate_group",

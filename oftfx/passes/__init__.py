@@ -1,7 +1,7 @@
 """Graph passes: each replaces oftfx's ops by cheaper ones that compute the same.
 
 A pass takes one `fx.GraphModule` of torch-level nodes, as Dynamo hands it to a backend, edits its
-graph in place, and returns how many ops it removed. It runs before autograd, whose formulas of the
+graph in place, and returns how often it did. It runs before autograd, whose formulas of the
 ops then give the backward, and before the compile caches, which so never see a graph without it.
 """
 
@@ -10,9 +10,10 @@ from collections.abc import Callable
 from torch import fx
 
 from oftfx.passes.batch_cores import batch_cores
+from oftfx.passes.fuse_norm import fuse_norm
 from oftfx.passes.group import group
 
 Pass = Callable[[fx.GraphModule], int]
 
-PASSES: dict[str, Pass] = {"batch_cores": batch_cores, "group": group}
+PASSES: dict[str, Pass] = {"batch_cores": batch_cores, "group": group, "fuse_norm": fuse_norm}
 """Every pass by the name of its option, in the order they run."""

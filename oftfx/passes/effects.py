@@ -1,4 +1,4 @@
-"""Which nodes of a torch-level graph may write to a tensor that already exists."""
+"""Which nodes of a torch-level graph others must not be moved across."""
 
 import operator
 
@@ -14,6 +14,14 @@ _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswit
     operator.is_not,
     operator.itemgetter,
 }
+
+
+def barrier(node: fx.Node) -> bool:
+    """Whether what is computed before a node may not be computed after it, nor the reverse.
+
+    Because the node writes to a tensor, or because it begins or ends what has no gradient.
+    """
+    return writes(node) or node.target is torch._C._set_grad_enabled
 
 
 def writes(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from oftfx.passes.effects import writes
+from oftfx.passes.effects import barrier
 
 ROTATE = torch.ops.oftfx.rotate.default
 ROTATE_GROUP = torch.ops.oftfx.rotate_group.default
@@ -27,7 +27,7 @@ def group(graph: fx.GraphModule) -> int:
     epoch = 0  # how often anything was written to so far: before and after, x may be two tensors
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.graph.nodes:
-        epoch += writes(node)
+        epoch += barrier(node)
         if node.op != "call_function" or node.target is not ROTATE:
             continue
         x, core, *stride = node.args

@@ -231,9 +231,9 @@ def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     rows, stride = rows_of(x)
     n, b, _ = cores[0].shape
     count = x.numel() // (n * b) if n else 0
-    cores, strides = _cores(cores)
+    cores, strides = alike(cores)
     work = _work(len(cores), count, n, b, x.dtype, cores[0].dtype, stride, 0, strides, (), x.device)
-    work.launch(rows, *_three(cores), *_three(outs))
+    work.launch(rows, *three(cores), *three(outs))
     return outs
 
 
@@ -248,13 +248,11 @@ def rotate_group_grad(
     ]
     if not (need_x or need_cores):
         return grad_x, grad_cores
-    rows = [rows_of(grad) for grad in grads]
-    if any(stride != rows[0][1] for _, stride in rows):
-        rows = [rows_of(grad.contiguous()) for grad in grads]
+    flat, grad_stride = rows_alike(grads)
     x_rows, x_stride = rows_of(x)
     n, b, _ = cores[0].shape
     count = x.numel() // (n * b) if n else 0
-    cores, (block, row, col) = _cores(cores)
+    cores, (block, row, col) = alike(cores)
     work = _work(
         len(cores),
         count,
@@ -262,7 +260,7 @@ def rotate_group_grad(
         b,
         x.dtype,
         cores[0].dtype,
-        rows[0][1],
+        grad_stride,
         x_stride,
         (block, col, row),  # of Cᵀ
         (need_x, need_cores),
@@ -270,18 +268,26 @@ def rotate_group_grad(
     )
     shape = (work.splits, len(cores), n, b, b) if need_cores else (0,)
     gram = torch.empty(shape, dtype=torch.float32, device=x.device)
-    work.launch(*_three([grad for grad, _ in rows]), x_rows, *_three(cores), grad_x, gram)
+    work.launch(*three(flat), x_rows, *three(cores), grad_x, gram)
     if need_cores:
-        work.sum(gram, *_three(grad_cores))
+        work.sum(gram, *three(grad_cores))
     return grad_x, grad_cores
 
 
-def _three(tensors: list[Tensor]) -> list[Tensor]:
-    """With the last one again where there are two: kernels skip it."""
-    return tensors if len(tensors) == 3 else [*tensors, tensors[-1]]
+def three(tensors: list[Tensor]) -> list[Tensor]:
+    """With the last one again where there are fewer: kernels skip it."""
+    return [*tensors, *tensors[-1:] * (3 - len(tensors))]
 
 
-def _cores(cores: list[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
+def rows_alike(grads: list[Tensor]) -> tuple[list[Tensor], int]:
+    """As `rows_of` gives each, of one stride."""
+    rows = [rows_of(grad) for grad in grads]
+    if any(stride != rows[0][1] for _, stride in rows):
+        rows = [rows_of(grad.contiguous()) for grad in grads]
+    return [grad for grad, _ in rows], rows[0][1]
+
+
+def alike(cores: list[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The cores, of one set of strides, and those."""
     strides = cores[0].stride()
     if any(core.stride() != strides for core in cores):
@@ -339,9 +345,10 @@ def _work(
         (*layout(n, b, chosen), count == 3, *last),
         **options(chosen),
     )
-    entries = n * b * b
-    return Work(
-        launch,
-        Launch(_sum, triton.cdiv(entries, 256), (splits, entries), (count, 8, 256), num_warps=4),
-        splits,
-    )
+    return Work(launch, summed(n * b * b, splits, count), splits)
+
+
+def summed(entries: int, splits: int, count: int) -> Launch:
+    """What adds the runs of ``count`` Gram matrices."""
+    programs = triton.cdiv(entries, 256)
+    return Launch(_sum, programs, (splits, entries), (count, 8, 256), num_warps=4)

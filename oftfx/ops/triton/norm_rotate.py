@@ -1,0 +1,446 @@
+"""A norm with given statistics and one to three rotations of it, in one pass over x each way.
+
+The programs are those of `rotate_group`, but what they turn they compute: a tile of x, less its
+rows' means, times a number a row and a number a column. The backward computes it again.
+
+    out_i = y + y·blockdiag(C_i)             y = (x − mean)·rstd·weight + bias
+    gram_i = yᵀ grad_i
+    dy = Σ grad_i + grad_i·blockdiag(C_iᵀ)   dx = dy·weight·rstd, and two sums along each row
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oftfx.ops.triton import rotate, rotate_group
+from oftfx.ops.triton.launch import Launch
+from oftfx.ops.triton.rotate import (
+    LARGEST,
+    PRECISION,
+    Tiles,
+    columns_of,
+    cut,
+    diagonal,
+    largest,
+    layout,
+    load_rows,
+    locate,
+    options,
+    rows_of,
+    store_gram,
+)
+
+WIDEST = 128
+"""The widest block of a single rotation; of several, as in `rotate_group`."""
+
+
+Norm = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
+"""Mean, rstd, weight and bias."""
+
+
+@triton.jit
+def _row(numbers: tl.tensor, row: tl.tensor, end: tl.tensor) -> tl.tensor:
+    """One float32 number for each row, as a column."""
+    return tl.load(numbers + row, row < end, 0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _column(numbers: tl.tensor, column: tl.tensor, column_in: tl.tensor) -> tl.tensor:
+    """One float32 number for each column, as a row; zeros where there is no column."""
+    return tl.load(numbers + column, column_in, 0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _along(x: tl.tensor) -> tl.tensor:
+    """The sum of each row."""
+    # `tl.sum`, which the interpreter refuses where triton was imported before it was asked for.
+    return tl.reduce(x, 1, tl.standard._sum_combine)
+
+
+@triton.jit(do_not_specialize=["rows", "n", "tiles"])
+def _forward(
+    source: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    core_0: tl.tensor,
+    core_1: tl.tensor,
+    core_2: tl.tensor,
+    out_0: tl.tensor,
+    out_1: tl.tensor,
+    out_2: tl.tensor,
+    rows: int,
+    n: tl.tensor,
+    tiles: int,
+    width: int,
+    stride: int,
+    block: int,
+    row_step: int,
+    col_step: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    COUNT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
+) -> None:
+    """All outputs for a pack's columns over a run of rows."""
+    tl.static_assert(PART == WIDE)
+    _, first, begin, end = locate(rows, n, tiles, PACK, 1, TILE)
+    whole, whole_in, _, _ = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
+    dtype = out_0.dtype.element_ty
+    shift = first.to(tl.int64) * B
+    source += shift
+    lane = tl.arange(0, TILE)
+    if AHEAD:  # as in `rotate`
+        x = load_rows(source, begin + lane, end, stride, whole, whole_in)
+        r = _row(rstd, begin + lane, end)
+    turn_0 = diagonal(core_0, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype)
+    if COUNT > 1:
+        turn_1 = diagonal(core_1, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype)
+    if COUNT > 2:
+        turn_2 = diagonal(core_2, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype)
+    if WEIGHTED:
+        w = _column(weight + shift, whole, whole_in)
+    if SHIFTED:
+        s = _column(bias + shift, whole, whole_in)
+
+    for start in range(begin, end, TILE):
+        row = start + lane
+        if AHEAD:
+            following = load_rows(source, row + TILE, end, stride, whole, whole_in)
+            r_following = _row(rstd, row + TILE, end)
+        else:
+            x = load_rows(source, row, end, stride, whole, whole_in)
+            r = _row(rstd, row, end)
+        y = x.to(tl.float32)
+        if CENTRED:
+            y -= _row(mean, row, end)
+        y *= r
+        if WEIGHTED:
+            y *= w
+        if SHIFTED:
+            y += s
+        y = y.to(dtype)
+        plain = y.to(tl.float32)
+        place = shift + row[:, None] * width + whole[None, :]
+        there = (row < end)[:, None] & whole_in[None, :]
+        turned = plain + tl.dot(y, turn_0, input_precision=PRECISION)
+        tl.store(out_0 + place, turned.to(dtype), there)
+        if COUNT > 1:
+            turned = plain + tl.dot(y, turn_1, input_precision=PRECISION)
+            tl.store(out_1 + place, turned.to(dtype), there)
+        if COUNT > 2:
+            turned = plain + tl.dot(y, turn_2, input_precision=PRECISION)
+            tl.store(out_2 + place, turned.to(dtype), there)
+        if AHEAD:
+            x = following
+            r = r_following
+
+
+@triton.jit(do_not_specialize=["rows", "n", "tiles"])
+def _backward(
+    grad_0: tl.tensor,
+    grad_1: tl.tensor,
+    grad_2: tl.tensor,
+    source: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    core_0: tl.tensor,
+    core_1: tl.tensor,
+    core_2: tl.tensor,
+    out: tl.tensor,
+    sums: tl.tensor,
+    gram: tl.tensor,
+    rows: int,
+    n: tl.tensor,
+    tiles: int,
+    width: int,
+    grad_stride: int,
+    stride: int,
+    block: int,
+    row_step: int,
+    col_step: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROTATE: tl.constexpr,
+    GRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """All gradients for a pack's columns over a run of rows, and the pack's share of row sums."""
+    tl.static_assert(PART == WIDE)
+    split, first, begin, end = locate(rows, n, tiles, PACK, 1, TILE)
+    whole, whole_in, _, _ = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
+    dtype = grad_0.dtype.element_ty
+    shift = first.to(tl.int64) * B
+    grad_0 += shift
+    grad_1 += shift
+    grad_2 += shift
+    source += shift
+    lane = tl.arange(0, TILE)
+    if ROTATE:
+        turn_0 = diagonal(core_0, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype)
+        if COUNT > 1:
+            turn_1 = diagonal(
+                core_1, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype
+            )
+        if COUNT > 2:
+            turn_2 = diagonal(
+                core_2, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype
+            )
+    if GRAM:
+        total_0 = tl.full((WIDE, WIDE), 0.0, tl.float32)
+        if COUNT > 1:
+            total_1 = tl.full((WIDE, WIDE), 0.0, tl.float32)
+        if COUNT > 2:
+            total_2 = tl.full((WIDE, WIDE), 0.0, tl.float32)
+    if WEIGHTED:
+        w = _column(weight + shift, whole, whole_in)
+    if SHIFTED:
+        s = _column(bias + shift, whole, whole_in)
+    sums += (first // PACK).to(tl.int64) * rows  # this pack's row
+
+    for start in range(begin, end, TILE):
+        row = start + lane
+        g_0 = load_rows(grad_0, row, end, grad_stride, whole, whole_in)
+        if COUNT > 1:
+            g_1 = load_rows(grad_1, row, end, grad_stride, whole, whole_in)
+        if COUNT > 2:
+            g_2 = load_rows(grad_2, row, end, grad_stride, whole, whole_in)
+        x = load_rows(source, row, end, stride, whole, whole_in).to(tl.float32)
+        r = _row(rstd, row, end)
+        if CENTRED:
+            x -= _row(mean, row, end)
+        if ROTATE:
+            turned = g_0.to(tl.float32) + tl.dot(g_0, turn_0, input_precision=PRECISION)
+            if COUNT > 1:
+                turned += g_1.to(tl.float32) + tl.dot(g_1, turn_1, input_precision=PRECISION)
+            if COUNT > 2:
+                turned += g_2.to(tl.float32) + tl.dot(g_2, turn_2, input_precision=PRECISION)
+            if WEIGHTED:
+                turned *= w
+            tl.store(sums + row, _along(turned * x), row < end)
+            turned *= r
+            if CENTRED:  # the means' follow those of rstd
+                packs = (n + PACK - 1) // PACK
+                tl.store(sums + packs.to(tl.int64) * rows + row, -_along(turned), row < end)
+            place = out + shift + row[:, None] * width + whole[None, :]
+            there = (row < end)[:, None] & whole_in[None, :]
+            tl.store(place, turned.to(out.dtype.element_ty), there)
+        if GRAM:
+            y = x * r
+            if WEIGHTED:
+                y *= w
+            if SHIFTED:
+                y += s
+            y = tl.trans(y.to(dtype))
+            total_0 = tl.dot(y, g_0, total_0, input_precision=PRECISION)
+            if COUNT > 1:
+                total_1 = tl.dot(y, g_1, total_1, input_precision=PRECISION)
+            if COUNT > 2:
+                total_2 = tl.dot(y, g_2, total_2, input_precision=PRECISION)
+
+    if GRAM:
+        entries = n.to(tl.int64) * (B * B)
+        gram += split * COUNT * entries + first.to(tl.int64) * (B * B)
+        store_gram(gram, total_0, whole, whole_in, whole, whole_in, B)
+        if COUNT > 1:
+            store_gram(gram + entries, total_1, whole, whole_in, whole, whole_in, B)
+        if COUNT > 2:
+            store_gram(gram + 2 * entries, total_2, whole, whole_in, whole, whole_in, B)
+
+
+def fits(
+    x: Tensor, cores: Sequence[Tensor], dtype: torch.dtype, grads: Sequence[Tensor] = ()
+) -> bool:
+    """Whether the kernels take these: one to three rotations alike, of 16 bits.
+
+    For float32 products of several parts a program lacks registers; x itself may be float32.
+    """
+    first = cores[0]
+    return (
+        len(cores) <= 3
+        and dtype.itemsize == 2
+        and x.dtype in (dtype, torch.float32)
+        and rotate.fits(x, first)
+        and first.shape[-1] <= (WIDEST if len(cores) == 1 else rotate_group.WIDEST)
+        and largest(x.device) == LARGEST
+        and all(core.shape == first.shape and core.dtype == first.dtype for core in cores)
+        and all(grad.dtype == dtype for grad in grads)
+    )
+
+
+def norm_rotate(
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cores: list[Tensor],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """`oftfx::norm_rotate`: x (..., n·b) of any strides and cores (n, b, b), in one reading."""
+    outs = [torch.empty(x.shape, dtype=dtype, device=x.device) for _ in cores]
+    rows, stride = rows_of(x)
+    cores, strides = rotate_group.alike(cores)
+    norm = (mean, rstd, weight, bias)
+    work = _work(_problem(rows, stride, norm, cores, dtype), 0, strides, ())
+    work.launch(
+        rows, *_vectors(norm, x.device), *rotate_group.three(cores), *rotate_group.three(outs)
+    )
+    return outs
+
+
+def norm_rotate_grad(
+    grads: list[Tensor],
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cores: list[Tensor],
+    need_x: bool,
+    need_cores: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`oftfx::norm_rotate_grad` but for weight and bias: one reading of ``grads`` and ``x``."""
+    grad_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
+    grad_mean, grad_rstd = x.new_empty(0), x.new_empty(0)
+    grad_cores = [
+        torch.empty(core.shape if need_cores else 0, dtype=core.dtype, device=x.device)
+        for core in cores
+    ]
+    if not (need_x or need_cores):
+        return grad_x, grad_mean, grad_rstd, grad_cores
+    rows, stride = rows_of(x)
+    flat, grad_stride = rotate_group.rows_alike(grads)
+    cores, (block, row, col) = rotate_group.alike(cores)
+    norm = (mean, rstd, weight, bias)
+    problem = _problem(rows, stride, norm, cores, flat[0].dtype)
+    work = _work(problem, grad_stride, (block, col, row), (need_x, need_cores))  # of Cᵀ
+    shares = (1 if mean is None else 2, work.packs, problem.rows) if need_x else (0,)
+    sums = torch.empty(shares, dtype=torch.float32, device=x.device)
+    shape = (work.splits, len(cores), *cores[0].shape) if need_cores else (0,)
+    gram = torch.empty(shape, dtype=torch.float32, device=x.device)
+    work.launch(
+        *rotate_group.three(flat),
+        rows,
+        *_vectors(norm, x.device),
+        *rotate_group.three(cores),
+        grad_x,
+        sums,
+        gram,
+    )
+    if need_cores:
+        work.sum(gram, *rotate_group.three(grad_cores))
+    if need_x:
+        first, *second = sums.sum(1)
+        grad_rstd = first.reshape(rstd.shape).to(rstd.dtype)
+        if mean is not None:
+            grad_mean = second[0].reshape(mean.shape).to(mean.dtype)
+    return grad_x, grad_mean, grad_rstd, grad_cores
+
+
+def _vectors(norm: Norm, device: torch.device) -> list[Tensor]:
+    """The norm's four operands, each one number after another; any tensor for what is absent."""
+    given = [None if t is None else t.reshape(-1).contiguous() for t in norm]
+    return [given[1] if t is None else t for t in given]  # type: ignore[misc]
+
+
+class Problem(NamedTuple):
+    """What the choice of programs depends on, forward and backward.
+
+    Attributes:
+        rows: Of x.
+        n: Blocks.
+        b: Their width.
+        rotations: How many.
+        stride: Between rows of x.
+        dtypes: Of x, of what is rotated, of the cores, and of the norm's four operands.
+        device: Where.
+    """
+
+    rows: int
+    n: int
+    b: int
+    rotations: int
+    stride: int
+    dtypes: tuple[torch.dtype | None, ...]
+    device: torch.device
+
+
+def _problem(
+    rows: Tensor, stride: int, norm: Norm, cores: list[Tensor], dtype: torch.dtype
+) -> Problem:
+    n, b, _ = cores[0].shape
+    dtypes = (rows.dtype, dtype, cores[0].dtype, *(None if t is None else t.dtype for t in norm))
+    count = rows.numel() // (n * b) if n else 0
+    return Problem(count, n, b, len(cores), stride, dtypes, rows.device)
+
+
+class Work(NamedTuple):
+    """One problem cut into programs.
+
+    Attributes:
+        launch: Runs them.
+        sum: Adds what the runs found.
+        splits: Into how many runs the rows are cut.
+        packs: Into how many packs the blocks are.
+    """
+
+    launch: Launch
+    sum: Launch
+    splits: int
+    packs: int
+
+
+def tiles(b: int, gradients: bool, count: int) -> Tiles:
+    """Tile sizes by block width and number of rotations."""
+    if count > 1:
+        return rotate_group.tiles(b, 2, gradients, count)
+    return rotate.tiles(b, 2, gradients)
+
+
+@functools.lru_cache(maxsize=4096)
+def _work(
+    problem: Problem, grad_stride: int, core_strides: tuple[int, int, int], needs: tuple[bool, ...]
+) -> Work:
+    """Chooses tiles and runs; ``needs`` says which gradients are wanted, and is empty forward."""
+    rows, n, b, count, stride, dtypes, device = problem
+    chosen = tiles(b, bool(needs), count)
+    programs, run, splits = cut(rows, n, chosen, device)
+    strides = (grad_stride, stride) if needs else (stride,)
+    numbers = (rows, n, run, n * b, *strides, *core_strides)
+    _, _, _, mean, _, weight, bias = (dtype is not None for dtype in dtypes)
+    last: tuple[int | str, ...] = (*needs, PRECISION) if needs else (PRECISION, chosen.stages == 0)
+    constants = (*layout(n, b, chosen), mean, weight, bias, count, *last)
+    launch = Launch(
+        _backward if needs else _forward, programs, numbers, constants, **options(chosen)
+    )
+    return Work(
+        launch,
+        rotate_group.summed(n * b * b, splits, count),
+        splits,
+        triton.cdiv(n, chosen.pack),
+    )

@@ -1,0 +1,175 @@
+"""Rotations of a norm become one op with it, which writes what they give and nothing else.
+
+    before                                    after
+    h = x.float()                             h = x.float()
+    r = rsqrt(h.pow(2).mean(-1) + eps)        r = rsqrt(h.pow(2).mean(-1) + eps)
+    y = weight * (h * r).to(x.dtype)          x_q, x_k, x_v = norm_rotate(
+    x_q, x_k, x_v = rotate_group(y, [C_q …])      x, None, r, weight, None, [C_q, C_k, C_v])
+
+The statistics stay nodes, for the compiler to compute where x is written. Anything that scales rows
+and then columns is such a norm, whichever way its rows' numbers came about; `F.rms_norm` and
+`F.layer_norm` are taken apart into statistics and the op. What else reads y still does, and y stays
+if anything does.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from oftfx.ops.triton import kernels
+from oftfx.passes.effects import barrier
+from oftfx.passes.group import ROTATE, ROTATE_GROUP
+from oftfx.passes.pattern import Capture, Cast, Match, OneOf, arguments, call, match, value_of
+
+NORM_ROTATE = torch.ops.oftfx.norm_rotate.default
+
+
+def _is_row(node: Any) -> bool:
+    """Of one number for each row."""
+    value = value_of(node)
+    return (
+        value is not None
+        and value.is_floating_point()
+        and value.dim() > 1
+        and statically_known_true(value.shape[-1] == 1)
+    )
+
+
+def _is_column(node: Any) -> bool:
+    """Of one number for each column."""
+    value = value_of(node)
+    return value is not None and value.is_floating_point() and value.dim() == 1
+
+
+_X, _RSTD = Capture("x"), Capture("rstd", _is_row)
+_WEIGHT, _BIAS = Capture("weight", _is_column), Capture("bias", _is_column)
+_WHOLE = (Cast(_X), Capture("shape"), Capture("weight"))
+_ROWS = call("mul", Cast(_X), _RSTD)
+_COLUMNS = call("mul", Cast(_WEIGHT), Cast(_ROWS))
+NORM = Cast(
+    OneOf(
+        (
+            call("rms_norm", *_WHOLE, Capture("eps")),
+            call("layer_norm", *_WHOLE, Capture("bias"), Capture("eps")),
+            call("add", Cast(_COLUMNS), Cast(_BIAS)),
+            _COLUMNS,
+            _ROWS,
+        )
+    )
+)
+"""Norms as models write them."""
+
+
+class _Statistics(NamedTuple):
+    mean: fx.Node | None
+    rstd: fx.Node
+
+
+def fuse_norm(graph: fx.GraphModule) -> int:
+    """Fuses the rotations of norms with them; returns how many such ops there are then."""
+    epochs: dict[fx.Node, int] = {}
+    epoch = 0
+    for node in graph.graph.nodes:
+        epoch += barrier(node)
+        epochs[node] = epoch
+    fused = 0
+    for node in epochs:
+        if node.op != "call_function" or node.target not in (ROTATE, ROTATE_GROUP):
+            continue
+        found = match(NORM, node.args[0])
+        if found is None or not _is_norm(found) or _stride(node) != 1:
+            continue
+        # The op reads x where the rotation was, not where the norm was.
+        if len({epochs[one] for one in (*found.nodes, node)}) > 1:
+            continue
+        if _served(node, found):
+            _fuse(graph.graph, node, found)
+            fused += 1
+        else:
+            counters["oftfx"]["norms_left"] += 1
+    return fused
+
+
+def _stride(rotation: fx.Node) -> Any:
+    return rotation.args[2] if rotation.target is ROTATE and len(rotation.args) > 2 else 1
+
+
+def _cores(rotation: fx.Node) -> list[fx.Node]:
+    given: Any = rotation.args[1]
+    return list(given) if rotation.target is ROTATE_GROUP else [given]
+
+
+def _is_norm(found: Match) -> bool:
+    """Whether what was captured goes together, along the last axis."""
+    x = value_of(found["x"])
+    if x is None or x.dim() == 0 or not x.is_floating_point():
+        return False
+    given: Mapping[str, Any] = found.captured
+    vectors = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
+    if not all(_is_column(one) and _has_shape(one, x.shape[-1:]) for one in vectors):
+        return False
+    if "rstd" in given:
+        return _has_shape(given["rstd"], (*x.shape[:-1], 1))
+    return len(given["shape"]) == 1
+
+
+def _has_shape(node: fx.Node, shape: Sequence[Any]) -> bool:
+    """Whether it has for sure: no guard comes from here."""
+    value = value_of(node)
+    return (
+        value is not None
+        and value.dim() == len(shape)
+        and all(statically_known_true(i == j) for i, j in zip(value.shape, shape, strict=True))
+    )
+
+
+def _served(rotation: fx.Node, found: Match) -> bool:
+    """Whether one kernel does it all; without, the compiler's norm and a rotation are faster."""
+    x, y = value_of(found["x"]), value_of(rotation.args[0])
+    cores = [value_of(core) for core in _cores(rotation)]
+    if x is None or y is None or any(core is None for core in cores):
+        return False
+    fast = kernels("norm_rotate", x.device)
+    return fast is not None and bool(fast.fits(x, cores, y.dtype))
+
+
+def _fuse(graph: fx.Graph, rotation: fx.Node, found: Match) -> None:
+    given, y = found.captured, value_of(rotation.args[0])
+    assert y is not None
+    with graph.inserting_before(rotation):
+        mean, rstd = _statistics(graph, found)
+        norm = (given["x"], mean, rstd, given.get("weight"), given.get("bias"))
+        fused = graph.call_function(NORM_ROTATE, (*norm, _cores(rotation), y.dtype))
+        if rotation.target is ROTATE:
+            out = graph.call_function(operator.getitem, (fused, 0))
+            out.meta = rotation.meta
+    rotation.replace_all_uses_with(fused if rotation.target is ROTATE_GROUP else out)
+    graph.erase_node(rotation)
+    for node in found.nodes:  # from the last one backwards
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _statistics(graph: fx.Graph, found: Match) -> _Statistics:
+    """The mean and rstd of each row: the graph's own, or nodes for those of a whole norm."""
+    if "rstd" in found.captured:
+        return _Statistics(None, found["rstd"])
+    x, value = found["x"], value_of(found["x"])
+    assert value is not None
+    wide = torch.promote_types(value.dtype, torch.float32)
+    eps = torch.finfo(wide).eps if found["eps"] is None else found["eps"]
+    h, mean = graph.call_method("to", (x, wide)), None
+    if any(arguments(node, "layer_norm") for node in found.nodes):
+        options: dict[str, Any] = {"dim": -1, "correction": 0, "keepdim": True}
+        both = graph.call_function(torch.var_mean, (h,), options)
+        square, mean = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+    else:
+        square = graph.call_method("mean", (graph.call_method("pow", (h, 2)), -1, True))
+    return _Statistics(
+        mean, graph.call_function(torch.rsqrt, (graph.call_function(operator.add, (square, eps)),))
+    )
