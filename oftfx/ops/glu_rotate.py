@@ -206,9 +206,7 @@ def _check(gate: Tensor, up: Tensor | None, activation: str) -> None:
 
 class _GluRotate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor | None, core: Tensor, activation: str
-    ) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up, core)
         ctx.activation = activation
         result: Tensor = below(GLU_ROTATE, gate, up, core, activation)
@@ -252,7 +250,9 @@ class _GluRotateGrad(torch.autograd.Function):
     def backward(ctx: Any, *seeds: Tensor) -> tuple[Any, ...]:
         """Second order, by differentiating what autograd makes of the parts."""
         activation, need_x, need_core = ctx.rest
-        given = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        given: list[Any] = [
+            t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
+        ]
         grad, gate, up, core = given
         factors = [gate] if up is None else [gate, up]
         outs: list[Tensor] = []

@@ -15,7 +15,6 @@ better in parts: `counters["oftfx"]["products_left"]` says how often.
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch.fx.experimental.symbolic_shapes import statically_known_true

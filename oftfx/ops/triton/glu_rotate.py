@@ -41,20 +41,25 @@ def _activated(x: tl.tensor, ACT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """An activation and its slope, in float32."""
     if ACT == "silu":
         share = 1.0 / (1.0 + tl.exp(-x))
-        return x * share, share * (1.0 + x * (1.0 - share))
+        slope = share * (1.0 + x * (1.0 - share))
+        value = x * share
     elif ACT == "gelu_tanh":  # (1 + tanh z) / 2 is the logistic function of 2z
         share = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
         inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        return x * share, share * (1.0 + x * (1.0 - share) * inner)
+        slope = share * (1.0 + x * (1.0 - share) * inner)
+        value = x * share
     elif ACT == "gelu":
         share = 0.5 + 0.5 * tl.erf(0.7071067811865476 * x)
-        return x * share, share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        value = x * share
     elif ACT == "relu":
-        return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+        value = tl.where(x < 0.0, 0.0, x)
     else:
         tl.static_assert(ACT == "relu2")
-        positive = tl.where(x < 0.0, 0.0, x)
-        return positive * positive, 2.0 * positive
+        slope = tl.where(x < 0.0, 0.0, 2.0 * x)
+        value = slope * slope * 0.25
+    return value, slope
 
 
 @triton.jit
@@ -122,9 +127,9 @@ def _forward(
         h, value, slope = _product(x, y, ACT, GATED)
         plain = h
         if PART < WIDE:
-            part_x = load_rows(gate, row, end, gate_stride, part, part_in)
-            part_y = load_rows(up, row, end, up_stride, part, part_in) if GATED else part_x
-            plain, value, slope = _product(part_x, part_y, ACT, GATED)
+            x = load_rows(gate, row, end, gate_stride, part, part_in)
+            y = load_rows(up, row, end, up_stride, part, part_in) if GATED else x
+            plain, value, slope = _product(x, y, ACT, GATED)  # noqa: RUF059
         turned = plain.to(tl.float32) + tl.dot(h, turn, input_precision=PRECISION)
         place = out + shift + row[:, None] * width + part[None, :]
         tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
@@ -233,9 +238,8 @@ def glu_rotate_grad(
     need_core: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`oftfx::glu_rotate_grad`: all gradients from one reading of grad, gate and up."""
-    like = {"dtype": gate.dtype, "device": gate.device}
-    grad_gate = torch.empty(gate.shape if need_x else 0, **like)
-    grad_up = torch.empty(gate.shape if need_x and up is not None else 0, **like)
+    grad_gate = gate.new_empty(gate.shape if need_x else 0)
+    grad_up = gate.new_empty(gate.shape if need_x and up is not None else 0)
     if not (need_x or need_core):
         return grad_gate, grad_up, core.new_empty(0)
     grad_rows, grad_stride = rows_of(grad)
