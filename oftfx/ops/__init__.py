@@ -2,6 +2,7 @@
 
 from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.givens import givens, givens_grad
+from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
 from oftfx.ops.norm_rotate import norm_rotate, norm_rotate_grad
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
@@ -13,6 +14,8 @@ __all__ = [
     "cayley_grad",
     "givens",
     "givens_grad",
+    "glu_rotate",
+    "glu_rotate_grad",
     "norm_rotate",
     "norm_rotate_grad",
     "rotate",

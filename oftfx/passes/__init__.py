@@ -10,10 +10,16 @@ from collections.abc import Callable
 from torch import fx
 
 from oftfx.passes.batch_cores import batch_cores
+from oftfx.passes.fuse_glu import fuse_glu
 from oftfx.passes.fuse_norm import fuse_norm
 from oftfx.passes.group import group
 
 Pass = Callable[[fx.GraphModule], int]
 
-PASSES: dict[str, Pass] = {"batch_cores": batch_cores, "group": group, "fuse_norm": fuse_norm}
+PASSES: dict[str, Pass] = {
+    "batch_cores": batch_cores,
+    "group": group,
+    "fuse_norm": fuse_norm,
+    "fuse_glu": fuse_glu,
+}
 """Every pass by the name of its option, in the order they run."""

@@ -53,6 +53,9 @@ OPERATIONS: dict[str, Operation] = {
     "mul": Operation(
         (operator.mul, torch.mul, torch.multiply, "mul", "__mul__"), _TWO, _NONE, True
     ),
+    "pow": Operation((operator.pow, torch.pow, "pow", "__pow__"), ("input", "exponent")),
+    "square": Operation((torch.square, "square"), ("input",)),
+    "tanh": Operation((torch.tanh, "tanh"), ("input",)),
     "silu": Operation((F.silu,), ("input", "inplace"), {"inplace": False}),
     "relu": Operation((F.relu, torch.relu, "relu"), ("input", "inplace"), {"inplace": False}),
     "gelu": Operation(

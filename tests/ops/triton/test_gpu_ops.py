@@ -8,6 +8,7 @@ from torch import nn
 
 import oftfx
 from oftfx import ops
+from oftfx.ops.glu_rotate import ACTIVATIONS
 from oftfx.ops.triton import kernels
 
 pytestmark = [
@@ -90,6 +91,29 @@ def test_groups_and_their_gradients_are_those_of_float64(b, dtype, count):
         assert all(torch.equal(out, x) for out in ops.rotate_group(x, zeros))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("b", "activation"),
+    [*((b, "silu") for b in (2, 7, 16, 24, 64, 128, 160)), *((32, name) for name in ACTIVATIONS)],
+)
+def test_gated_products_and_their_gradients_are_those_of_float64(b, dtype, activation):
+    """Rounded after the activation, the product and the rotation."""
+    for rows, blocks in ((4096, 3584 // b), (1, 576 // b), (33, 5), (1001, max(1, 200 // b))):
+        grad, both, core = operands(rows, 2 * max(1, blocks) * b, b, dtype)
+        gate, up = both.chunk(2, dim=-1)
+        grad, core = grad[:, : gate.shape[-1]], core[: len(core) // 2]
+        exact = ops.glu_rotate(gate.double(), up.double(), core.double(), activation)
+        args = (grad.double(), gate.double(), up.double(), core.double(), activation, True, True)
+        exact_grads = ops.glu_rotate_grad(*args)
+        leaves = [leaf.detach().requires_grad_() for leaf in (gate, up, core)]
+        out = ops.glu_rotate(*leaves, activation)
+        grads = torch.autograd.grad(out, leaves, grad)
+        for value, reference in zip((out, *grads), (exact, *exact_grads), strict=True):
+            assert error(value.detach(), reference) < 3 * ROUNDING[dtype]
+        again = ops.glu_rotate_grad(grad, gate, up, core, activation, True, True)
+        assert all(torch.equal(one, other) for one, other in zip(grads, again, strict=True))
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 8, None])
 @pytest.mark.parametrize("b", [2, 3, 4, 8, 16, 31, 32, 48, 64, 128])
 def test_cores_and_their_gradients_are_those_of_float64(b, order):
@@ -105,7 +129,7 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
 
 
 def test_triton_serves_this_device():
-    for family in ("rotate", "rotate_group", "cayley"):
+    for family in ("rotate", "rotate_group", "glu_rotate", "cayley"):
         assert kernels(family, torch.device(CUDA)) is not None
 
 
@@ -125,6 +149,9 @@ def test_opcheck(dtype):
             torch.ops.oftfx.rotate_group_grad.default,
             ([grad, grad.clone()], x.detach(), [core.detach() for core in group], *needs),
         )
+    glu = (x.detach().requires_grad_(), grad.clone().requires_grad_(), args[1], "silu")
+    torch.library.opcheck(torch.ops.oftfx.glu_rotate.default, glu)
+    torch.library.opcheck(torch.ops.oftfx.glu_rotate_grad.default, (grad, *glu, True, True))
     theta = (0.02 * torch.randn(3, 496, device=CUDA)).to(dtype).requires_grad_()
     torch.library.opcheck(torch.ops.oftfx.cayley.default, (theta, 32, 4))
     grad_core = torch.randn_like(core)
@@ -159,6 +186,14 @@ def test_offsets_beyond_32_bits():
     out, _ = ops.rotate_group(x, [core, core.mT])
     assert error(out[-tail:], exact) < ROUNDING[torch.bfloat16]
     del out, _
+    args, exact_args = (x, x, core, "silu"), (last, last, core.bfloat16().double(), "silu")
+    out = ops.glu_rotate(*args)[-tail:]
+    assert error(out, ops.glu_rotate(*exact_args)) < 3 * ROUNDING[torch.bfloat16]
+    grads = ops.glu_rotate_grad(x, *args, True, True)
+    exacts = ops.glu_rotate_grad(last, *exact_args, True, True)
+    for value, reference in zip(grads, exacts, strict=True):
+        assert error(value[-tail:], reference[-tail:]) < 3 * ROUNDING[torch.bfloat16]
+    del out, grads
     grad_x, grad_cores = ops.rotate_group_grad([x, x], x, [core, core], True, True)
     assert error(grad_x[-tail:], 2 * exact_x) < ROUNDING[torch.bfloat16]
     assert all(error(grad_core, exact_core) < 1e-6 for grad_core in grad_cores)

@@ -38,7 +38,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from oftfx.ops.triton import cayley, rotate, rotate_group
+from oftfx.ops.triton import cayley, glu_rotate, rotate, rotate_group
 
 cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -63,6 +63,18 @@ for count in (2, 3):
     work = rotate_group._work(*sizes, 96, strides, (True, True), cpu)
     check(work.launch, *[name] * 4, *["*fp32"] * 3, name, "*fp32")
     check(work.sum, *["*fp32"] * 4)
+for kind, b, dtype, name in (
+    (("silu", True), 32, bf16, "*bf16"),
+    (("gelu", True), 33, bf16, "*bf16"),
+    (("gelu_tanh", False), 128, bf16, "*bf16"),
+    (("relu", True), 64, f32, "*fp32"),
+    (("relu2", False), 4, f32, "*fp32"),
+):
+    sizes, strides = (99, 3, b, dtype, f32), (b * b, b, 1)
+    work = glu_rotate._work(*sizes, (6 * b, 6 * b), strides, kind, None, cpu)
+    check(work.launch, name, name, "*fp32", name)
+    work = glu_rotate._work(*sizes, (3 * b, 6 * b, 6 * b), strides, kind, (True, True), cpu)
+    check(work.launch, *[name] * 3, "*fp32", name, name, "*fp32")
 check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")
 check(cayley._launch(cayley._cayley_grad, 5, 4, 3, f32, cpu), "*fp32", "*fp32", "*fp32")
 """

@@ -1,0 +1,274 @@
+"""`oftfx::glu_rotate`: what a gated MLP feeds its last layer, turned as it is made.
+
+``rotate(act(gate)·up, core)``. The product is never written, forward or backward: like the base's
+own formula, the gradient reads gate and up and makes it again.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.precision import as_given
+from oftfx.ops.rotate import rotate, rotate_grad
+from oftfx.ops.triton import kernels
+
+aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """A function of each element.
+
+    Attributes:
+        value: What it gives.
+        grad: From the gradient of that and the argument, the argument's gradient.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    grad: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "silu": Activation(F.silu, aten.silu_backward.default),
+    "gelu": Activation(F.gelu, aten.gelu_backward.default),
+    "gelu_tanh": Activation(
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: aten.gelu_backward.default(grad, x, approximate="tanh"),
+    ),
+    "relu": Activation(F.relu, lambda grad, x: aten.threshold_backward.default(grad, x, 0)),
+    "relu2": Activation(lambda x: F.relu(x).square(), lambda grad, x: 2 * F.relu(x) * grad),
+}
+"""The activations that have a kernel, by name."""
+
+
+def glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
+    """``rotate(act(gate)·up, core)``; without ``up``, ``rotate(act(gate), core)``.
+
+    On a CPU the bits are those of the separate ops. Kernels round where those round, to x's dtype
+    after the activation, the product and the rotation.
+
+    Args:
+        gate: (..., n·b), floating.
+        up: The same shape and dtype; None where the layer is not gated.
+        core: (n, b, b), the residual blocks.
+        activation: A name in [`ACTIVATIONS`][oftfx.ops.glu_rotate.ACTIVATIONS].
+
+    Returns:
+        (..., n·b) in gate's dtype, contiguous.
+
+    Raises:
+        RuntimeError: The width of gate is not n·b, or up is not like gate.
+        KeyError: There is no such activation.
+    """
+    result: Tensor = GLU_ROTATE(gate, up, core, activation)
+    return result
+
+
+def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """``act(gate)·up``."""
+    value = ACTIVATIONS[activation].value(gate)
+    return value if up is None else value * up
+
+
+def served(gate: Tensor, core: Tensor) -> bool:
+    """Whether one kernel does it all, both ways; elsewhere the op is as slow as its parts."""
+    fast = kernels("glu_rotate", gate.device)
+    return fast is not None and bool(fast.fits(gate, core))
+
+
+def _glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
+    _check(gate, up, activation)
+    fast = kernels("glu_rotate", gate.device)
+    if fast is None or not fast.fits(gate, core):
+        return rotate(glu(gate, up, activation), core)
+    with torch.cuda.device_of(gate):
+        result: Tensor = fast.glu_rotate(gate, up, core, activation)
+    return result
+
+
+GLU_ROTATE = define(
+    "glu_rotate(Tensor gate, Tensor? up, Tensor core, str activation) -> Tensor", _glu_rotate
+)
+
+
+@torch.library.register_fake("oftfx::glu_rotate", lib=LIBRARY)
+def _(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
+    _check(gate, up, activation)
+    return gate.new_empty(gate.shape)
+
+
+def glu_rotate_grad(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    core: Tensor,
+    activation: str,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of [`glu_rotate`][oftfx.ops.glu_rotate]; what is not needed comes back empty.
+
+    Args:
+        grad: (..., n·b), the gradient of the result.
+        gate: (..., n·b).
+        up: The same, or None.
+        core: (n, b, b).
+        activation: As for `glu_rotate`.
+        need_x: Whether the gradients of gate and up are wanted.
+        need_core: Whether that of the core is wanted.
+
+    Returns:
+        (..., n·b) in gate's dtype for gate, the same for up, and (n, b, b) in the core's dtype.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = GLU_ROTATE_GRAD(
+        grad, gate, up, core, activation, need_x, need_core
+    )
+    return result
+
+
+@as_given
+def _in_parts(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    core: Tensor,
+    activation: str,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    act = ACTIVATIONS[activation]
+    value = act.value(gate)
+    product = value if up is None else value * up
+    grad_product, grad_core = rotate_grad(grad, product, core, need_x, need_core)
+    if not need_x:
+        return gate.new_empty(0), gate.new_empty(0), grad_core
+    if up is None:
+        return act.grad(grad_product, gate).contiguous(), gate.new_empty(0), grad_core
+    grad_gate = act.grad(grad_product * up, gate).contiguous()
+    return grad_gate, grad_product * value, grad_core
+
+
+def _glu_rotate_grad(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    core: Tensor,
+    activation: str,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    fast = kernels("glu_rotate", gate.device)
+    if fast is None or not fast.fits(gate, core):
+        return _in_parts(grad, gate, up, core, activation, need_x, need_core)
+    with torch.cuda.device_of(gate):
+        result: tuple[Tensor, Tensor, Tensor] = fast.glu_rotate_grad(
+            grad, gate, up, core, activation, need_x, need_core
+        )
+    return result
+
+
+GLU_ROTATE_GRAD = define(
+    "glu_rotate_grad(Tensor grad, Tensor gate, Tensor? up, Tensor core, str activation, "
+    "bool need_x, bool need_core) -> (Tensor, Tensor, Tensor)",
+    _glu_rotate_grad,
+)
+
+
+@torch.library.register_fake("oftfx::glu_rotate_grad", lib=LIBRARY)
+def _(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    core: Tensor,
+    activation: str,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        gate.new_empty(gate.shape if need_x else 0),
+        gate.new_empty(gate.shape if need_x and up is not None else 0),
+        core.new_empty(core.shape if need_core else 0),
+    )
+
+
+def _check(gate: Tensor, up: Tensor | None, activation: str) -> None:
+    """What `rotate` does not check for itself."""
+    ACTIVATIONS[activation]
+    if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):
+        raise RuntimeError(
+            f"oftfx::glu_rotate: up is {tuple(up.shape)} {up.dtype} and gate {tuple(gate.shape)} "
+            f"{gate.dtype}; they must be alike."
+        )
+
+
+class _GluRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up, core)
+        ctx.activation = activation
+        result: Tensor = below(GLU_ROTATE, gate, up, core, activation)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, core = ctx.saved_tensors
+        need_gate, need_up, need_core, _ = ctx.needs_input_grad
+        grad_gate, grad_up, grad_core = GLU_ROTATE_GRAD(
+            grad, gate, up, core, ctx.activation, need_gate or need_up, need_core
+        )
+        return (
+            grad_gate if need_gate else None,
+            grad_up if need_up else None,
+            grad_core if need_core else None,
+            None,
+        )
+
+
+class _GluRotateGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        core: Tensor,
+        activation: str,
+        need_x: bool,
+        need_core: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(grad, gate, up, core)
+        ctx.rest = activation, need_x, need_core
+        result: tuple[Tensor, Tensor, Tensor] = below(
+            GLU_ROTATE_GRAD, grad, gate, up, core, activation, need_x, need_core
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *seeds: Tensor) -> tuple[Any, ...]:
+        """Second order, by differentiating what autograd makes of the parts."""
+        activation, need_x, need_core = ctx.rest
+        given: list[Any] = [
+            t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
+        ]
+        grad, gate, up, core = given
+        factors = [gate] if up is None else [gate, up]
+        outs: list[Tensor] = []
+        with torch.enable_grad():
+            product = glu(gate, up, activation)
+            grad_product, grad_core = rotate_grad(grad, product, core, need_x, need_core)
+            if need_x:
+                outs += torch.autograd.grad(product, factors, grad_product, create_graph=True)
+        weights = list(seeds[: len(outs)])
+        if need_core:
+            outs.append(grad_core)
+            weights.append(seeds[2])
+        leaves = [t for t in given if t is not None]
+        found = iter(torch.autograd.grad(outs, leaves, weights, allow_unused=True))
+        return *(None if t is None else next(found) for t in given), None, None, None
+
+
+differentiate(GLU_ROTATE, _GluRotate.apply)
+differentiate(GLU_ROTATE_GRAD, _GluRotateGrad.apply)

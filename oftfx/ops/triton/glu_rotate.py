@@ -1,0 +1,317 @@
+"""A gated MLP's product and its rotation in one pass, and all their gradients in another.
+
+As in `rotate`, a program takes a pack of blocks over a run of rows. What it multiplies with the
+core it makes itself, from gate and up, so that the rotation costs no pass over the activations.
+
+    forward     h = act(gate)·up        out = h + h·blockdiag(C)
+    backward    h, act', as above       dh = grad + grad·blockdiag(Cᵀ)      gram_i = h_iᵀ grad_i
+                dgate = dh·up·act'      dup = dh·act(gate)
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oftfx.ops.triton import rotate
+from oftfx.ops.triton.launch import Launch
+from oftfx.ops.triton.rotate import (
+    PRECISION,
+    Tiles,
+    columns_of,
+    cut,
+    diagonal,
+    layout,
+    load_rows,
+    locate,
+    options,
+    rows_of,
+    store_gram,
+)
+
+WIDEST = 128
+"""The widest block: beside the core of a wider one, there is no room for two operands more."""
+
+
+@triton.jit
+def _activated(x: tl.tensor, ACT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """An activation and its slope, in float32."""
+    if ACT == "silu":
+        share = 1.0 / (1.0 + tl.exp(-x))
+        slope = share * (1.0 + x * (1.0 - share))
+        value = x * share
+    elif ACT == "gelu_tanh":  # (1 + tanh z) / 2 is the logistic function of 2z
+        share = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        slope = share * (1.0 + x * (1.0 - share) * inner)
+        value = x * share
+    elif ACT == "gelu":
+        share = 0.5 + 0.5 * tl.erf(0.7071067811865476 * x)
+        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        value = x * share
+    elif ACT == "relu":
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+        value = tl.where(x < 0.0, 0.0, x)
+    else:
+        tl.static_assert(ACT == "relu2")
+        slope = tl.where(x < 0.0, 0.0, 2.0 * x)
+        value = slope * slope * 0.25
+    return value, slope
+
+
+@triton.jit
+def _product(
+    gate: tl.tensor, up: tl.tensor, ACT: tl.constexpr, GATED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """act(gate)·up and act(gate), rounded where a model rounds them, and the slope."""
+    value, slope = _activated(gate.to(tl.float32), ACT)
+    value = value.to(gate.dtype)
+    product = value
+    if GATED:
+        product = (value.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+    return product, value, slope
+
+
+@triton.jit(do_not_specialize=["rows", "n", "tiles"])
+def _forward(
+    gate: tl.tensor,
+    up: tl.tensor,
+    core: tl.tensor,
+    out: tl.tensor,
+    rows: int,
+    n: int,
+    tiles: int,
+    width: int,
+    gate_stride: int,
+    up_stride: int,
+    core_block: int,
+    core_row: int,
+    core_col: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
+) -> None:
+    """One part of a pack's columns, over ``tiles`` tiles of rows."""
+    _, first, begin, end = locate(rows, n, tiles, PACK, WIDE // PART, TILE)
+    dtype = gate.dtype.element_ty
+    whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
+    shift = first.to(tl.int64) * B
+    gate += shift
+    up += shift
+    lane = tl.arange(0, TILE)
+    if AHEAD:  # as in `rotate`
+        x = load_rows(gate, begin + lane, end, gate_stride, whole, whole_in)
+        y = load_rows(up, begin + lane, end, up_stride, whole, whole_in) if GATED else x
+    turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
+
+    for start in range(begin, end, TILE):
+        row = start + lane
+        if AHEAD:
+            next_x = load_rows(gate, row + TILE, end, gate_stride, whole, whole_in)
+            next_y = next_x
+            if GATED:
+                next_y = load_rows(up, row + TILE, end, up_stride, whole, whole_in)
+        else:
+            x = load_rows(gate, row, end, gate_stride, whole, whole_in)
+            y = load_rows(up, row, end, up_stride, whole, whole_in) if GATED else x
+        h, value, slope = _product(x, y, ACT, GATED)
+        plain = h
+        if PART < WIDE:
+            x = load_rows(gate, row, end, gate_stride, part, part_in)
+            y = load_rows(up, row, end, up_stride, part, part_in) if GATED else x
+            plain, value, slope = _product(x, y, ACT, GATED)  # noqa: RUF059
+        turned = plain.to(tl.float32) + tl.dot(h, turn, input_precision=PRECISION)
+        place = out + shift + row[:, None] * width + part[None, :]
+        tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
+        if AHEAD:
+            x = next_x
+            y = next_y
+
+
+@triton.jit(do_not_specialize=["rows", "n", "tiles"])
+def _backward(
+    grad: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    core: tl.tensor,
+    grad_gate: tl.tensor,
+    grad_up: tl.tensor,
+    gram: tl.tensor,
+    rows: int,
+    n: int,
+    tiles: int,
+    width: int,
+    grad_stride: int,
+    gate_stride: int,
+    up_stride: int,
+    core_block: int,
+    core_row: int,
+    core_col: int,
+    B: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    GRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """The same, of all gradients."""
+    split, first, begin, end = locate(rows, n, tiles, PACK, WIDE // PART, TILE)
+    dtype = gate.dtype.element_ty
+    whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
+    shift = first.to(tl.int64) * B
+    grad += shift
+    gate += shift
+    up += shift
+    lane = tl.arange(0, TILE)
+    if ROTATE:
+        turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
+    if GRAM:
+        total = tl.full((PART, WIDE), 0.0, tl.float32)
+
+    for start in range(begin, end, TILE):
+        row = start + lane
+        g = load_rows(grad, row, end, grad_stride, whole, whole_in)
+        x = load_rows(gate, row, end, gate_stride, part, part_in)
+        y = load_rows(up, row, end, up_stride, part, part_in) if GATED else x
+        h, value, slope = _product(x, y, ACT, GATED)
+        if ROTATE:
+            plain = g if PART == WIDE else load_rows(grad, row, end, grad_stride, part, part_in)
+            grad_h = plain.to(tl.float32) + tl.dot(g, turn, input_precision=PRECISION)
+            place = shift + row[:, None] * width + part[None, :]
+            there = (row < end)[:, None] & part_in[None, :]
+            if GATED:
+                tl.store(grad_up + place, (grad_h * value.to(tl.float32)).to(dtype), there)
+                grad_h *= y.to(tl.float32)
+            tl.store(grad_gate + place, (grad_h * slope).to(dtype), there)
+        if GRAM:
+            total = tl.dot(tl.trans(h), g, total, input_precision=PRECISION)
+
+    if GRAM:
+        slot = (split.to(tl.int64) * n + first) * (B * B)
+        store_gram(gram + slot, total, whole, whole_in, part, part_in, B)
+
+
+def fits(gate: Tensor, core: Tensor) -> bool:
+    """Whether the kernels take these: what `rotate`'s takes, in blocks up to the widest."""
+    return core.shape[-1] <= WIDEST and rotate.fits(gate, core)
+
+
+def glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
+    """`oftfx::glu_rotate`: gate and up of any strides to a contiguous result."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate_rows, gate_stride = rows_of(gate)
+    up_rows, up_stride = (gate_rows, 0) if up is None else rows_of(up)
+    work = _work(
+        *_sizes(gate, core),
+        (gate_stride, up_stride),
+        core.stride(),
+        (activation, up is not None),
+        None,
+        gate.device,
+    )
+    work.launch(gate_rows, up_rows, core, out)
+    return out
+
+
+def glu_rotate_grad(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    core: Tensor,
+    activation: str,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`oftfx::glu_rotate_grad`: all gradients from one reading of grad, gate and up."""
+    grad_gate = gate.new_empty(gate.shape if need_x else 0)
+    grad_up = gate.new_empty(gate.shape if need_x and up is not None else 0)
+    if not (need_x or need_core):
+        return grad_gate, grad_up, core.new_empty(0)
+    grad_rows, grad_stride = rows_of(grad)
+    gate_rows, gate_stride = rows_of(gate)
+    up_rows, up_stride = (gate_rows, 0) if up is None else rows_of(up)
+    block, row, col = core.stride()
+    work = _work(
+        *_sizes(gate, core),
+        (grad_stride, gate_stride, up_stride),
+        (block, col, row),  # of Cᵀ
+        (activation, up is not None),
+        (need_x, need_core),
+        gate.device,
+    )
+    n, b, _ = core.shape
+    shape = (work.splits, n, b, b) if need_core else (0,)
+    gram = torch.empty(shape, dtype=torch.float32, device=gate.device)
+    work.launch(grad_rows, gate_rows, up_rows, core, grad_gate, grad_up, gram)
+    if not need_core:
+        return grad_gate, grad_up, core.new_empty(0)
+    # Runs are added in order, as in `rotate`.
+    total = gram.sum(0) if work.splits > 1 else gram[0]
+    return grad_gate, grad_up, total.to(core.dtype)
+
+
+def _sizes(gate: Tensor, core: Tensor) -> tuple[int, int, int, torch.dtype, torch.dtype]:
+    n, b, _ = core.shape
+    return gate.numel() // (n * b) if n else 0, n, b, gate.dtype, core.dtype
+
+
+def tiles(b: int, itemsize: int, gradients: bool) -> Tiles:
+    """As for a rotation alone, but for what the operands take."""
+    return rotate.tiles(b, itemsize, gradients)
+
+
+class Work(NamedTuple):
+    """One problem cut into programs.
+
+    Attributes:
+        launch: Runs them.
+        splits: Into how many runs the rows are cut.
+    """
+
+    launch: Launch
+    splits: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _work(
+    rows: int,
+    n: int,
+    b: int,
+    dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    strides: tuple[int, ...],
+    core_strides: tuple[int, int, int],
+    kind: tuple[str, bool],
+    needs: tuple[bool, bool] | None,
+    device: torch.device,
+) -> Work:
+    """Chooses tiles and runs; ``needs`` says which gradients are wanted, None is forward."""
+    chosen = tiles(b, dtype.itemsize, needs is not None)
+    programs, run, splits = cut(rows, n, chosen, device)
+    numbers = (rows, n, run, n * b, *strides, *core_strides)
+    last: tuple[int | str, ...] = (PRECISION, chosen.stages == 0)
+    if needs:
+        last = (*needs, PRECISION)
+    launch = Launch(
+        _backward if needs else _forward,
+        programs,
+        numbers,
+        (*layout(n, b, chosen), *kind, *last),
+        **options(chosen),
+    )
+    return Work(launch, splits)
