@@ -26,6 +26,9 @@
 #define TASKS 64   /* rows are cut where there are fewer blocks than this, */
 #define LEAST 256  /* but never into runs of fewer rows than this */
 #define HELD 32768 /* floats of cores that stay in the second-level cache */
+#ifndef NEAR
+#define NEAR 2
+#endif
 #define MOST 8     /* rotations of one tensor */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -50,7 +53,7 @@ typedef struct job {
     /* the operands of a rotation */
     const float *source[MOST], *x, *core[MOST];
     float *out[MOST], *gram[MOST], *part;
-    int64_t count, rows, n, b, splits, group, block, down, along;
+    int64_t count, rows, n, b, splits, group;
     /* and of a core */
     const float *theta, *grad;
     int64_t order;
@@ -115,7 +118,7 @@ INLINE void tile(int wide, float *out, int64_t out_step, const float *from, int6
 }
 
 /* out = from + a·b, high × wide; out's and from's rows `step` apart. */
-static void product(float *out, const float *from, int64_t step, int64_t high, int64_t wide,
+INLINE void product(float *out, const float *from, int64_t step, int64_t high, int64_t wide,
                     const float *a, int64_t down, int64_t along, const float *b, int64_t b_step,
                     int64_t depth) {
     for (int64_t j = 0; j < wide; j += 2 * LANES)
@@ -131,17 +134,17 @@ static void product(float *out, const float *from, int64_t step, int64_t high, i
 
 /* ---- rotations ---- */
 
-/* Some rows of a block: `at` the first, `step` apart, and where the rows that come next are. */
+/* Some rows of a block: `at` the first, `step` apart; and the rows that come next. */
 typedef struct {
-    const float *at;
-    int64_t step, next;
+    const float *at, *next;
+    int64_t step, next_step;
 } rows_of;
 
 /* Asks for rows that come next. They lie too far apart for the processor to foresee. */
 INLINE void ask(rows_of rows, int64_t begin, int64_t end, int64_t b) {
     for (int64_t row = begin; row < end; row++)
         for (int64_t j = 0; j < b; j += 16)
-            __builtin_prefetch(rows.at + rows.next + row * rows.step + j);
+            __builtin_prefetch(rows.next + row * rows.next_step + j, 0, NEAR);
 }
 
 INLINE void turn_tile(int wide, float *out, int64_t out_step, const rows_of *source,
@@ -201,12 +204,17 @@ static void pack(float *to, const float *core, int64_t down, int64_t along, int6
 }
 
 /* Rows as tiles want them: where they are if they fit, and else in a padded copy. */
-static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy) {
+static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy, int always) {
     int64_t wide = padded(b);
-    if (wide == b && high % HIGH == 0) return rows;
-    for (int64_t row = 0; row < high; row++)
-        memcpy(copy + row * wide, rows.at + row * rows.step, (size_t)b * sizeof(float));
-    return (rows_of){copy, wide, 0};
+    if (wide == b && high % HIGH == 0 && !always) return rows;
+    if (wide == b)
+        for (int64_t row = 0; row < high; row++)
+            for (int64_t j = 0; j < b; j += LANES)
+                store(copy + row * wide + j, load(rows.at + row * rows.step + j));
+    else
+        for (int64_t row = 0; row < high; row++)
+            memcpy(copy + row * wide, rows.at + row * rows.step, (size_t)b * sizeof(float));
+    return (rows_of){copy, rows.next, wide, rows.next_step};
 }
 
 static void unstage(float *to, int64_t step, const float *copy, int64_t high, int64_t b) {
@@ -245,13 +253,13 @@ static void forward_task(const job *all, int64_t index, float *scratch) {
     for (int64_t s = 0; s < all->count; s++)
         for (int64_t block = 0; block < own.blocks; block++)
             pack(core + (s * all->group + block) * size,
-                 all->core[s] + (own.first + block) * all->block, all->down, all->along, b);
+                 all->core[s] + (own.first + block) * b * b, b, 1, b);
     for (int64_t row = own.begin; row < own.end; row += TILE)
         for (int64_t block = 0; block < own.blocks; block++) {
             int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
             int64_t place = row * step + (own.first + block) * b;
-            rows_of rows = {all->x + place, step, next_of(all, &own, block)};
-            rows_of source = staged(rows, high, b, copy);
+            rows_of rows = {all->x + place, all->x + place + next_of(all, &own, block), step, step};
+            rows_of source = staged(rows, high, b, copy, 0);
             for (int64_t s = 0; s < all->count; s++) {
                 float *by = core + (s * all->group + block) * size, *out = all->out[s] + place;
                 if (source.at == rows.at) {
@@ -275,7 +283,7 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
         for (int64_t block = 0; block < own.blocks; block++)
             for (int64_t s = 0; s < count; s++)
                 pack(core + (block * count + s) * size,
-                     all->core[s] + (own.first + block) * all->block, all->along, all->down, b);
+                     all->core[s] + (own.first + block) * b * b, 1, b, b);
     if (all->part) memset(gram, 0, (size_t)(count * own.blocks * square) * sizeof(float));
     for (int64_t row = own.begin; row < own.end; row += TILE)
         for (int64_t block = 0; block < own.blocks; block++) {
@@ -284,18 +292,18 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
             rows_of source[MOST];
             float *by[MOST];
             for (int64_t s = 0; s < count; s++) {
-                rows_of rows = {all->source[s] + place, step, next};
-                source[s] = staged(rows, high, b, copy + s * TILE * wide);
+                rows_of rows = {all->source[s] + place, all->source[s] + place + next, step, step};
+                source[s] = staged(rows, high, b, copy + s * TILE * wide, all->part != NULL);
                 by[s] = core + (block * count + s) * size;
             }
             if (all->part) {
-                rows_of rows = {all->x + place, step, next};
-                rows_of x = staged(rows, high, b, copy + count * TILE * wide);
+                rows_of rows = {all->x + place, all->x + place + next, step, step};
+                rows_of x = staged(rows, high, b, copy + count * TILE * wide, 1);
                 for (int64_t s = 0; s < count; s++)
                     add_gram(gram + (block * count + s) * square, x, source[s], high, b);
             }
             if (!all->out[0]) continue;
-            if (source[0].at == all->source[0] + place) {
+            if (whole == high && wide == b) {
                 turn(all->out[0] + place, step, source, by, count, high, b);
             } else {
                 turn(out_copy, wide, source, by, count, whole, b);
@@ -342,13 +350,12 @@ static void share(job *all, int64_t threads) {
     all->tasks = (all->n + all->group - 1) / all->group * all->splits;
 }
 
-/* out[s] = x + x·blockdiag(core[s]), s < count. Cores by strides (block, down, along), the rest
- * contiguous (rows, n·b). Gives back 0, or 1 where there was no memory. */
+/* out[s] = x + x·blockdiag(core[s]), s < count. All contiguous: x and out (rows, n·b), cores
+ * (n, b, b). Gives back 0, or 1 where there was no memory. */
 int oftfx_rotate(const float *x, const float *const *core, float *const *out, int64_t count,
-                 int64_t rows, int64_t n, int64_t b, int64_t block, int64_t down, int64_t along,
-                 parallel fork, int64_t threads) {
+                 int64_t rows, int64_t n, int64_t b, parallel fork, int64_t threads) {
     job all = {.task = forward_task, .x = x, .count = count, .rows = rows, .n = n, .b = b,
-               .splits = splits(rows, n), .block = block, .down = down, .along = along};
+               .splits = splits(rows, n)};
     for (int64_t s = 0; s < count; s++) {
         all.core[s] = core[s];
         all.out[s] = out[s];
@@ -362,10 +369,9 @@ int oftfx_rotate(const float *x, const float *const *core, float *const *out, in
  * they are not null. */
 int oftfx_rotate_grad(const float *const *grad, const float *x, const float *const *core,
                       float *out, float *const *gram, int64_t count, int64_t rows, int64_t n,
-                      int64_t b, int64_t block, int64_t down, int64_t along, parallel fork,
-                      int64_t threads) {
+                      int64_t b, parallel fork, int64_t threads) {
     job all = {.task = backward_task, .x = x, .count = count, .rows = rows, .n = n, .b = b,
-               .splits = splits(rows, n), .block = block, .down = down, .along = along};
+               .splits = splits(rows, n)};
     all.out[0] = out;
     for (int64_t s = 0; s < count; s++) {
         all.source[s] = grad[s];
