@@ -5,7 +5,7 @@ from torch import Tensor
 
 from oftfx.ops.native.library import call
 
-LARGEST = 128
+LARGEST = 256
 """The widest block; of wider ones the matrices leave the cache."""
 
 

@@ -26,9 +26,6 @@
 #define TASKS 64   /* rows are cut where there are fewer blocks than this, */
 #define LEAST 256  /* but never into runs of fewer rows than this */
 #define HELD 32768 /* floats of cores that stay in the second-level cache */
-#ifndef NEAR
-#define NEAR 2
-#endif
 #define MOST 8     /* rotations of one tensor */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -77,7 +74,6 @@ static int run(job *all, parallel fork, int64_t threads) {
     all->room = padded(all->room);
     all->scratch = aligned_alloc(BYTES, (size_t)(threads * all->room) * sizeof(float));
     if (!all->scratch) return 1;
-    memset(all->scratch, 0, (size_t)(threads * all->room) * sizeof(float)); /* the padding */
     if (threads > 1)
         fork(work, all, (unsigned)threads, 0);
     else
@@ -144,7 +140,7 @@ typedef struct {
 INLINE void ask(rows_of rows, int64_t begin, int64_t end, int64_t b) {
     for (int64_t row = begin; row < end; row++)
         for (int64_t j = 0; j < b; j += 16)
-            __builtin_prefetch(rows.next + row * rows.next_step + j, 0, NEAR);
+            __builtin_prefetch(rows.next + row * rows.next_step + j, 0, 2);
 }
 
 INLINE void turn_tile(int wide, float *out, int64_t out_step, const rows_of *source,
@@ -203,23 +199,22 @@ static void pack(float *to, const float *core, int64_t down, int64_t along, int6
     }
 }
 
-/* Rows as tiles want them: where they are if they fit, and else in a padded copy. */
-static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy, int always) {
-    int64_t wide = padded(b);
-    if (wide == b && high % HIGH == 0 && !always) return rows;
-    if (wide == b)
-        for (int64_t row = 0; row < high; row++)
-            for (int64_t j = 0; j < b; j += LANES)
-                store(copy + row * wide + j, load(rows.at + row * rows.step + j));
-    else
-        for (int64_t row = 0; row < high; row++)
-            memcpy(copy + row * wide, rows.at + row * rows.step, (size_t)b * sizeof(float));
-    return (rows_of){copy, rows.next, wide, rows.next_step};
+INLINE void copy_rows(float *to, int64_t to_step, const float *from, int64_t from_step,
+                      int64_t high, int64_t b) {
+    for (int64_t row = 0; row < high; row++, to += to_step, from += from_step) {
+        if (b < LANES) {
+            memcpy(to, from, (size_t)b * sizeof(float));
+            continue;
+        }
+        for (int64_t j = 0; j + LANES < b; j += LANES) store(to + j, load(from + j));
+        store(to + b - LANES, load(from + b - LANES));
+    }
 }
 
-static void unstage(float *to, int64_t step, const float *copy, int64_t high, int64_t b) {
-    for (int64_t row = 0; row < high; row++)
-        memcpy(to + row * step, copy + row * padded(b), (size_t)b * sizeof(float));
+/* Rows as tiles want them: next to each other, padded. */
+static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy) {
+    copy_rows(copy, padded(b), rows.at, rows.step, high, b);
+    return (rows_of){copy, rows.next, padded(b), rows.next_step};
 }
 
 /* A run of rows of some neighbouring blocks. */
@@ -258,15 +253,16 @@ static void forward_task(const job *all, int64_t index, float *scratch) {
         for (int64_t block = 0; block < own.blocks; block++) {
             int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
             int64_t place = row * step + (own.first + block) * b;
-            rows_of rows = {all->x + place, all->x + place + next_of(all, &own, block), step, step};
-            rows_of source = staged(rows, high, b, copy, 0);
+            int fits = wide == b && whole == high;
+            rows_of source = {all->x + place, all->x + place + next_of(all, &own, block), step, step};
+            if (!fits) source = staged(source, high, b, copy);
             for (int64_t s = 0; s < all->count; s++) {
                 float *by = core + (s * all->group + block) * size, *out = all->out[s] + place;
-                if (source.at == rows.at) {
+                if (fits) {
                     turn(out, step, &source, &by, 1, high, b);
                 } else {
                     turn(out_copy, wide, &source, &by, 1, whole, b);
-                    unstage(out, step, out_copy, high, b);
+                    copy_rows(out, step, out_copy, wide, high, b);
                 }
             }
         }
@@ -289,25 +285,29 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
         for (int64_t block = 0; block < own.blocks; block++) {
             int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
             int64_t place = row * step + (own.first + block) * b, next = next_of(all, &own, block);
+            int fits = wide == b && whole == high;
             rows_of source[MOST];
             float *by[MOST];
             for (int64_t s = 0; s < count; s++) {
-                rows_of rows = {all->source[s] + place, all->source[s] + place + next, step, step};
-                source[s] = staged(rows, high, b, copy + s * TILE * wide, all->part != NULL);
+                const float *at = all->source[s] + place;
+                source[s] = (rows_of){at, at + next, step, step};
+                if (!fits || all->part) source[s] = staged(source[s], high, b, copy + s * TILE * wide);
                 by[s] = core + (block * count + s) * size;
             }
             if (all->part) {
-                rows_of rows = {all->x + place, all->x + place + next, step, step};
-                rows_of x = staged(rows, high, b, copy + count * TILE * wide, 1);
+                /* Where they are, rows that are a power of two apart would share a few places of the
+                 * cache: a Gram needs all of a tile's at once. */
+                rows_of x = {all->x + place, all->x + place + next, step, step};
+                x = staged(x, high, b, copy + count * TILE * wide);
                 for (int64_t s = 0; s < count; s++)
                     add_gram(gram + (block * count + s) * square, x, source[s], high, b);
             }
             if (!all->out[0]) continue;
-            if (whole == high && wide == b) {
+            if (fits) {
                 turn(all->out[0] + place, step, source, by, count, high, b);
             } else {
                 turn(out_copy, wide, source, by, count, whole, b);
-                unstage(all->out[0] + place, step, out_copy, high, b);
+                copy_rows(all->out[0] + place, step, out_copy, wide, high, b);
             }
         }
     if (!all->part) return;
@@ -317,7 +317,7 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
             float *to = all->gram[s] + number * b * b;
             if (all->splits > 1)
                 to = all->part + ((own.run * all->n + number) * count + s) * b * b;
-            unstage(to, b, gram + (block * count + s) * square, b, b);
+            copy_rows(to, b, gram + (block * count + s) * square, wide, b, b);
         }
 }
 
@@ -430,7 +430,7 @@ static void cayley_task(const job *all, int64_t index, float *scratch) {
     float *q = scratch, *square = q + size, *full = square + size, *value = full + size;
     unpack(q, all->theta + index * (b * (b - 1) / 2), 1, b);
     horner(q, square, full, value, half + 1, all->order, b);
-    unstage(all->out[0] + index * b * b, b, value + half * size, b, b);
+    copy_rows(all->out[0] + index * b * b, b, value + half * size, padded(b), b, b);
 }
 
 static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
@@ -442,12 +442,8 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
      * values of −Q. */
     unpack(q, all->theta + index * (b * (b - 1) / 2), -1, b);
     horner(q, square, full, value, half, all->order, b);
-    for (int64_t i = 0; i < b; i++) {
-        memcpy(grad + i * wide, all->grad + (index * b + i) * b, (size_t)b * sizeof(float));
-        memset(grad + i * wide + b, 0, (size_t)(wide - b) * sizeof(float));
-    }
-    memset(grad + b * wide, 0, (size_t)((wide - b) * wide) * sizeof(float));
-    memset(full_grad, 0, (size_t)(2 * size) * sizeof(float));
+    memset(grad, 0, (size_t)(3 * size) * sizeof(float)); /* and those after it */
+    copy_rows(grad, wide, all->grad + index * b * b, b, b, b);
     for (int64_t step = half - 1; step >= 0; step--) {
         for (int64_t i = 0; i < size; i++) full_grad[i] += grad[i];
         multiply(square_grad, square_grad, grad, value + step * size, b);

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from oftfx.ops.native.library import addresses, call
 
-SMALLEST, LARGEST = 16, 256
-"""Block sizes; of narrower ones too few fill a vector, of wider ones PyTorch's products are as fast."""
+STEP, LARGEST = 16, 256
+"""Block sizes: whole vectors, or PyTorch is as fast; and what the caches hold."""
 
 MOST = 8
 """Rotations of one tensor that one call takes, as in `kernels.c`."""
@@ -19,7 +19,8 @@ def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bo
     first = cores[0]
     return (
         x.dtype == torch.float32
-        and SMALLEST <= first.shape[-1] <= LARGEST
+        and first.shape[-1] % STEP == 0
+        and first.shape[-1] <= LARGEST
         and len(cores) <= MOST
         and all(core.shape == first.shape for core in cores)
         and all(grad.dtype == x.dtype for grad in grads)
