@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oftfx import ops
 from oftfx.ops.kernels import kernels
 from oftfx.ops.native import build, cayley, rotate, rotate_group
-from oftfx.ops.native.library import library
+from oftfx.ops.native.binding import library
 from oftfx.rotations import cayley as maths
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def doubles(tensors):
 
 
 def check(x, cores, grads):
-    """Against PyTorch in float64; what rounds is a sum over b, over the rows in a core's gradient."""
+    """Against PyTorch in float64; a core's gradient sums over all rows, the rest over b."""
     outs = rotate_group.rotate_group(x, cores)
     reference = ops.rotate_group(x.double(), doubles(cores))
     torch.testing.assert_close(doubles(outs), reference, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,7 @@
 """Native CPU kernels behind the semantic ops, one family a file, all of one small C library.
 
-The library is built from `kernels.c` when a CPU tensor first meets an op, with the C compiler of the
-machine, and kept in the user's cache. Without a compiler, or with ``OFTFX_NATIVE=0`` in the
+The library is built from `kernels.c` when a CPU tensor first meets an op, with the machine's C
+compiler, and kept in the user's cache. Without a compiler, or with ``OFTFX_NATIVE=0`` in the
 environment, the ops stay plain PyTorch.
 """
 
@@ -9,7 +9,7 @@ import functools
 import importlib
 from types import ModuleType
 
-from oftfx.ops.native.library import library
+from oftfx.ops.native.binding import library
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from oftfx.ops.native.library import call
+from oftfx.ops.native.binding import call
 
 LARGEST = 256
 """The widest block; of wider ones the matrices leave the cache."""

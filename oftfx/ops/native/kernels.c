@@ -211,10 +211,13 @@ INLINE void copy_rows(float *to, int64_t to_step, const float *from, int64_t fro
     }
 }
 
-/* Rows as tiles want them: next to each other, padded. */
+/* Rows as tiles want them: next to each other, padded. With zeros, for what memory happens to hold
+ * may be denormal, and slow. */
 static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy) {
-    copy_rows(copy, padded(b), rows.at, rows.step, high, b);
-    return (rows_of){copy, rows.next, padded(b), rows.next_step};
+    int64_t wide = padded(b);
+    if (wide > b || high % HIGH) memset(copy, 0, (size_t)(TILE * wide) * sizeof(float));
+    copy_rows(copy, wide, rows.at, rows.step, high, b);
+    return (rows_of){copy, rows.next, wide, rows.next_step};
 }
 
 /* A run of rows of some neighbouring blocks. */

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oftfx.ops.native.library import addresses, call
+from oftfx.ops.native.binding import addresses, call
 
 STEP, LARGEST = 16, 256
 """Block sizes: whole vectors, or PyTorch is as fast; and what the caches hold."""
@@ -29,9 +29,9 @@ def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bo
 
 def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     """`oftfx::rotate_group`: x (..., n·b) and cores (n, b, b), from one reading of x."""
-    outs = [torch.empty(x.shape, dtype=x.dtype) for _ in cores]
-    sizes, operations = _sizes(x, cores)
     x, cores = _plain(x), [_plain(core) for core in cores]
+    outs = [torch.empty_like(x) for _ in cores]
+    sizes, operations = _sizes(x, cores)
     call("rotate", operations, x.data_ptr(), addresses(cores), addresses(outs), *sizes)
     return outs
 
@@ -40,11 +40,11 @@ def rotate_group_grad(
     grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """`oftfx::rotate_group_grad`: all gradients from one reading of ``grads`` and x."""
-    out = torch.empty(x.shape if need_x else 0, dtype=x.dtype)
-    grams = [torch.empty(core.shape if need_cores else 0, dtype=x.dtype) for core in cores]
-    sizes, operations = _sizes(x, cores)
-    dtypes = [core.dtype for core in cores]
+    given = cores
     x, cores, grads = _plain(x), [_plain(c) for c in cores], [_plain(grad) for grad in grads]
+    out = torch.empty_like(x) if need_x else x.new_empty(0)
+    grams = [torch.empty_like(core) if need_cores else core.new_empty(0) for core in cores]
+    sizes, operations = _sizes(x, cores)
     if need_x or need_cores:
         call(
             "rotate_grad",
@@ -56,7 +56,7 @@ def rotate_group_grad(
             addresses(grams) if need_cores else None,
             *sizes,
         )
-    return out, [gram.to(dtype) for gram, dtype in zip(grams, dtypes, strict=True)]
+    return out, [gram.to(core.dtype) for gram, core in zip(grams, given, strict=True)]
 
 
 def _sizes(x: Tensor, cores: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
