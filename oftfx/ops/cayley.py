@@ -6,8 +6,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from oftfx.ops.kernels import kernels
 from oftfx.ops.precision import as_given
-from oftfx.ops.triton import kernels
 from oftfx.rotations import cayley as maths
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.kernels import kernels
 from oftfx.ops.precision import as_given
-from oftfx.ops.triton import kernels
 
 
 def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:

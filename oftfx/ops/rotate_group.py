@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.kernels import kernels
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
-from oftfx.ops.triton import kernels
 
 
 def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Triton kernels behind the semantic ops, one family a file.
 
 They are imported when a CUDA tensor first meets an op. Without Triton, and on GPUs that it does not
-serve, the ops stay what they are on a CPU: plain PyTorch.
+serve, the ops stay plain PyTorch.
 """
 
 import functools
@@ -15,8 +15,6 @@ import torch
 @functools.cache
 def kernels(family: str, device: torch.device) -> ModuleType | None:
     """The kernels of one family for this GPU; None where PyTorch does the work."""
-    if device.type != "cuda":
-        return None
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None  # no bf16 tensor cores, or none that split float32 products
     if importlib.util.find_spec("triton") is None:

@@ -1,0 +1,19 @@
+"""Which kernels an op runs: Triton's on a GPU, native code on a CPU, PyTorch where neither fits."""
+
+from types import ModuleType
+
+import torch
+
+from oftfx.ops import native, triton
+
+
+def kernels(family: str, device: torch.device) -> ModuleType | None:
+    """The kernels of one family for this device; None where PyTorch does the work.
+
+    Each has a ``fits`` that says which operands it takes.
+    """
+    if device.type == "cuda":
+        return triton.kernels(family, device)
+    if device.type == "cpu":
+        return native.kernels(family)
+    return None

@@ -1,0 +1,494 @@
+/* Block rotations, their gradients and Cayley-Neumann cores, float32, in one pass over memory.
+ *
+ * Everything below is one register tile, `madd`: HIGH rows by one or two vectors of accumulators.
+ * The reduction always runs in the same order, whatever the tile, the number of rows and the number
+ * of threads, so the same input gives the same bits. Sizes that no tile fits, and the last rows, go
+ * through padded copies; what padding holds never reaches a result, be it inf or NaN.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#define HIGH 8
+#elif defined(__AVX__)
+#define BYTES 32
+#define HIGH 4
+#else
+#define BYTES 16
+#define HIGH 4
+#endif
+
+#define LANES ((int64_t)(BYTES / sizeof(float)))
+#define TILE 48    /* rows that stay in the first-level cache, a multiple of HIGH */
+#define TASKS 64   /* rows are cut where there are fewer blocks than this, */
+#define LEAST 256  /* but never into runs of fewer rows than this */
+#define HELD 32768 /* floats of cores that stay in the second-level cache */
+#define MOST 8     /* rotations of one tensor */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(BYTES)));
+typedef float unaligned __attribute__((vector_size(BYTES), aligned(4), may_alias));
+
+INLINE vec load(const float *from) { return *(const unaligned *)from; }
+INLINE void store(float *to, vec value) { *(unaligned *)to = value; }
+INLINE int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- threads ---- */
+
+/* GOMP_parallel of the OpenMP that PyTorch runs: one pool of threads, not two that spin. */
+typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+typedef struct job {
+    void (*task)(const struct job *, int64_t index, float *scratch);
+    int64_t tasks, room; /* room: floats of scratch for each thread */
+    int64_t next, joined;
+    float *scratch;
+    /* the operands of a rotation */
+    const float *source[MOST], *x, *core[MOST];
+    float *out[MOST], *gram[MOST], *part;
+    int64_t count, rows, n, b, splits, group;
+    /* and of a core */
+    const float *theta, *grad;
+    int64_t order;
+} job;
+
+static void work(void *shared) {
+    job *all = shared;
+    float *mine = all->scratch + all->room * __atomic_fetch_add(&all->joined, 1, __ATOMIC_RELAXED);
+    for (;;) {
+        int64_t index = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED);
+        if (index >= all->tasks) return;
+        all->task(all, index, mine);
+    }
+}
+
+/* Runs every task; 1 where there was no memory. */
+static int run(job *all, parallel fork, int64_t threads) {
+    threads = fork ? least(threads, all->tasks) : 1;
+    if (threads < 1) return 0;
+    all->next = all->joined = 0;
+    all->room = padded(all->room);
+    all->scratch = aligned_alloc(BYTES, (size_t)(threads * all->room) * sizeof(float));
+    if (!all->scratch) return 1;
+    if (threads > 1)
+        fork(work, all, (unsigned)threads, 0);
+    else
+        work(all);
+    free(all->scratch);
+    return 0;
+}
+
+/* ---- the register tile ---- */
+
+/* acc += a·b, a's entry (i, k) at a[i·down + k·along], b's rows `step` apart. */
+INLINE void madd(vec acc[HIGH][2], int wide, const float *a, int64_t down, int64_t along,
+                 const float *b, int64_t step, int64_t depth) {
+    for (int64_t k = 0; k < depth; k++) {
+        vec b0 = load(b + k * step), b1 = wide > 1 ? load(b + k * step + LANES) : b0;
+#pragma GCC unroll 16
+        for (int i = 0; i < HIGH; i++) {
+            float entry = a[i * down + k * along];
+            acc[i][0] += entry * b0;
+            if (wide > 1) acc[i][1] += entry * b1;
+        }
+    }
+}
+
+/* One tile of out = from + a·b; nothing is added where `from` is null. */
+INLINE void tile(int wide, float *out, int64_t out_step, const float *from, int64_t from_step,
+                 const float *a, int64_t down, int64_t along, const float *b, int64_t step,
+                 int64_t depth) {
+    vec acc[HIGH][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < HIGH; i++)
+        for (int v = 0; v < wide; v++)
+            acc[i][v] = from ? load(from + i * from_step + v * LANES) : (vec){0};
+    madd(acc, wide, a, down, along, b, step, depth);
+#pragma GCC unroll 16
+    for (int i = 0; i < HIGH; i++)
+        for (int v = 0; v < wide; v++) store(out + i * out_step + v * LANES, acc[i][v]);
+}
+
+/* out = from + a·b, high × wide; out's and from's rows `step` apart. */
+INLINE void product(float *out, const float *from, int64_t step, int64_t high, int64_t wide,
+                    const float *a, int64_t down, int64_t along, const float *b, int64_t b_step,
+                    int64_t depth) {
+    for (int64_t j = 0; j < wide; j += 2 * LANES)
+        for (int64_t i = 0; i < high; i += HIGH) {
+            const float *begin = from ? from + i * step + j : NULL;
+            float *end = out + i * step + j;
+            if (wide - j > LANES)
+                tile(2, end, step, begin, step, a + i * down, down, along, b + j, b_step, depth);
+            else
+                tile(1, end, step, begin, step, a + i * down, down, along, b + j, b_step, depth);
+        }
+}
+
+/* ---- rotations ---- */
+
+/* Some rows of a block: `at` the first, `step` apart; and the rows that come next. */
+typedef struct {
+    const float *at, *next;
+    int64_t step, next_step;
+} rows_of;
+
+/* Asks for rows that come next. They lie too far apart for the processor to foresee. */
+INLINE void ask(rows_of rows, int64_t begin, int64_t end, int64_t b) {
+    for (int64_t row = begin; row < end; row++)
+        for (int64_t j = 0; j < b; j += 16)
+            __builtin_prefetch(rows.next + row * rows.next_step + j, 0, 2);
+}
+
+INLINE void turn_tile(int wide, float *out, int64_t out_step, const rows_of *source,
+                      float *const *core, int64_t count, int64_t row, int64_t column, int64_t b) {
+    vec acc[HIGH][2] = {0};
+    for (int64_t s = 0; s < count; s++) {
+        ask(source[s], row, row + HIGH, wide * LANES);
+        madd(acc, wide, source[s].at + row * source[s].step, source[s].step, 1,
+             core[s] + column * b, wide * LANES, b);
+    }
+    /* What is turned is added last: the product is small beside it, and keeps its digits. */
+    for (int64_t s = 0; s < count; s++)
+#pragma GCC unroll 16
+        for (int i = 0; i < HIGH; i++)
+            for (int v = 0; v < wide; v++)
+                acc[i][v] += load(source[s].at + (row + i) * source[s].step + column + v * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < HIGH; i++)
+        for (int v = 0; v < wide; v++)
+            store(out + (row + i) * out_step + column + v * LANES, acc[i][v]);
+}
+
+/* out = Σ source + source·core, of `high` rows; the cores packed. */
+static void turn(float *out, int64_t out_step, const rows_of *source, float *const *core,
+                 int64_t count, int64_t high, int64_t b) {
+    int64_t wide = padded(b);
+    for (int64_t column = 0; column < wide; column += 2 * LANES)
+        for (int64_t row = 0; row < high; row += HIGH)
+            if (wide - column > LANES)
+                turn_tile(2, out, out_step, source, core, count, row, column, b);
+            else
+                turn_tile(1, out, out_step, source, core, count, row, column, b);
+}
+
+/* gram += xᵀ·y over `high` rows. */
+static void add_gram(float *gram, rows_of x, rows_of y, int64_t high, int64_t b) {
+    int64_t wide = padded(b);
+    for (int64_t i = 0; i < wide; i += HIGH) {
+        int64_t begin = i * high / wide, end = (i + HIGH) * high / wide;
+        ask(x, begin, end, b);
+        ask(y, begin, end, b);
+        product(gram + i * wide, gram + i * wide, wide, HIGH, wide, x.at + i, 1, x.step, y.at,
+                y.step, high);
+    }
+}
+
+/* The core's columns in panels as wide as a tile, zeros where it has none. */
+static void pack(float *to, const float *core, int64_t down, int64_t along, int64_t b) {
+    int64_t all = padded(b);
+    for (int64_t column = 0; column < all; column += 2 * LANES) {
+        int64_t wide = least(2 * LANES, all - column), there = least(wide, b - column);
+        for (int64_t i = 0; i < b; i++, to += wide) {
+            for (int64_t j = 0; j < there; j++) to[j] = core[i * down + (column + j) * along];
+            for (int64_t j = there; j < wide; j++) to[j] = 0;
+        }
+    }
+}
+
+INLINE void copy_rows(float *to, int64_t to_step, const float *from, int64_t from_step,
+                      int64_t high, int64_t b) {
+    for (int64_t row = 0; row < high; row++, to += to_step, from += from_step) {
+        if (b < LANES) {
+            memcpy(to, from, (size_t)b * sizeof(float));
+            continue;
+        }
+        for (int64_t j = 0; j + LANES < b; j += LANES) store(to + j, load(from + j));
+        store(to + b - LANES, load(from + b - LANES));
+    }
+}
+
+/* Rows as tiles want them: next to each other, padded. With zeros, for what memory happens to hold
+ * may be denormal, and slow. */
+static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy) {
+    int64_t wide = padded(b);
+    if (wide > b || high % HIGH) memset(copy, 0, (size_t)(TILE * wide) * sizeof(float));
+    copy_rows(copy, wide, rows.at, rows.step, high, b);
+    return (rows_of){copy, rows.next, wide, rows.next_step};
+}
+
+/* A run of rows of some neighbouring blocks. */
+typedef struct {
+    int64_t run, first, blocks, begin, end;
+} patch;
+
+static patch patch_of(const job *all, int64_t index) {
+    int64_t groups = (all->n + all->group - 1) / all->group;
+    int64_t high = (all->rows + all->splits - 1) / all->splits;
+    high = (high + HIGH - 1) / HIGH * HIGH;
+    patch own = {.run = index / groups, .first = index % groups * all->group};
+    own.blocks = least(all->group, all->n - own.first);
+    own.begin = least(all->rows, own.run * high);
+    own.end = least(all->rows, own.begin + high);
+    return own;
+}
+
+/* How far the rows that come next are: of the next block, or of the first one further down. */
+INLINE int64_t next_of(const job *all, const patch *own, int64_t block) {
+    if (block + 1 < own->blocks) return all->b;
+    return TILE * all->n * all->b - block * all->b;
+}
+
+/* A patch, turned by each core. */
+static void forward_task(const job *all, int64_t index, float *scratch) {
+    int64_t b = all->b, wide = padded(b), step = all->n * b, size = b * wide;
+    patch own = patch_of(all, index);
+    float *core = scratch, *copy = core + all->count * all->group * size;
+    float *out_copy = copy + TILE * wide;
+    for (int64_t s = 0; s < all->count; s++)
+        for (int64_t block = 0; block < own.blocks; block++)
+            pack(core + (s * all->group + block) * size,
+                 all->core[s] + (own.first + block) * b * b, b, 1, b);
+    for (int64_t row = own.begin; row < own.end; row += TILE)
+        for (int64_t block = 0; block < own.blocks; block++) {
+            int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
+            int64_t place = row * step + (own.first + block) * b;
+            int fits = wide == b && whole == high;
+            rows_of source = {all->x + place, all->x + place + next_of(all, &own, block), step, step};
+            if (!fits) source = staged(source, high, b, copy);
+            for (int64_t s = 0; s < all->count; s++) {
+                float *by = core + (s * all->group + block) * size, *out = all->out[s] + place;
+                if (fits) {
+                    turn(out, step, &source, &by, 1, high, b);
+                } else {
+                    turn(out_copy, wide, &source, &by, 1, whole, b);
+                    copy_rows(out, step, out_copy, wide, high, b);
+                }
+            }
+        }
+}
+
+/* The gradient of a patch of x, and its share of those of the cores. */
+static void backward_task(const job *all, int64_t index, float *scratch) {
+    int64_t b = all->b, wide = padded(b), step = all->n * b, count = all->count;
+    int64_t size = b * wide, square = wide * wide;
+    patch own = patch_of(all, index);
+    float *core = scratch, *gram = core + count * all->group * size;
+    float *copy = gram + count * all->group * square, *out_copy = copy + (count + 1) * TILE * wide;
+    if (all->out[0])
+        for (int64_t block = 0; block < own.blocks; block++)
+            for (int64_t s = 0; s < count; s++)
+                pack(core + (block * count + s) * size,
+                     all->core[s] + (own.first + block) * b * b, 1, b, b);
+    if (all->part) memset(gram, 0, (size_t)(count * own.blocks * square) * sizeof(float));
+    for (int64_t row = own.begin; row < own.end; row += TILE)
+        for (int64_t block = 0; block < own.blocks; block++) {
+            int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
+            int64_t place = row * step + (own.first + block) * b, next = next_of(all, &own, block);
+            int fits = wide == b && whole == high;
+            rows_of source[MOST];
+            float *by[MOST];
+            for (int64_t s = 0; s < count; s++) {
+                const float *at = all->source[s] + place;
+                source[s] = (rows_of){at, at + next, step, step};
+                if (!fits || all->part) source[s] = staged(source[s], high, b, copy + s * TILE * wide);
+                by[s] = core + (block * count + s) * size;
+            }
+            if (all->part) {
+                /* Where they are, rows that are a power of two apart would share a few places of the
+                 * cache: a Gram needs all of a tile's at once. */
+                rows_of x = {all->x + place, all->x + place + next, step, step};
+                x = staged(x, high, b, copy + count * TILE * wide);
+                for (int64_t s = 0; s < count; s++)
+                    add_gram(gram + (block * count + s) * square, x, source[s], high, b);
+            }
+            if (!all->out[0]) continue;
+            if (fits) {
+                turn(all->out[0] + place, step, source, by, count, high, b);
+            } else {
+                turn(out_copy, wide, source, by, count, whole, b);
+                copy_rows(all->out[0] + place, step, out_copy, wide, high, b);
+            }
+        }
+    if (!all->part) return;
+    for (int64_t block = 0; block < own.blocks; block++)
+        for (int64_t s = 0; s < count; s++) {
+            int64_t number = own.first + block;
+            float *to = all->gram[s] + number * b * b;
+            if (all->splits > 1)
+                to = all->part + ((own.run * all->n + number) * count + s) * b * b;
+            copy_rows(to, b, gram + (block * count + s) * square, wide, b, b);
+        }
+}
+
+/* The runs' shares of one block's core gradients, added in order. */
+static void sum_task(const job *all, int64_t block, float *scratch) {
+    int64_t entries = all->b * all->b;
+    (void)scratch;
+    for (int64_t s = 0; s < all->count; s++) {
+        float *to = all->gram[s] + block * entries;
+        memcpy(to, all->part + (block * all->count + s) * entries, (size_t)entries * sizeof(float));
+        for (int64_t run = 1; run < all->splits; run++) {
+            const float *share = all->part + ((run * all->n + block) * all->count + s) * entries;
+            for (int64_t i = 0; i < entries; i++) to[i] += share[i];
+        }
+    }
+}
+
+static int64_t splits(int64_t rows, int64_t n) {
+    int64_t wanted = n ? (TASKS + n - 1) / n : 1, most = rows / LEAST;
+    wanted = least(wanted, most);
+    return wanted > 1 ? wanted : 1;
+}
+
+/* Blocks that one thread takes together, so that its rows are long; no result depends on it. */
+static void share(job *all, int64_t threads) {
+    int64_t fair = (all->n * all->splits + 3 * threads - 1) / (3 * threads);
+    int64_t most = HELD / (all->b * padded(all->b) * all->count);
+    all->group = least(all->n, least(fair, most));
+    if (all->group < 1) all->group = 1;
+    all->tasks = (all->n + all->group - 1) / all->group * all->splits;
+}
+
+/* out[s] = x + x·blockdiag(core[s]), s < count. All contiguous: x and out (rows, n·b), cores
+ * (n, b, b). Gives back 0, or 1 where there was no memory. */
+int oftfx_rotate(const float *x, const float *const *core, float *const *out, int64_t count,
+                 int64_t rows, int64_t n, int64_t b, parallel fork, int64_t threads) {
+    job all = {.task = forward_task, .x = x, .count = count, .rows = rows, .n = n, .b = b,
+               .splits = splits(rows, n)};
+    for (int64_t s = 0; s < count; s++) {
+        all.core[s] = core[s];
+        all.out[s] = out[s];
+    }
+    share(&all, threads);
+    all.room = (count * all.group * b + 2 * TILE) * padded(b);
+    return run(&all, fork, threads);
+}
+
+/* out = Σ grad[s] + grad[s]·blockdiag(core[s])ᵀ and gram[s] = xᵀ·grad[s] of each block, both where
+ * they are not null. */
+int oftfx_rotate_grad(const float *const *grad, const float *x, const float *const *core,
+                      float *out, float *const *gram, int64_t count, int64_t rows, int64_t n,
+                      int64_t b, parallel fork, int64_t threads) {
+    job all = {.task = backward_task, .x = x, .count = count, .rows = rows, .n = n, .b = b,
+               .splits = splits(rows, n)};
+    all.out[0] = out;
+    for (int64_t s = 0; s < count; s++) {
+        all.source[s] = grad[s];
+        all.core[s] = core[s];
+        if (gram) all.gram[s] = gram[s];
+    }
+    share(&all, threads);
+    all.room = (count * all.group * (b + padded(b)) + (count + 2) * TILE) * padded(b);
+    if (!gram || all.splits == 1) {
+        all.part = gram ? gram[0] : NULL;
+        return run(&all, fork, threads);
+    }
+    all.part = malloc((size_t)(all.splits * n * count * b * b) * sizeof(float));
+    if (!all.part) return 1;
+    int failed = run(&all, fork, threads);
+    all.task = sum_task;
+    all.tasks = n;
+    failed = failed || run(&all, fork, threads);
+    free(all.part);
+    return failed;
+}
+
+/* ---- cores: the steps of oftfx/rotations/cayley.py ---- */
+
+/* Q = U − Uᵀ, its upper triangle times `sign`, padded with zeros. */
+static void unpack(float *q, const float *theta, float sign, int64_t b) {
+    int64_t wide = padded(b);
+    memset(q, 0, (size_t)(wide * wide) * sizeof(float));
+    for (int64_t i = 0; i < b; i++)
+        for (int64_t j = i + 1; j < b; j++, theta++) {
+            q[i * wide + j] = sign * *theta;
+            q[j * wide + i] = -sign * *theta;
+        }
+}
+
+static void multiply(float *out, const float *from, const float *a, const float *b, int64_t size) {
+    int64_t wide = padded(size);
+    product(out, from, wide, wide, wide, a, wide, 1, b, wide, size);
+}
+
+/* Q² and 2Q + 2Q², and Horner's values one after the other from `value` on, order/2 or one. */
+static void horner(const float *q, float *square, float *full, float *value, int64_t count,
+                   int64_t order, int64_t b) {
+    int64_t size = padded(b) * padded(b);
+    multiply(square, NULL, q, q, b);
+    for (int64_t i = 0; i < size; i++) {
+        full[i] = 2 * (q[i] + square[i]);
+        value[i] = order % 2 ? 2 * q[i] + square[i] : q[i];
+    }
+    for (int64_t step = 1; step < count; step++, value += size)
+        multiply(value + size, full, square, value, b);
+}
+
+static void cayley_task(const job *all, int64_t index, float *scratch) {
+    int64_t b = all->b, size = padded(b) * padded(b), half = all->order / 2;
+    float *q = scratch, *square = q + size, *full = square + size, *value = full + size;
+    unpack(q, all->theta + index * (b * (b - 1) / 2), 1, b);
+    horner(q, square, full, value, half + 1, all->order, b);
+    copy_rows(all->out[0] + index * b * b, b, value + half * size, padded(b), b, b);
+}
+
+static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
+    int64_t b = all->b, wide = padded(b), size = wide * wide, half = all->order / 2;
+    float *q = scratch, *square = q + size, *full = square + size, *grad = full + size;
+    float *full_grad = grad + size, *square_grad = full_grad + size, *spare = square_grad + size;
+    float *value = spare + size;
+    /* Every value is a polynomial in Q, and Qᵀ = −Q: the transposed ones that are wanted are the
+     * values of −Q. */
+    unpack(q, all->theta + index * (b * (b - 1) / 2), -1, b);
+    horner(q, square, full, value, half, all->order, b);
+    memset(grad, 0, (size_t)(3 * size) * sizeof(float)); /* and those after it */
+    copy_rows(grad, wide, all->grad + index * b * b, b, b, b);
+    for (int64_t step = half - 1; step >= 0; step--) {
+        for (int64_t i = 0; i < size; i++) full_grad[i] += grad[i];
+        multiply(square_grad, square_grad, grad, value + step * size, b);
+        multiply(spare, NULL, square, grad, b);
+        float *swap = grad;
+        grad = spare;
+        spare = swap;
+    }
+    for (int64_t i = 0; i < size; i++) {
+        square_grad[i] += 2 * full_grad[i];
+        if (all->order % 2) {
+            square_grad[i] += grad[i];
+            grad[i] *= 2;
+        }
+        grad[i] += 2 * full_grad[i];
+    }
+    for (int64_t i = 0; i < b; i++)
+        for (int64_t j = 0; j <= i; j++) {
+            float both = square_grad[i * wide + j] + square_grad[j * wide + i];
+            square_grad[i * wide + j] = square_grad[j * wide + i] = both;
+        }
+    multiply(spare, grad, square_grad, q, b); /* q is −Q */
+    float *to = all->out[0] + index * (b * (b - 1) / 2);
+    for (int64_t i = 0; i < b; i++)
+        for (int64_t j = i + 1; j < b; j++) *to++ = spare[i * wide + j] - spare[j * wide + i];
+}
+
+/* core (n, b, b) from theta (n, b(b−1)/2). */
+int oftfx_cayley(const float *theta, float *core, int64_t n, int64_t b, int64_t order,
+                 parallel fork, int64_t threads) {
+    job all = {.task = cayley_task, .tasks = n, .theta = theta, .b = b, .order = order};
+    all.out[0] = core;
+    all.room = (4 + order / 2) * padded(b) * padded(b);
+    return run(&all, fork, threads);
+}
+
+/* The gradient (n, b, b) of the cores to that of theta. */
+int oftfx_cayley_grad(const float *grad, const float *theta, float *out, int64_t n, int64_t b,
+                      int64_t order, parallel fork, int64_t threads) {
+    job all = {.task = cayley_grad_task, .tasks = n, .theta = theta, .grad = grad, .b = b,
+               .order = order};
+    all.out[0] = out;
+    all.room = (8 + order / 2) * padded(b) * padded(b);
+    return run(&all, fork, threads);
+}
