@@ -15,7 +15,7 @@ from torch import nn
 import oftfx
 
 Batches = Sequence[dict[str, torch.Tensor]]
-Panel = Literal["oftfx", "subspaces", "PEFT", "none"]
+Panel = Literal["methods", "variants", "PEFT", "none"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Arm:
     make: oftfx.Spec | Callable[[], peft.PeftConfig]
     rates: tuple[float, ...]
     seeds: int = 3
-    panel: Panel = "oftfx"
+    panel: Panel = "methods"
 
     @property
     def constrained(self) -> bool:
@@ -80,31 +80,31 @@ OTHERS = (
     Arm("oftfx HRA r16", oftfx.HRA(rank=16), (5e-4, 1e-3, 2e-3)),
     Arm("oftfx PSOFT r150", oftfx.PSOFT(rank=150), (5e-5, 1e-4, 2e-4)),
     Arm("oftfx LOFT r150", oftfx.LOFT(rank=150), (5e-5, 1e-4, 2e-4)),
-    Arm("oftfx GOFT, scaled", oftfx.GOFT(scale=True), (1e-3, 2e-3, 4e-3)),
-    Arm("oftfx QGOFT", oftfx.QGOFT(), (5e-4, 1e-3, 2e-3)),
+    Arm("oftfx GOFT, scaled", oftfx.GOFT(scale=True), (1e-3, 2e-3, 4e-3), panel="variants"),
+    Arm("oftfx QGOFT", oftfx.QGOFT(), (5e-4, 1e-3, 2e-3), panel="variants"),
     Arm(
         "oftfx LOFT r106, free core",
         oftfx.LOFT(rank=106, core="free"),
         (5e-5, 1e-4, 2e-4),
-        panel="subspaces",
+        panel="variants",
     ),
     Arm(
         "oftfx LOFT r150, principal",
         oftfx.LOFT(rank=150, support="principal"),
         (5e-5, 1e-4, 2e-4),
-        panel="subspaces",
+        panel="variants",
     ),
     Arm(
         "oftfx LOFT r150, random",
         oftfx.LOFT(rank=150, support="random"),
         (5e-5, 1e-4, 2e-4),
-        panel="subspaces",
+        panel="variants",
     ),
     Arm(
         "oftfx OFT b48, shared inputs",
         oftfx.OFT(block_size=48, share_inputs=True),
         (5e-5, 1e-4, 2e-4),
-        panel="subspaces",
+        panel="variants",
     ),
 )
 

@@ -148,10 +148,13 @@ def train(bench: Bench, job: Job) -> dict[str, Any] | None:
     model = bench.adapted(job.arm, job.seed)
     training = Training(bench, job.arm, model, job.rate)
     losses = []
+    ready = time.monotonic()
     for rows in bench.order(job.seed):
         losses.append(training.step(bench.train[rows.to(bench.device)]))
         if time.time() > bench.setting.deadline:
             return None
+    curve = torch.stack(losses).tolist()
+    trained = time.monotonic()
     task, unrelated = map(Change.between, bench.before, bench.losses(model))
     return {
         "kind": "training",
@@ -164,7 +167,8 @@ def train(bench: Bench, job: Job) -> dict[str, Any] | None:
         "task": asdict(task),
         "unrelated": asdict(unrelated),
         "seconds": round(time.monotonic() - start, 1),
-        "losses": [round(loss, 4) for loss in torch.stack(losses).tolist()],
+        "training_seconds": round(trained - ready, 1),
+        "losses": [round(loss, 4) for loss in curve],
     }
 
 
