@@ -4,9 +4,9 @@ Counts are those of SmolLM2-135M's 210 linears. GOFT's are what they are: it has
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import peft
 import torch
@@ -25,15 +25,13 @@ class Arm:
     Attributes:
         name: Library, method, size.
         make: An oftfx spec, or a function from the size to a PEFT configuration.
-        rates: Peak learning rates, the middle one expected to reach a gain of 0.6.
-        seeds: How many of them to run.
+        rates: Peak learning rates to begin with, around the one that should gain 0.6.
         panel: Where its curve is drawn.
     """
 
     name: str
     make: oftfx.Spec | Callable[[], peft.PeftConfig]
     rates: tuple[float, ...]
-    seeds: int = 3
     panel: Panel = "methods"
 
     @property
@@ -119,7 +117,6 @@ PEFT_SLOW = (
         "PEFT HRA r16",
         lambda: peft.HRAConfig(r=16, target_modules="all-linear"),
         (5e-3,),
-        seeds=1,
         panel="PEFT",
     ),
     Arm(
@@ -128,7 +125,6 @@ PEFT_SLOW = (
             boft_block_size=16, boft_n_butterfly_factor=2, target_modules="all-linear"
         ),
         (1e-4, 2e-4),
-        seeds=1,
         panel="PEFT",
     ),
 )
@@ -142,10 +138,22 @@ PEFT_PSOFT = Arm(
 )
 
 OVERLAY = Arm(  # PEFT's polynomial, for the two loss curves that must lie on each other
-    "oftfx OFT b32 k3", oftfx.OFT(block_size=32, order=3), (1e-4,), seeds=1, panel="none"
+    "oftfx OFT b32 k3", oftfx.OFT(block_size=32, order=3), (1e-4,), panel="none"
 )
 
 ARMS = (LORA, OFT, *OTHERS, PEFT_OFT, PEFT_PSOFT, *PEFT_SLOW, OVERLAY)
+
+
+LEAST, MOST = 0.55, 0.62
+"""The gains that every curve should lead from and to, in nats."""
+
+SEEDS = (0, 1, 2)
+
+RATES = 6
+"""More are not tried."""
+
+Key: TypeAlias = tuple[str, float, int]
+"""Arm, rate and seed."""
 
 
 @dataclass(frozen=True)
@@ -157,21 +165,56 @@ class Job:
     seed: int
 
     @property
-    def key(self) -> tuple[str, float, int]:
+    def key(self) -> Key:
         """What tells it from the others."""
         return self.arm.name, self.rate, self.seed
 
 
-def jobs() -> list[Job]:
-    """All trainings, those that tell most first: the first seeds of all, then the other seeds."""
-    order = (
-        (LORA, OFT, OVERLAY, PEFT_OFT, *PEFT_SLOW, *OTHERS, PEFT_PSOFT),
-        (LORA, OFT, *OTHERS, PEFT_OFT, PEFT_PSOFT),
-    )
-    return [
-        Job(arm, rate, seed)
-        for seed in range(3)
-        for arm in order[min(seed, 1)]
-        if seed < arm.seeds
-        for rate in arm.rates
-    ]
+def jobs(gains: Mapping[Key, float]) -> list[Job]:
+    """All trainings that are wanted, those that tell most first.
+
+    First every method's first seed, at its rates and at as many more as its curve needs; then the
+    other seeds, at the rates where it learns.
+
+    Args:
+        gains: Of the trainings that are done.
+    """
+    first = (LORA, OFT, OVERLAY, PEFT_OFT, *PEFT_SLOW, *OTHERS, PEFT_PSOFT)
+    wanted = [Job(arm, rate, 0) for arm in first for rate in arm.rates]
+    wanted += [Job(arm, rate, 0) for arm in first for rate in _further(arm, gains)]
+    for seed in SEEDS[1:]:
+        for arm in (LORA, OFT, *OTHERS, PEFT_OFT, PEFT_PSOFT):
+            wanted += [Job(arm, rate, seed) for rate in _telling(arm, gains)]
+    return wanted
+
+
+def _curve(arm: Arm, gains: Mapping[Key, float]) -> dict[float, float]:
+    """Gains of the first seed by rising rate."""
+    return {
+        rate: gain
+        for (name, rate, seed), gain in sorted(gains.items())
+        if name == arm.name and seed == 0
+    }
+
+
+def _further(arm: Arm, gains: Mapping[Key, float]) -> list[float]:
+    """Rates beyond those that are done, where these do not lead from LEAST to MOST or the top."""
+    curve = _curve(arm, gains)
+    if arm is OVERLAY or not set(arm.rates) <= set(curve) or len(curve) >= RATES:
+        return []
+    best, lowest, highest = max(curve, key=lambda rate: curve[rate]), min(curve), max(curve)
+    further = []
+    if best == lowest or not curve[lowest] < LEAST:
+        further.append(lowest / 2)
+    if best == highest and curve[highest] < MOST:
+        further.append(highest * 2)
+    return further
+
+
+def _telling(arm: Arm, gains: Mapping[Key, float]) -> list[float]:
+    """The rates from the last below LEAST to the first above MOST or the best."""
+    curve = _curve(arm, gains)
+    top = max(curve.values(), default=0)
+    high = min((rate for rate, gain in curve.items() if gain >= min(MOST, top)), default=0)
+    low = max((rate for rate, gain in curve.items() if gain < LEAST and rate < high), default=0)
+    return [rate for rate in curve if low <= rate <= high]

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, LORA, OFT, OVERLAY, PEFT_OFT, Arm
+from arms import ARMS, LORA, OFT, OVERLAY, PEFT_OFT, SEEDS, Arm
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -71,11 +71,11 @@ def report(rows: list[dict[str, Any]], out: Path) -> None:
             print("failed:", row["of"], row["arm"], row["error"].strip().splitlines()[-1])
 
 
-def points(rows: list[dict[str, Any]], arm: str) -> list[Point]:
-    """A method's curve, by rising learning rate. What diverged is left out of no mean."""
+def points(rows: list[dict[str, Any]], arm: str, seed: int | None = None) -> list[Point]:
+    """A method's curve, by rising learning rate; of all seeds, or of one."""
     found = defaultdict(list)
     for row in rows:
-        if row["kind"] == "training" and row["arm"] == arm:
+        if row["kind"] == "training" and row["arm"] == arm and seed in (None, row["seed"]):
             found[row["rate"]].append((row["gain"], row["forgetting"]))
     return [
         Point(rate, *map(tuple, zip(*values, strict=True)))
@@ -95,16 +95,6 @@ def at(curve: Sequence[Point], gain: float) -> At | None:
                 _between(max(low.forgetting, LEAST), max(high.forgetting, LEAST), share),
             )
     return None
-
-
-def by_seed(curve: Sequence[Point], gain: float) -> list[float]:
-    """The forgetting at a gain along each seed's own curve, where it reaches that gain."""
-    counts = {len(point.gains) for point in curve}
-    found = [
-        at([Point(p.rate, (p.gains[i],), (p.forgettings[i],)) for p in curve], gain)
-        for i in range(min(counts, default=0))
-    ]
-    return [place.forgetting for place in found if place]
 
 
 def _between(low: float, high: float, share: float) -> float:
@@ -132,7 +122,7 @@ def summary(rows: list[dict[str, Any]], curves: dict[str, list[Point]]) -> str:
                 *(_cost(cost) if cost else ("–", "–")),
                 f"{max((point.gain for point in curve), default=math.nan):.3f}",
                 f"{middle.rate:.1e}" if middle else "–",
-                *(_forgetting(curve, curves[LORA.name], gain) for gain in GAINS),
+                *(_forgetting(rows, arm, gain) for gain in GAINS),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -147,11 +137,12 @@ def _cost(row: dict[str, Any]) -> tuple[str, str]:
     return f"{row['step_seconds'] * 1000:.0f}", "–" if peak is None else f"{peak:.1f}"
 
 
-def _forgetting(curve: list[Point], lora: list[Point], gain: float) -> str:
-    mine, theirs = at(curve, gain), at(lora, gain)
+def _forgetting(rows: list[dict[str, Any]], arm: Arm, gain: float) -> str:
+    mine, theirs = at(points(rows, arm.name), gain), at(points(rows, LORA.name), gain)
     if mine is None:
         return "–"
-    seeds = by_seed(curve, gain)
+    places = (at(points(rows, arm.name, seed), gain) for seed in SEEDS)
+    seeds = [place.forgetting for place in places if place]
     spread = f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""
     ratio = f" ({mine.forgetting / theirs.forgetting:.2f})" if theirs else ""
     return f"{mine.forgetting:.3f}{spread}{ratio}"

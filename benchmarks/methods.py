@@ -26,15 +26,14 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing.context import SpawnProcess
-from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Event, Lock
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from arms import ARMS, Arm, Job, jobs
+from arms import ARMS, Arm, Job, Key, jobs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -158,9 +157,7 @@ def train(bench: Bench, job: Job) -> dict[str, Any] | None:
     task, unrelated = map(Change.between, bench.before, bench.losses(model))
     return {
         "kind": "training",
-        "arm": job.arm.name,
-        "rate": job.rate,
-        "seed": job.seed,
+        **_about(job),
         "parameters": sum(p.numel() for p in training.parameters),
         "gain": -task.change.mean,
         "forgetting": unrelated.change.mean,
@@ -218,37 +215,48 @@ def _cost(bench: Bench, name: str, step: Any, start: float, parameters: int) -> 
     }
 
 
-def work(
-    setting: Setting, device: str, chosen: list[str], queue: "Synchronized[int]", timed: Event
-) -> None:
+def work(setting: Setting, device: str, chosen: list[str], lock: Lock, timed: Event) -> None:
     """Takes jobs until none is left that can end in time. A broken process is replaced."""
     torch.set_num_threads(1)
     bench = Bench(setting, device)
     if not timed.is_set() and device == devices()[0]:
         done = [row["arm"] for row in read(setting.results) if row.get("of", row["kind"]) == "cost"]
         for name in (BASE, *chosen):
-            if name not in done:
+            if name not in done and time.time() < setting.deadline:
                 _guarded(setting, {"of": "cost", "arm": name}, cost, bench, name)
         timed.set()
-    listed = [job for job in jobs() if job.arm.name in chosen]
-    while (job := _next(setting, listed, queue)) is not None:
-        about = {"of": "training", "arm": job.arm.name, "rate": job.rate, "seed": job.seed}
-        _guarded(setting, about, train, bench, job)
+    while True:
+        with lock:
+            job = _next(setting, chosen)
+            if job is None:
+                return
+            write(setting.results, {"kind": "taken", **_about(job)})
+        _guarded(setting, {"of": "training", **_about(job)}, train, bench, job)
 
 
-def _next(setting: Setting, listed: list[Job], queue: "Synchronized[int]") -> Job | None:
-    """The next job that has no result yet and that can end in time."""
-    with queue.get_lock():
-        while queue.value < len(listed):
-            job = listed[queue.value]
-            queue.value += 1
-            rows = [row for row in read(setting.results) if row["kind"] == "training"]
-            if job.key in {(row["arm"], row["rate"], row["seed"]) for row in rows}:
-                continue
-            same = [row["seconds"] for row in rows if row["arm"] == job.arm.name]
-            if time.time() + max(same, default=0) < setting.deadline:
-                return job
+def _next(setting: Setting, chosen: list[str]) -> Job | None:
+    """The first job that nobody has taken and that can end in time."""
+    rows = read(setting.results)
+    done = [row for row in rows if row["kind"] == "training"]
+    gains = {key(row): row["gain"] for row in done}
+    latest = max(index for index, row in enumerate(rows) if row["kind"] == "setting")
+    taken = {key(row) for row in rows[latest:] if row["kind"] == "taken"}
+    for job in jobs(gains):
+        if job.arm.name not in chosen or job.key in taken or job.key in gains:
+            continue
+        same = [row["seconds"] for row in done if row["arm"] == job.arm.name]
+        if time.time() + max(same, default=0) < setting.deadline:
+            return job
     return None
+
+
+def key(row: dict[str, Any]) -> Key:
+    """Which job a line is about."""
+    return row["arm"], row["rate"], row["seed"]
+
+
+def _about(job: Job) -> dict[str, Any]:
+    return {"arm": job.arm.name, "rate": job.rate, "seed": job.seed}
 
 
 def _guarded(setting: Setting, about: dict[str, Any], do: Any, *args: Any) -> None:
@@ -267,14 +275,14 @@ def run(setting: Setting, names: list[str]) -> None:
     chosen = names or [arm.name for arm in ARMS]
     write(setting.results, _described(setting))
     spawn = multiprocessing.get_context("spawn")
-    queue, timed = spawn.Value("i", 0), spawn.Event()
+    lock, timed = spawn.Lock(), spawn.Event()
     if any(row["kind"] == "cost" for row in read(setting.results)):
         timed.set()
     workers: dict[SpawnProcess, str] = {}
     waiting: list[str] = []
 
     def start(device: str) -> None:
-        worker = spawn.Process(target=work, args=(setting, device, chosen, queue, timed))
+        worker = spawn.Process(target=work, args=(setting, device, chosen, lock, timed))
         worker.start()
         workers[worker] = device
 
