@@ -163,10 +163,17 @@ def train(bench: Bench, job: Job) -> dict[str, Any] | None:
         "forgetting": unrelated.change.mean,
         "task": asdict(task),
         "unrelated": asdict(unrelated),
+        "norm": _norm(job.arm, model),
         "seconds": round(time.monotonic() - start, 1),
         "training_seconds": round(trained - ready, 1),
         "losses": [round(loss, 4) for loss in curve],
     }
+
+
+def _norm(arm: Arm, model: nn.Module) -> float | None:
+    """The largest ‖Q‖₂ of oftfx's rotations."""
+    ours = isinstance(arm.make, oftfx.Spec)
+    return oftfx.health(model).norm.max().item() if ours else None
 
 
 def cost(bench: Bench, name: str) -> dict[str, Any]:
