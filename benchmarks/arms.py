@@ -76,8 +76,8 @@ OTHERS = (
     Arm("oftfx COFT b32", oftfx.COFT(block_size=32, eps=0.5), (1e-4, 2e-4, 4e-4)),
     Arm("oftfx BOFT b16 m2", oftfx.BOFT(block_size=16, factors=2), (5e-5, 1e-4, 2e-4)),
     Arm("oftfx HRA r16", oftfx.HRA(rank=16), (2.5e-5, 5e-5, 1e-4)),
-    Arm("oftfx PSOFT r150", oftfx.PSOFT(rank=150), (2.5e-5, 5e-5, 1e-4)),
-    Arm("oftfx LOFT r150", oftfx.LOFT(rank=150), (2.5e-5, 5e-5, 1e-4)),
+    Arm("oftfx PSOFT r150", oftfx.PSOFT(rank=150), (1.25e-5, 2.5e-5, 5e-5)),
+    Arm("oftfx LOFT r150", oftfx.LOFT(rank=150), (1.25e-5, 2.5e-5, 5e-5)),
     Arm("oftfx GOFT, scaled", oftfx.GOFT(scale=True), (1e-3, 2e-3, 4e-3), panel="variants"),
     Arm("oftfx QGOFT", oftfx.QGOFT(), (5e-4, 1e-3, 2e-3), panel="variants"),
     Arm(
@@ -89,7 +89,7 @@ OTHERS = (
     Arm(
         "oftfx LOFT r150, principal",
         oftfx.LOFT(rank=150, support="principal"),
-        (2.5e-5, 5e-5, 1e-4),
+        (1.25e-5, 2.5e-5, 5e-5),
         panel="variants",
     ),
     Arm(
@@ -133,7 +133,7 @@ PEFT_PSOFT = Arm(
     lambda: peft.PsoftConfig(
         r=150, psoft_svd="lowrank", use_cayley_neumann=True, target_modules="all-linear"
     ),
-    (2.5e-5, 5e-5, 1e-4),
+    (1.25e-5, 2.5e-5, 5e-5),
     panel="PEFT",
 )
 
