@@ -174,7 +174,7 @@ def jobs(gains: Mapping[Key, float]) -> list[Job]:
     """All trainings that are wanted, those that tell most first.
 
     First every method's first seed, at its rates and at as many more as its curve needs; then the
-    other seeds, at the rates where it learns.
+    other seeds, at the rates that the curve's telling part has.
 
     Args:
         gains: Of the trainings that are done.
@@ -182,9 +182,9 @@ def jobs(gains: Mapping[Key, float]) -> list[Job]:
     first = (LORA, OFT, OVERLAY, PEFT_OFT, *PEFT_SLOW, *OTHERS, PEFT_PSOFT)
     wanted = [Job(arm, rate, 0) for arm in first for rate in arm.rates]
     wanted += [Job(arm, rate, 0) for arm in first for rate in _further(arm, gains)]
-    for seed in SEEDS[1:]:
-        for arm in (LORA, OFT, *OTHERS, PEFT_OFT, PEFT_PSOFT):
-            wanted += [Job(arm, rate, seed) for rate in _telling(arm, gains)]
+    for group in ((LORA, OFT), OTHERS, (PEFT_OFT, PEFT_PSOFT)):
+        for seed in SEEDS[1:]:
+            wanted += [Job(arm, rate, seed) for arm in group for rate in _telling(arm, gains)]
     return wanted
 
 
