@@ -83,7 +83,7 @@ OTHERS = (
     Arm(
         "oftfx LOFT r106, free core",
         oftfx.LOFT(rank=106, core="free"),
-        (5e-5, 1e-4, 2e-4),
+        (2.5e-5, 5e-5, 1e-4),
         panel="variants",
     ),
     Arm(

@@ -129,7 +129,8 @@ def summary(rows: list[dict[str, Any]], curves: dict[str, list[Point]]) -> str:
 
 
 def _parameters(rows: list[dict[str, Any]], arm: Arm) -> int:
-    return next(row["parameters"] for row in rows if row.get("arm") == arm.name)
+    mine = (row for row in rows if row.get("arm") == arm.name)
+    return next(row["parameters"] for row in mine if "parameters" in row)
 
 
 def _cost(row: dict[str, Any]) -> tuple[str, str]:

@@ -92,6 +92,8 @@ def test_the_report_has_pictures_and_every_method(
     arms: ModuleType, curves: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"kind": "setting", "steps": 4}]
+    rows.append({"kind": "error", "of": "cost", "arm": arms.OFT.name, "error": "ValueError: no"})
+    rows.append({"kind": "taken", "arm": arms.OFT.name, "rate": 1e-4, "seed": 0})
     for arm in (arms.LORA, arms.OFT, arms.OVERLAY, arms.PEFT_OFT):
         rows.append(
             {"kind": "cost", "arm": arm.name, "step_seconds": 0.1, "peak_gib": 3.0}
