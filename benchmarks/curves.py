@@ -120,7 +120,7 @@ def summary(rows: list[dict[str, Any]], curves: dict[str, list[Point]]) -> str:
                 arm.name,
                 f"{_parameters(rows, arm) / 1e6:.2f}M",
                 *(_cost(cost) if cost else ("–", "–")),
-                f"{max((point.gain for point in curve), default=math.nan):.3f}",
+                f"{max(point.gain for point in curve):.3f}" if curve else "–",
                 f"{middle.rate:.1e}" if middle else "–",
                 *(_forgetting(rows, arm, gain) for gain in GAINS),
             ]
