@@ -1,0 +1,107 @@
+"""What `benchmarks/` claims is read off its measurements by rules that hold."""
+
+import importlib
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def arms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("arms")
+
+
+@pytest.fixture
+def curves(arms: ModuleType) -> ModuleType:
+    return importlib.import_module("curves")
+
+
+def training(arm: str, rate: float, gain: float, forgetting: float, seed: int = 0) -> Any:
+    return {
+        "kind": "training",
+        "arm": arm,
+        "rate": rate,
+        "seed": seed,
+        "gain": gain,
+        "forgetting": forgetting,
+        "parameters": 1000,
+        "losses": [3.0 - 0.01 * step for step in range(4)],
+    }
+
+
+def test_forgetting_at_a_gain_lies_between_its_neighbours(curves: ModuleType) -> None:
+    rows = [training("a", 1e-4, 0.5, 0.1), training("a", 4e-4, 0.6, 0.4)]
+    place = curves.at(curves.points(rows, "a"), 0.55)
+    assert math.isclose(place.forgetting, 0.2)
+    assert math.isclose(place.rate, 2e-4)
+
+
+def test_a_gain_that_no_rate_reaches_has_no_forgetting(curves: ModuleType) -> None:
+    rows = [training("a", 1e-4, 0.5, 0.1), training("a", 2e-4, 0.6, 0.4)]
+    curve = curves.points(rows, "a")
+    assert curves.at(curve, 0.45) is None
+    assert curves.at(curve, 0.65) is None
+
+
+def test_only_the_rising_part_of_a_curve_counts(curves: ModuleType) -> None:
+    gains = (0.4, 0.6, 0.3, 0.7)
+    rows = [training("a", 10.0**i, gain, 0.1 * (i + 1)) for i, gain in enumerate(gains)]
+    assert curves.at(curves.points(rows, "a"), 0.65) is None
+
+
+def test_a_point_is_the_mean_over_the_seeds(curves: ModuleType) -> None:
+    rows = [training("a", 1e-4, 0.5 + 0.1 * s, 0.1, seed=s) for s in range(3)]
+    (point,) = curves.points(rows, "a")
+    assert math.isclose(point.gain, 0.6)
+    (point,) = curves.points(rows, "a", seed=2)
+    assert math.isclose(point.gain, 0.7)
+
+
+def test_rates_are_added_until_a_curve_is_covered(arms: ModuleType) -> None:
+    def wanted(gains: dict[float, float]) -> set[float]:
+        done = {(arms.OFT.name, rate, 0): gain for rate, gain in gains.items()}
+        found = {j.rate for j in arms.jobs(done) if j.arm is arms.OFT and j.seed == 0}
+        return found - set(gains)
+
+    rates = arms.OFT.rates
+    rising = dict(zip(rates, (0.5, 0.55, 0.6, 0.65), strict=True))
+    assert wanted(rising) == set()
+    low = dict(zip(rates, (0.3, 0.4, 0.5, 0.55), strict=True))
+    assert wanted(low) == {rates[-1] * 2}
+    high = dict(zip(rates, (0.65, 0.6, 0.5, 0.3), strict=True))
+    assert wanted(high) == {rates[0] / 2}
+    broken = dict(zip(rates, (math.nan,) * len(rates), strict=True))
+    assert wanted(broken) == {rates[0] / 2}
+
+
+def test_other_seeds_run_where_the_first_one_told_something(arms: ModuleType) -> None:
+    gains = dict(zip(arms.OFT.rates, (0.4, 0.5, 0.6, 0.66), strict=True))
+    done = {(arms.OFT.name, rate, 0): gain for rate, gain in gains.items()}
+    seconds = {j.rate for j in arms.jobs(done) if j.arm is arms.OFT and j.seed == 1}
+    assert seconds == set(arms.OFT.rates[1:])
+
+
+def test_the_report_has_pictures_and_every_method(
+    arms: ModuleType, curves: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"kind": "setting", "steps": 4}]
+    rows.append({"kind": "error", "of": "cost", "arm": arms.OFT.name, "error": "ValueError: no"})
+    rows.append({"kind": "taken", "arm": arms.OFT.name, "rate": 1e-4, "seed": 0})
+    for arm in (arms.LORA, arms.OFT, arms.OVERLAY, arms.PEFT_OFT):
+        rows.append(
+            {"kind": "cost", "arm": arm.name, "step_seconds": 0.1, "peak_gib": 3.0}
+            | {"parameters": 1000}
+        )
+        gains = (0.5, 0.6, 0.65, 0.7)
+        rows += [training(arm.name, r, g, g**4) for r, g in zip(arm.rates, gains, strict=False)]
+    curves.report(rows, tmp_path)
+    printed = capsys.readouterr().out
+    assert "| oftfx OFT b32 | 0.00M | 100 | 3.0 | 0.700 |" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"methods.png", "oft-beside-peft.png"}
