@@ -4,6 +4,7 @@ import ctypes
 import functools
 import logging
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -33,8 +34,8 @@ def library() -> ctypes.CDLL | None:
         log.info("CPU kernels are off (OFTFX_NATIVE=0): PyTorch does their work")
         return None
     try:
-        if os.name != "posix":
-            raise BuildError(f"they are not built on {os.name}")
+        if sys.platform != "linux":
+            raise BuildError(f"they are built on Linux only, not on {sys.platform}")
         loaded = ctypes.CDLL(str(built()))
     except (BuildError, OSError) as error:
         log.warning("no CPU kernels, PyTorch does their work, correctly but slower: %s", error)

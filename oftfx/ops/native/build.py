@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -9,9 +10,10 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
+NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
 # IEEE arithmetic throughout: inf and NaN go where the mathematics sends them.
 FLAGS = (
-    *("-O3", "-march=native", "-funroll-loops", "-fno-math-errno", "-ffp-contract=fast"),
+    *("-O3", NATIVE, "-funroll-loops", "-fno-math-errno", "-ffp-contract=fast"),
     *("-std=gnu11", "-fPIC", "-shared"),
 )
 
@@ -30,16 +32,18 @@ def built() -> Path:
     # What the compiler defines tells its version and what this processor can do.
     known = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS)).encode() + known)
+    folder = _cache()
     try:
-        return _cached(compiler, cache(), key.hexdigest()[:16])
+        return _cached(compiler, folder, key.hexdigest()[:16])
     except OSError as error:
-        raise BuildError(f"the cache {cache()} cannot be used: {error}") from error
+        raise BuildError(f"the cache {folder} cannot be used: {error}") from error
 
 
-def cache() -> Path:
-    """Where built libraries are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "oftfx"
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oftfx"
+    except RuntimeError as error:
+        raise BuildError(f"there is no folder to keep them in: {error}") from error
 
 
 def _cached(compiler: list[str], folder: Path, key: str) -> Path:

@@ -22,7 +22,7 @@
 #endif
 
 #define LANES ((int64_t)(BYTES / sizeof(float)))
-#define TILE 48    /* rows that stay in the first-level cache, a multiple of HIGH */
+#define TILE 32    /* rows that stay in the first-level cache, a multiple of HIGH */
 #define TASKS 64   /* rows are cut where there are fewer blocks than this, */
 #define LEAST 256  /* but never into runs of fewer rows than this */
 #define HELD 32768 /* floats of cores that stay in the second-level cache */
@@ -140,7 +140,7 @@ typedef struct {
 INLINE void ask(rows_of rows, int64_t begin, int64_t end, int64_t b) {
     for (int64_t row = begin; row < end; row++)
         for (int64_t j = 0; j < b; j += 16)
-            __builtin_prefetch(rows.next + row * rows.next_step + j, 0, 2);
+            __builtin_prefetch(rows.next + row * rows.next_step + j);
 }
 
 INLINE void turn_tile(int wide, float *out, int64_t out_step, const rows_of *source,
@@ -294,14 +294,12 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
             for (int64_t s = 0; s < count; s++) {
                 const float *at = all->source[s] + place;
                 source[s] = (rows_of){at, at + next, step, step};
-                if (!fits || all->part) source[s] = staged(source[s], high, b, copy + s * TILE * wide);
+                if (!fits) source[s] = staged(source[s], high, b, copy + s * TILE * wide);
                 by[s] = core + (block * count + s) * size;
             }
             if (all->part) {
-                /* Where they are, rows that are a power of two apart would share a few places of the
-                 * cache: a Gram needs all of a tile's at once. */
                 rows_of x = {all->x + place, all->x + place + next, step, step};
-                x = staged(x, high, b, copy + count * TILE * wide);
+                if (!fits) x = staged(x, high, b, copy + count * TILE * wide);
                 for (int64_t s = 0; s < count; s++)
                     add_gram(gram + (block * count + s) * square, x, source[s], high, b);
             }
@@ -403,11 +401,10 @@ int oftfx_rotate_grad(const float *const *grad, const float *x, const float *con
 static void unpack(float *q, const float *theta, float sign, int64_t b) {
     int64_t wide = padded(b);
     memset(q, 0, (size_t)(wide * wide) * sizeof(float));
-    for (int64_t i = 0; i < b; i++)
-        for (int64_t j = i + 1; j < b; j++, theta++) {
-            q[i * wide + j] = sign * *theta;
-            q[j * wide + i] = -sign * *theta;
-        }
+    for (int64_t i = 0; i < b; theta += b - 1 - i, i++) {
+        for (int64_t j = i + 1; j < b; j++) q[i * wide + j] = sign * theta[j - i - 1];
+        for (int64_t j = 0; j < i; j++) q[i * wide + j] = -q[j * wide + i];
+    }
 }
 
 static void multiply(float *out, const float *from, const float *a, const float *b, int64_t size) {
@@ -464,14 +461,13 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
         grad[i] += 2 * full_grad[i];
     }
     for (int64_t i = 0; i < b; i++)
-        for (int64_t j = 0; j <= i; j++) {
-            float both = square_grad[i * wide + j] + square_grad[j * wide + i];
-            square_grad[i * wide + j] = square_grad[j * wide + i] = both;
-        }
-    multiply(spare, grad, square_grad, q, b); /* q is −Q */
+        for (int64_t j = 0; j < b; j++)
+            spare[i * wide + j] = square_grad[i * wide + j] + square_grad[j * wide + i];
+    multiply(full_grad, grad, spare, q, b); /* q is −Q */
     float *to = all->out[0] + index * (b * (b - 1) / 2);
-    for (int64_t i = 0; i < b; i++)
-        for (int64_t j = i + 1; j < b; j++) *to++ = spare[i * wide + j] - spare[j * wide + i];
+    for (int64_t i = 0; i < b; to += b - 1 - i, i++)
+        for (int64_t j = i + 1; j < b; j++)
+            to[j - i - 1] = full_grad[i * wide + j] - full_grad[j * wide + i];
 }
 
 /* core (n, b, b) from theta (n, b(b−1)/2). */
