@@ -176,6 +176,9 @@ def _like(module: fx.GraphModule, value: Tensor) -> dict[str, Any]:
 
 
 def _fake_mode(graph: fx.Graph) -> Any:
-    """The mode of an exported graph's metadata; None for a graph without."""
-    values = (node.meta.get("val") for node in graph.nodes)
+    """The mode of an exported graph's metadata; None for a graph without.
+
+    Dynamo's own graphs have such metadata at their inputs alone.
+    """
+    values = (node.meta.get("val") for node in graph.nodes if node.op == "call_function")
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
