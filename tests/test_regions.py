@@ -60,6 +60,30 @@ def test_an_exported_base_is_planned_and_adapted_as_the_module_is(grad):
 
 
 @one_op
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("training", [False, True], ids=["inference form", "training form"])
+def test_a_graph_that_dynamo_captured_is_planned_and_adapted_as_the_module_is(training):
+    with torch.set_grad_enabled(training):
+        graph, _ = torch._dynamo.export(base())(X.clone().requires_grad_(training))
+    before = graph.code
+    assert ("autograd_function_apply" in before) is training
+    plan = oftfx.plan(graph, SPEC)
+    assert [site.shape for site in plan.sites] == [(64, 64), (32, 64)]
+    assert graph.code == before
+    oftfx.adapt(graph, SPEC)
+    assert "autograd_function_apply" not in graph.code
+    model = adapted()
+    ours, theirs = testing.thetas(graph), testing.thetas(model)  # Dynamo has names of its own
+    for one, other in zip(ours.values(), theirs.values(), strict=True):
+        one.data.copy_(other.data)
+    assert torch.equal(graph(X), model(X))
+    graph(X).square().sum().backward()
+    model(X).square().sum().backward()
+    for one, other in zip(ours.values(), theirs.values(), strict=True):
+        testing.assert_close(one.grad, other.grad, "gradient")
+
+
+@one_op
 def test_an_adapter_moves_between_the_module_and_its_program(tmp_path):
     program = oftfx.adapt(export(base(), (X,), strict=True), SPEC)
     oftfx.save(program, tmp_path / "program")
