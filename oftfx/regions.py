@@ -5,9 +5,9 @@
     body: gemm_4bit(x, …)
 
 An autograd function runs its forward with gradients off, and its backward is not in an exported
-graph. So a quantised layer's matmul would end the gradient of all that comes before it. Dynamo's own
-graphs keep the backward, `autograd_function_apply(forward, backward, x, …)`, but nothing can be put
-before a matmul that hides in there; they are opened in the same way.
+graph. So a quantised layer's matmul would end the gradient of all that comes before it. A graph of
+Dynamo's own keeps the backward, `autograd_function_apply(forward, backward, x, …)`, but hides the
+matmul in there from what looks for it; it is opened in the same way.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from oftfx.errors import PlanError
 from oftfx.host import host_of
-from oftfx.sites import bitsandbytes
+from oftfx.sites import bitsandbytes, gemm_4bit
 
 M = TypeVar("M", bound=fx.GraphModule | ExportedProgram)
 
@@ -39,7 +39,7 @@ def differentiable(model: M) -> M:
     module = _module(model)
     _check_rounding(module)
     if closed(module) or _holds(module.graph, bitsandbytes.OPS):
-        bitsandbytes.register_gradients()
+        gemm_4bit.register_gradients()
     if not closed(module):
         return model
     host = host_of(model, edit=True)

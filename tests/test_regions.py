@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import export
 
 import oftfx
-from oftfx import OFT, MergeError, PlanError, testing
+from oftfx import OFT, PlanError, testing
 from tests.quantised import linear4bit, linear8bit
 from tests.small import rows
 
@@ -53,8 +53,6 @@ def test_an_exported_base_is_planned_and_adapted_as_the_module_is(grad):
     testing.assert_same_function(inserted, adapted(), X)
     graph = oftfx.adapt(program.module(), SPEC)
     testing.assert_same_function(graph, adapted(), X)
-    with pytest.raises(MergeError, match=r"folds in an nn\.Module only"):
-        oftfx.merge(inserted)
     removed = oftfx.remove(inserted)
     assert torch.equal(removed.module()(X), base()(X))
 
@@ -139,7 +137,8 @@ def test_the_users_own_regions_stay_closed(make):
 
 @one_op
 def test_the_op_has_its_gradient():
-    from oftfx.sites.bitsandbytes import LINEAR4BIT, register_gradients
+    from oftfx.sites.bitsandbytes import LINEAR4BIT
+    from oftfx.sites.gemm_4bit import register_gradients
 
     register_gradients()
     layer = base()[0]
