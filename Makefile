@@ -57,7 +57,7 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	@echo "Building $(VENV) (a few minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c $(PINS) $(shell grep '^torch==' $(PINS))
-	@$(PIP) install -c $(PINS) -e '.[dev]'
+	@DISABLE_CUDA=1 $(PIP) install -c $(PINS) -e '.[dev]'  # hqq would build CUDA kernels
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
