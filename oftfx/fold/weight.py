@@ -44,7 +44,8 @@ class Fold:
 
     def finite(self) -> Tensor:
         """Whether its rotation is finite, one bool on the device."""
-        return torch.stack([torch.isfinite(tensor).all() for tensor in self._tensors()]).all()
+        known = [torch.isfinite(tensor).all() for tensor in self._tensors()]
+        return torch.stack(known).all() if known else torch.tensor(True)
 
     def folded(self, dtype: torch.dtype) -> Tensor:
         """``W Mᵀ`` in (out, in), computed in this dtype."""
