@@ -88,7 +88,7 @@ def _subspace_defect(support: Tensor, kernel: Tensor) -> Tensor:
     p, k = support.double(), kernel.double()
     gram = p @ p.mT
     values, vectors = torch.linalg.eigh(gram)
-    root = vectors * values.clamp_min(0).sqrt()
+    root = vectors * values.clamp_min(0).sqrt()[..., None, :]
     inner = k + k.mT + k.mT @ gram @ k
     return torch.linalg.matrix_norm(root.mT @ inner @ root, ord=2)
 
