@@ -29,6 +29,15 @@ class Host(Protocol):
     def set(self, name: str, value: nn.Parameter) -> None:
         """Replaces a parameter's tensor."""
 
+    def held(self, node: fx.Node) -> Tensor | None:
+        """What a node reads from the model: a parameter, buffer or constant; None for others."""
+
+    def hold(self, node: fx.Node, value: Tensor) -> None:
+        """Replaces what a node reads from the model."""
+
+    def drop(self, node: fx.Node) -> None:
+        """Removes a node that nothing uses any more, and the buffer or constant that it reads."""
+
     def add(self, name: str, value: nn.Parameter) -> fx.Node:
         """Adds a parameter and the node that reads it."""
 
@@ -68,6 +77,23 @@ class _Module:
     def set(self, name: str, value: nn.Parameter) -> None:
         path, _, leaf = name.rpartition(".")
         setattr(self.module.get_submodule(path), leaf, value)
+
+    def held(self, node: fx.Node) -> Tensor | None:
+        found = self._owner(node) if node.op == "get_attr" else None
+        value = None if found is None else getattr(*found)
+        return value if isinstance(value, Tensor) else None
+
+    def hold(self, node: fx.Node, value: Tensor) -> None:
+        setattr(*self._owner(node), value)
+        node.meta.update(_like(self.module, value))
+
+    def drop(self, node: fx.Node) -> None:
+        delattr(*self._owner(node))
+        self.module.graph.erase_node(node)
+
+    def _owner(self, node: fx.Node) -> tuple[nn.Module, str]:
+        path, _, leaf = str(node.target).rpartition(".")
+        return self.module.get_submodule(path), leaf
 
     def add(self, name: str, value: nn.Parameter) -> fx.Node:
         holder: nn.Module = self.module
@@ -111,6 +137,7 @@ class _Program:
         for given, copied in nodes:  # a copy renames what is called like a builtin, such as `input`
             copied.name = given.name
         self.state = dict(program.state_dict)
+        self.constants = dict(program.constants)
         self.inputs = list(program.graph_signature.input_specs)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -125,6 +152,30 @@ class _Program:
 
     def set(self, name: str, value: nn.Parameter) -> None:
         self.state[name] = value
+
+    def held(self, node: fx.Node) -> Tensor | None:
+        found = self._store(node)
+        value = None if found is None else found[0][found[1]]
+        return value if isinstance(value, Tensor) else None
+
+    def hold(self, node: fx.Node, value: Tensor) -> None:
+        store, name = self._store(node)  # type: ignore[misc]
+        store[name] = value
+        node.meta.update(_like(self.module, value))
+
+    def drop(self, node: fx.Node) -> None:
+        store, name = self._store(node)  # type: ignore[misc]
+        del store[name]
+        self.inputs = [spec for spec in self.inputs if spec.arg.name != node.name]
+        self.module.graph.erase_node(node)
+
+    def _store(self, node: fx.Node) -> tuple[dict[str, Any], str] | None:
+        """Where the tensor behind a placeholder is kept, and its name there."""
+        names = {spec.arg.name: spec.target for spec in self.inputs}
+        name = names.get(node.name) if node.op == "placeholder" else None
+        if name is None:
+            return None
+        return next(((at, name) for at in (self.state, self.constants) if name in at), None)
 
     def add(self, name: str, value: nn.Parameter) -> fx.Node:
         graph = self.module.graph
@@ -155,7 +206,7 @@ class _Program:
             range_constraints=old.range_constraints,
             module_call_graph=copy.deepcopy(old.module_call_graph),
             example_inputs=old.example_inputs,
-            constants=old.constants,
+            constants=self.constants,
             verifiers=old.verifiers,
         )
 
@@ -176,6 +227,9 @@ def _like(module: fx.GraphModule, value: Tensor) -> dict[str, Any]:
 
 
 def _fake_mode(graph: fx.Graph) -> Any:
-    """The mode of an exported graph's metadata; None for a graph without."""
-    values = (node.meta.get("val") for node in graph.nodes)
+    """The mode of an exported graph's metadata; None for a graph without.
+
+    Dynamo's own graphs have such metadata at their inputs alone.
+    """
+    values = (node.meta.get("val") for node in graph.nodes if node.op == "call_function")
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)

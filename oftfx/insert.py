@@ -238,25 +238,33 @@ def records(model: fx.GraphModule | ExportedProgram) -> dict[str, dict[str, Any]
 
 def evaluate(host: Host, found: Inserted) -> Factor:
     """The factor with values for its nodes, which depend on parameters alone."""
-    readers = host.readers()
+    return Factor(found.factor.op, values_of(host, found.factor.operands, found.site))
+
+
+@torch.no_grad()
+def values_of(host: Host, nodes: Any, site: str) -> Any:
+    """The values of nodes, or of a container of some, that depend on what the model holds alone.
+
+    Raises:
+        PlanError: They also depend on chance.
+    """
 
     @functools.cache  # a guard squares a matrix again and again
     def value(source: fx.Node) -> Any:
-        if source in readers:
-            return host.parameters()[readers[source]]
+        if (held := host.held(source)) is not None:
+            return held
         args, kwargs = fx.node.map_arg((source.args, source.kwargs), value)
         if source.op == "call_method":
             return getattr(args[0], str(source.target))(*args[1:], **kwargs)
         assert callable(source.target)
         if torch.Tag.nondeterministic_seeded in getattr(source.target, "tags", ()):
             raise PlanError(
-                f"{found.site}: the graph was traced in training mode and drops blocks at random; "
+                f"{site}: the graph was traced in training mode and drops blocks at random; "
                 "trace the model after model.eval()."
             )
         return source.target(*args, **kwargs)
 
-    with torch.no_grad():
-        return Factor(found.factor.op, fx.node.map_arg(found.factor.operands, value))
+    return fx.node.map_arg(nodes, value)
 
 
 def locate(host: Host, plan: Plan) -> list[tuple[Site, list[Use]]]:

@@ -5,9 +5,12 @@
     body: gemm_4bit(x, …)
 
 An autograd function runs its forward with gradients off, and its backward is not in an exported
-graph. So a quantised layer's matmul would end the gradient of all that comes before it.
+graph. So a quantised layer's matmul would end the gradient of all that comes before it. A graph of
+Dynamo's own keeps the backward, `autograd_function_apply(forward, backward, x, …)`, but hides the
+matmul in there from what looks for it; it is opened in the same way.
 """
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +19,7 @@ from torch.export import ExportedProgram
 
 from oftfx.errors import PlanError
 from oftfx.host import host_of
-from oftfx.sites import bitsandbytes
+from oftfx.sites import bitsandbytes, gemm_4bit
 
 M = TypeVar("M", bound=fx.GraphModule | ExportedProgram)
 
@@ -36,7 +39,7 @@ def differentiable(model: M) -> M:
     module = _module(model)
     _check_rounding(module)
     if closed(module) or _holds(module.graph, bitsandbytes.OPS):
-        bitsandbytes.register_gradients()
+        gemm_4bit.register_gradients()
     if not closed(module):
         return model
     host = host_of(model, edit=True)
@@ -74,30 +77,56 @@ def _check_rounding(module: fx.GraphModule) -> None:
 
 
 def closed(module: fx.GraphModule) -> list[fx.Node]:
-    """The regions of a graph that hold a 4-bit matmul and let no gradient through."""
-    wrapped = torch.ops.higher_order.wrap_with_set_grad_enabled
-    found = module.graph.find_nodes(op="call_function", target=wrapped)
-    no_grad = (node for node in found if node.args[0] is False)
-    return [node for node in no_grad if _is_autograd_function(_body(module, node).graph)]
+    """The regions of a graph that hold a 4-bit matmul and let no gradient through, or no rotation.
 
-
-def _is_autograd_function(body: fx.Graph) -> bool:
-    """Whether a region is what a layer's autograd function runs, and no `no_grad` of the user's.
-
-    That one would hold the layer's whole forward, which ends in a cast.
+    A region is one where it holds what a layer's autograd function runs. A `no_grad` of the user's
+    would hold the layer's whole forward, which ends in a cast.
     """
-    (outputs,) = body.output_node().args
-    ends = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return [node for node in _regions(module.graph) if _multiplies(_body(module, node).graph)]
+
+
+def _regions(graph: fx.Graph) -> Iterator[fx.Node]:
+    higher = torch.ops.higher_order
+    for node in graph.find_nodes(op="call_function", target=higher.wrap_with_set_grad_enabled):
+        if node.args[0] is False:
+            yield node
+    yield from graph.find_nodes(op="call_function", target=higher.autograd_function_apply)
+
+
+def _multiplies(body: fx.Graph) -> bool:
+    ends = _result(body)
+    ends = ends if isinstance(ends, (tuple, list)) else (ends,)
     is_matmul = any(
         str(end.target) in bitsandbytes.MATMULS for end in ends if isinstance(end, fx.Node)
     )
     return is_matmul and _holds(body, bitsandbytes.OPS)
 
 
+def _result(body: fx.Graph) -> Any:
+    """What a region gives: of an autograd function's forward, not what it saves."""
+    (outputs,) = body.output_node().args
+    is_forward = body.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    return outputs[0] if is_forward else outputs  # type: ignore[index]
+
+
+def _needed(body: fx.Graph) -> set[fx.Node]:
+    """The nodes of a region that its result or an effect depends on; not those that switch grad."""
+    needed: set[fx.Node] = set()
+    fx.node.map_arg(_result(body), needed.add)
+    for node in reversed(body.nodes):
+        effect = node.op == "call_function" and node.is_impure()
+        if node in needed or (effect and node.target is not torch._C._set_grad_enabled):
+            needed.update((node, *node.all_input_nodes))
+    return needed
+
+
+def _holders(node: fx.Node) -> list[fx.Node]:
+    """The nodes that hold a region's graphs: its body, and of an autograd function the backward."""
+    return [given for given in node.args[:2] if isinstance(given, fx.Node)]
+
+
 def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
-    body = node.args[1]
-    assert isinstance(body, fx.Node)
-    inner = module.get_submodule(str(body.target))
+    inner = module.get_submodule(str(_holders(node)[0].target))
     assert isinstance(inner, fx.GraphModule)
     return inner
 
@@ -109,15 +138,23 @@ def _holds(graph: fx.Graph, ops: tuple[str, ...]) -> bool:
 def _open(module: fx.GraphModule, node: fx.Node) -> None:
     """Puts a region's nodes in its place."""
     body, graph = _body(module, node).graph, module.graph
-    holder = node.args[1]
-    assert isinstance(holder, fx.Node)
-    inputs = dict(zip(body.find_nodes(op="placeholder"), node.args[2:], strict=True))
+    copies: dict[fx.Node, Any] = dict(
+        zip(body.find_nodes(op="placeholder"), node.args[2:], strict=True)
+    )
+    needed = _needed(body)
     with graph.inserting_before(node):
-        outputs: Any = graph.graph_copy(body, inputs)
+        for inner in body.nodes:
+            if inner in needed and inner not in copies:
+                copies[inner] = graph.node_copy(inner, copies.__getitem__)
+    result = fx.node.map_arg(_result(body), copies.__getitem__)
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
     for user in list(node.users):  # getitem of the tuple that a region returns
-        user.replace_all_uses_with(outputs[user.args[1]])
+        user.replace_all_uses_with(result[user.args[1]])
         graph.erase_node(user)
+    holders = _holders(node)
     graph.erase_node(node)
-    if not holder.users:
-        graph.erase_node(holder)
-        module.delete_submodule(str(holder.target))
+    for holder in holders:
+        if not holder.users:
+            graph.erase_node(holder)
+            module.delete_submodule(str(holder.target))

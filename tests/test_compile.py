@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import oftfx
 from oftfx import OFT, PlanError, testing
 from oftfx.compile import layers
-from tests.small import Attention, rows
+from tests.small import Attention, llama, rows, tokens
 
 SPEC = OFT(block_size=4, init_std=0.2)
 
@@ -113,6 +113,43 @@ def test_layers_with_a_place_in_a_cache_are_all_compiled():
         model(x, cache)
     assert cache.keys() == set(range(depth))
     assert counters["oftfx"]["graphs"] == depth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_inputs", [False, True])
+def test_the_layers_of_a_language_model_train_by_one_graph(share_inputs):
+    spec = OFT(block_size=4, init_std=0.1, share_inputs=share_inputs)
+    model = oftfx.adapt(llama(layers=4), spec, example_inputs=tokens()).train()
+    expected = testing.gradients(model, tokens())
+    actual = testing.gradients(oftfx.compile(model, fullgraph=True), tokens())
+    for name, gradient in expected.items():
+        testing.assert_close(actual[name], gradient, name)
+    assert counters["oftfx"]["graphs"] == 2  # the first layer's input needs no gradient
+    assert counters["oftfx"]["rotations"] == 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_compiled_layers_generate_what_they_did(cache):
+    model = oftfx.adapt(llama(), OFT(block_size=4, init_std=0.1), example_inputs=tokens())
+    prompt = tokens()["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    expected = model.generate(prompt, **options)
+    assert torch.equal(oftfx.compile(model).generate(prompt, **options), expected)
+
+
+@pytest.mark.gpu
+def test_layers_train_as_cuda_graphs():
+    model, x = stack()
+    model, x = model.cuda(), x.cuda()
+    expected = testing.gradients(model, x)
+    oftfx.compile(model, mode="reduce-overhead")
+    for _ in range(4):  # warmed up, recorded, replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        actual = testing.gradients(model, x)
+    for name, gradient in expected.items():
+        testing.assert_close(actual[name], gradient, name)
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 def test_what_is_not_adapted_is_not_compiled():

@@ -1,6 +1,7 @@
 """Merging keeps the function, restores the plain model, and says what it cost."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -312,6 +313,26 @@ def test_no_matrix_of_the_size_in_by_in_is_ever_made(kind):
         oftfx.merge(model, report=True)
     assert largest.numel <= width * 32  # the cores: width·block_size
     assert largest.numel < width * width / 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("report", [False, True])
+def test_a_gpu_is_waited_for_once_before_and_once_after(report):
+    def merge_once():
+        model = adapt_as("module", llama(torch.bfloat16).cuda(), OFT(block_size=4), None)
+        testing.randomize(model)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                oftfx.merge(model, report=report)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [str(each.message) for each in caught if "synchroniz" in str(each.message)]
+
+    merge_once()  # compiles the kernels
+    assert len(merge_once()) <= 1 + report
 
 
 # refusals

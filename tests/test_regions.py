@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import export
 
 import oftfx
-from oftfx import OFT, MergeError, PlanError, testing
+from oftfx import OFT, PlanError, testing
 from tests.quantised import linear4bit, linear8bit
 from tests.small import rows
 
@@ -53,10 +53,32 @@ def test_an_exported_base_is_planned_and_adapted_as_the_module_is(grad):
     testing.assert_same_function(inserted, adapted(), X)
     graph = oftfx.adapt(program.module(), SPEC)
     testing.assert_same_function(graph, adapted(), X)
-    with pytest.raises(MergeError, match=r"folds in an nn\.Module only"):
-        oftfx.merge(inserted)
     removed = oftfx.remove(inserted)
     assert torch.equal(removed.module()(X), base()(X))
+
+
+@one_op
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("training", [False, True], ids=["inference form", "training form"])
+def test_a_graph_that_dynamo_captured_is_planned_and_adapted_as_the_module_is(training):
+    with torch.set_grad_enabled(training):
+        graph, _ = torch._dynamo.export(base())(X.clone().requires_grad_(training))
+    before = graph.code
+    assert ("autograd_function_apply" in before) is training
+    plan = oftfx.plan(graph, SPEC)
+    assert [site.shape for site in plan.sites] == [(64, 64), (32, 64)]
+    assert graph.code == before
+    oftfx.adapt(graph, SPEC)
+    assert "autograd_function_apply" not in graph.code
+    model = adapted()
+    ours, theirs = testing.thetas(graph), testing.thetas(model)  # Dynamo has names of its own
+    for one, other in zip(ours.values(), theirs.values(), strict=True):
+        one.data.copy_(other.data)
+    assert torch.equal(graph(X), model(X))
+    graph(X).square().sum().backward()
+    model(X).square().sum().backward()
+    for one, other in zip(ours.values(), theirs.values(), strict=True):
+        testing.assert_close(one.grad, other.grad, "gradient")
 
 
 @one_op
@@ -115,7 +137,8 @@ def test_the_users_own_regions_stay_closed(make):
 
 @one_op
 def test_the_op_has_its_gradient():
-    from oftfx.sites.bitsandbytes import LINEAR4BIT, register_gradients
+    from oftfx.sites.bitsandbytes import LINEAR4BIT
+    from oftfx.sites.gemm_4bit import register_gradients
 
     register_gradients()
     layer = base()[0]

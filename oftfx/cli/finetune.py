@@ -1,7 +1,7 @@
 """``oftfx finetune``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -48,6 +48,14 @@ def finetune(
         ),
     ] = 3e-4,
     dtype: Dtype = "auto",
+    quant: Annotated[
+        Literal["none", "nf4"],
+        typer.Option(
+            help="Train on a base in 4 bits (QOFT); the merged model is bfloat16. Needs "
+            "bitsandbytes.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "none",
     seed: Annotated[
         int, typer.Option(help="Of the block order and the samples.", rich_help_panel=TRAINING)
     ] = 0,
@@ -95,6 +103,8 @@ def finetune(
     `oftfx finetune --model org/name --data org/dataset --steps 500 --batch-size 8 --dtype bfloat16`
 
     `oftfx finetune --model ./my-model --data book.txt --method boft --block-size 8 --factors 3`
+
+    `oftfx finetune --model org/name --data book.txt --quant nf4`
     """
     from oftfx.train import Job, run, show
 
@@ -114,6 +124,7 @@ def finetune(
         prompt=prompt,
         merge=merge,
         dtype=dtype,
+        quant=quant,
         seed=seed,
         force=force,
     )

@@ -37,7 +37,7 @@ def merge(
             model, tokenizer = models.load(base, dtype)
             oftfx.load(model, adapter)
         with stage(screen, "Folding"):
-            report = publish.publish(model, tokenizer, fresh)
+            report = publish.publish(model, tokenizer, fresh, dtype)
             record = {"version": oftfx.__version__, "base": base, "adapter": str(adapter)}
             (fresh / MARKER).write_text(dumps(record, indent=1) + "\n")
     worst = max(report.sites, key=lambda site: site.output_error)

@@ -14,11 +14,12 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from oftfx.adapter import parameters
+from oftfx.adapter import named_parameters
 from oftfx.capture import unwrap
-from oftfx.errors import MergeError, PlanError
+from oftfx.errors import MergeError
 from oftfx.fold.graph import merge_graph
 from oftfx.fold.module import merge_module
+from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, MergeReport
 
 __all__ = ["MergeReport", "MergedSite", "merge"]
@@ -55,15 +56,17 @@ def merge(
     then forgets the tie in its config, so that saving keeps both.
 
     A model with rotated quantised layers becomes an ordinary float one: each quantised layer,
-    adapted or not, becomes an `nn.Linear`, and a transformers model forgets its quantisation. One
-    layer at a time is held in float32.
+    adapted or not, becomes an `nn.Linear`, and a transformers model forgets its quantisation. In a
+    graph each 4-bit matmul becomes an ordinary one in the dtype of its input. One layer at a time
+    is held in float32.
 
     Args:
         model: An adapted nn.Module or GraphModule, merged in place; or an ExportedProgram, of
             which a merged copy is returned.
         report: Also measure what it cost.
-        dtype: Of a model with quantised layers: the dtype of all its parameters afterwards;
-            bfloat16 for None. A float model keeps the dtypes it has.
+        dtype: Of a model with quantised layers: the dtype of all its parameters afterwards, of a
+            graph that of those that were quantised; bfloat16 for None. A float model keeps the
+            dtypes it has.
         requantize: Store what was folded in the format its layer has now. Rounding takes part of
             the adaptation away again, all of it where the rotations are small; the report says how
             much survived.
@@ -76,17 +79,13 @@ def merge(
     Warns:
         OftfxWarning: Requantising rounded most of the adaptation away.
     """
-    inner = unwrap(model)
-    try:
-        parameters(inner)
-    except PlanError as error:
-        raise MergeError(f"nothing to merge: {error}") from error
+    inner, options = unwrap(model), Options(dtype, requantize)
+    if not named_parameters(inner):
+        raise MergeError(f"nothing to merge: {type(inner).__name__} has no adapter.")
     merged: Any
     if isinstance(inner, (fx.GraphModule, ExportedProgram)):
-        if dtype is not None or requantize:
-            raise MergeError("dtype and requantize are for an nn.Module with quantised layers.")
-        merged, costs = merge_graph(inner, report)
+        merged, costs = merge_graph(inner, report, options)
     else:
-        merged, costs = merge_module(inner, report, dtype, requantize)
+        merged, costs = merge_module(inner, report, options)
     result = merged if isinstance(model, ExportedProgram) else model
     return (result, MergeReport(tuple(costs))) if report else result

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from oftfx.fold.report import MergedSite
-from oftfx.fold.weight import Fold
+from oftfx.fold.weight import Fold, read
+from oftfx.ops.factor import Factor, defects
 
 
 class Cost(NamedTuple):
@@ -15,13 +16,15 @@ class Cost(NamedTuple):
 
     Attributes:
         fqn: The site.
-        values: (3,) the output's, the orthogonality and the rounding error; (4,) with the share
-            that survived requantising.
+        values: (2,) the output's and the rounding error; (3,) with the share that survived
+            requantising.
+        factors: What was folded in.
         untied: As in `MergedSite`.
     """
 
     fqn: str
     values: Tensor
+    factors: Sequence[Factor]
     untied: bool
 
 
@@ -48,25 +51,20 @@ def cost(fold: Fold, stored: Tensor, untied: bool = False, requantised: bool = F
             parts += [((after - before) * change).sum(dtype=torch.float64), _square(change)]
         sums[: len(parts)] += torch.stack(parts)
     output, rounding = (sums[:4:2] / sums[1:4:2].clamp_min(1e-300)).sqrt()
-    defect = torch.stack([factor.defect().double() for factor in fold.factors]).max()
     survived = [sums[4] / sums[5]] if requantised else []
-    return Cost(fold.fqn, torch.stack([output, defect, rounding, *survived]), untied)
+    return Cost(fold.fqn, torch.stack([output, rounding, *survived]), fold.factors, untied)
 
 
 def settled(costs: Sequence[Cost]) -> list[MergedSite]:
-    """The numbers, read off each device at once."""
-    by_device: dict[torch.device, list[Cost]] = {}
-    for each in costs:
-        by_device.setdefault(each.values.device, []).append(each)
-    read = {}
-    for members in by_device.values():
-        flat = torch.cat([each.values for each in members]).tolist()
-        for each in members:
-            read[each.fqn], flat = flat[: len(each.values)], flat[len(each.values) :]
+    """The numbers, read off the device at once; the factors' defects found together."""
+    found = iter(defects([factor for each in costs for factor in each.factors]))
+    pending = [
+        torch.cat([torch.stack([next(found) for _ in each.factors]).amax(0, True), each.values])
+        for each in costs
+    ]
     return [
         MergedSite(each.fqn, output, defect, rounding, each.untied, *survived)
-        for each in costs
-        for output, defect, rounding, *survived in [read[each.fqn]]
+        for each, (defect, output, rounding, *survived) in zip(costs, read(pending), strict=True)
     ]
 
 

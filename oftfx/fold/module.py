@@ -1,6 +1,5 @@
 """Merging an nn.Module: its layers get their folded weights and their own classes back."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from oftfx import sites
 from oftfx.attach import detach
-from oftfx.errors import MergeError, OftfxWarning
+from oftfx.errors import MergeError
 from oftfx.fold.cost import Cost, cost, settled
-from oftfx.fold.report import MergedSite, percent
+from oftfx.fold.options import Options
+from oftfx.fold.report import MergedSite, warn_of_loss
 from oftfx.fold.weight import Fold, check_finite
 from oftfx.modules import Adapted, Rotation, SharedRotation, bare, site_name
 from oftfx.sites import pretrained
@@ -49,7 +49,7 @@ class _Site:
 
 @torch.no_grad()
 def merge_module(
-    model: nn.Module, report: bool, dtype: torch.dtype | None, requantize: bool
+    model: nn.Module, report: bool, options: Options
 ) -> tuple[nn.Module, list[MergedSite]]:
     """Folds every rotation of a module into its weight; one layer's floats at a time.
 
@@ -59,11 +59,10 @@ def merge_module(
         MergeError: The options do not fit, or a weight cannot be folded. The model is untouched.
     """
     quantised = list(_quantised(model))
-    _check_options(bool(quantised), dtype, requantize)
+    options.check(bool(quantised))
     found = list(_module_sites(model))
-    rotated = any(site.quantiser is not None for site in found)
-    to_floats = not requantize and (dtype is not None or rotated)
-    dtype = dtype or torch.bfloat16
+    to_floats = options.to_floats(any(site.quantiser is not None for site in found))
+    dtype, requantize = options.floats, options.requantize
     for site in found:
         if requantize and site.quantiser is not None and not site.quantiser.REQUANTISES:
             raise MergeError(
@@ -93,7 +92,7 @@ def merge_module(
     if any_untied:
         _forget_tie(model)
     if requantize:
-        _warn_of_loss(costs)
+        warn_of_loss(costs)
     if to_floats:
         _finish_floats(model, dtype)
     return model, costs
@@ -136,17 +135,6 @@ def _store_quantised(
     return cost(fold, stored) if report else None
 
 
-def _check_options(quantised: bool, dtype: torch.dtype | None, requantize: bool) -> None:
-    if (dtype is not None or requantize) and not quantised:
-        raise MergeError("dtype and requantize are for quantised layers, and the model has none.")
-    if dtype is None:
-        return
-    if requantize:
-        raise MergeError("requantize=True keeps the format that each layer has: leave dtype out.")
-    if not (dtype.is_floating_point and dtype.itemsize > 1):
-        raise MergeError(f"dtype={dtype}: must be a floating dtype of ≥ 16 bits.")
-
-
 def _quantised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantiser]]:
     for fqn, module in model.named_modules():
         if (quantiser := sites.quantiser_of(module)) is not None:
@@ -181,19 +169,6 @@ def _finish_floats(model: nn.Module, dtype: torch.dtype) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     pretrained.forget_quantisation(model)
-
-
-def _warn_of_loss(costs: list[MergedSite]) -> None:
-    lost = [site for site in costs if site.survived is not None and site.survived < 0.5]
-    if lost:
-        worst = min(lost, key=lambda site: site.survived or 0.0)
-        warnings.warn(
-            f"requantising rounded most of the adaptation away at {len(lost)} of {len(costs)} "
-            f"sites ({worst.fqn}: {percent(worst.survived)} is left). The merged model is close "
-            "to the base; keep the adapter beside it, or merge to floats: oftfx.merge(model).",
-            OftfxWarning,
-            stacklevel=4,
-        )
 
 
 def _module_sites(model: nn.Module) -> Iterator[_Site]:

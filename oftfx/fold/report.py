@@ -1,7 +1,9 @@
 """What merging cost."""
 
+import warnings
 from dataclasses import dataclass
 
+from oftfx.errors import OftfxWarning
 from oftfx.table import table
 
 
@@ -56,3 +58,17 @@ class MergeReport:
 def percent(share: float | None) -> str:
     """A share as text; nothing for None."""
     return "" if share is None else f"{share:.0%}"
+
+
+def warn_of_loss(costs: list[MergedSite]) -> None:
+    """Tells where requantising took most of the adaptation away."""
+    lost = [site for site in costs if site.survived is not None and site.survived < 0.5]
+    if lost:
+        worst = min(lost, key=lambda site: site.survived or 0.0)
+        warnings.warn(
+            f"requantising rounded most of the adaptation away at {len(lost)} of {len(costs)} "
+            f"sites ({worst.fqn}: {percent(worst.survived)} is left). The merged model is close "
+            "to the base; keep the adapter beside it, or merge to floats: oftfx.merge(model).",
+            OftfxWarning,
+            stacklevel=4,
+        )

@@ -44,7 +44,8 @@ class Fold:
 
     def finite(self) -> Tensor:
         """Whether its rotation is finite, one bool on the device."""
-        return torch.stack([torch.isfinite(tensor).all() for tensor in self._tensors()]).all()
+        known = [torch.isfinite(tensor).all() for tensor in self._tensors()]
+        return torch.stack(known).all() if known else torch.tensor(True)
 
     def folded(self, dtype: torch.dtype) -> Tensor:
         """``W Mᵀ`` in (out, in), computed in this dtype."""
@@ -92,7 +93,7 @@ class Fold:
 
 
 def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
-    """That rotations are finite; waits for each device once.
+    """That rotations are finite; waits for the device once.
 
     Args:
         named: Sites, and whether theirs is.
@@ -100,11 +101,19 @@ def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
     Raises:
         MergeError: One is not.
     """
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for fqn, finite in named:
-        by_device.setdefault(finite.device, []).append((fqn, finite))
+    names, known = zip(*named, strict=True)
+    for fqn, (finite,) in zip(names, read([each[None] for each in known]), strict=True):
+        if not finite:
+            raise MergeError(f"{fqn}: its rotation is not finite; training diverged there.")
+
+
+def read(rows: Sequence[Tensor]) -> list[list[float]]:
+    """Rows of numbers as Python's, waiting once for each device that they are on."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_device.setdefault(row.device, []).append(i)
+    found: dict[int, list[float]] = {}
     for members in by_device.values():
-        known = torch.stack([finite for _, finite in members]).tolist()
-        for (fqn, _), finite in zip(members, known, strict=True):
-            if not finite:
-                raise MergeError(f"{fqn}: its rotation is not finite; training diverged there.")
+        flat = iter(torch.cat([rows[i] for i in members]).tolist())
+        found.update((i, [next(flat) for _ in range(len(rows[i]))]) for i in members)
+    return [found[i] for i in range(len(rows))]

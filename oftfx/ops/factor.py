@@ -1,6 +1,6 @@
 """A factor of a rotation: one of the ops that map x, with the operands it takes besides x."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from oftfx.ops import givens, rotate, subspace  # noqa: F401  (registers torch.ops.oftfx)
 from oftfx.rotations import cayley
+
+AT_ONCE = 2**23
+"""How many numbers are looked at together: a few tensors of 64 MiB in float64."""
 
 
 class Factor(NamedTuple):
@@ -32,8 +35,31 @@ class Factor(NamedTuple):
         return Factor(self.op, MAPS[self.op].transpose(*self.operands))
 
     def defect(self) -> Tensor:
-        """``‖FᵀF − I‖₂``, in float64."""
+        """``‖FᵀF − I‖₂``, in float64; of stacked operands, of each."""
         return MAPS[self.op].defect(*self.operands)
+
+
+def defects(factors: Sequence[Factor]) -> list[Tensor]:
+    """[`defect`][oftfx.ops.factor.Factor.defect] of each of many factors, many alike at once."""
+    alike: dict[Any, list[int]] = {}
+    for i, factor in enumerate(factors):
+        kinds = (
+            (each.shape, each.dtype, each.device) if isinstance(each, Tensor) else each
+            for each in factor.operands
+        )
+        alike.setdefault((factor.op, *kinds), []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        size = sum(
+            each.numel() for each in factors[members[0]].operands if isinstance(each, Tensor)
+        )
+        step = max(1, AT_ONCE // size)
+        for some in (members[i : i + step] for i in range(0, len(members), step)):
+            columns = zip(*(factors[i].operands for i in some), strict=True)
+            stacked = (torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns)
+            values = Factor(factors[some[0]].op, tuple(stacked)).defect()
+            found.update(zip(some, values.unbind(), strict=True))
+    return [found[i] for i in range(len(factors))]
 
 
 class Map(NamedTuple):
@@ -62,7 +88,7 @@ def _subspace_defect(support: Tensor, kernel: Tensor) -> Tensor:
     p, k = support.double(), kernel.double()
     gram = p @ p.mT
     values, vectors = torch.linalg.eigh(gram)
-    root = vectors * values.clamp_min(0).sqrt()
+    root = vectors * values.clamp_min(0).sqrt()[..., None, :]
     inner = k + k.mT + k.mT @ gram @ k
     return torch.linalg.matrix_norm(root.mT @ inner @ root, ord=2)
 

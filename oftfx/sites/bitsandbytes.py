@@ -167,41 +167,6 @@ ROUNDING = ("bitsandbytes.int8_scaled_mm.default", "bitsandbytes.int8_mixed_scal
 """Ops over an activation rounded to int8, which in a graph has no gradient, or a wrong one."""
 
 
-@functools.cache
-def register_gradients() -> None:
-    """Gives the 4-bit matmul its gradient as an op; in modules an autograd function has it."""
-    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
-
-    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # since 0.50
-        torch.library.register_autograd(
-            "bitsandbytes::gemm_4bit", _gemm_backward, setup_context=_gemm_context
-        )
-
-
-def _gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # A caller may leave out what has a default: the bias and the quantised scales.
-    _, packed, ctx.shape, absmax, ctx.block_size, ctx.quant_type, *optional = inputs
-    _, *nested = (*optional, None, None, None, None)[:4]
-    ctx.save_for_backward(packed, absmax, *nested)
-
-
-def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    packed, absmax, absmax_8bit, code, offset = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    if ctx.needs_input_grad[0]:
-        ops = torch.ops.bitsandbytes
-        if absmax_8bit is not None:
-            absmax = ops.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32)
-            absmax = absmax + offset
-        weight = ops.dequantize_4bit(
-            packed, absmax, ctx.block_size, ctx.quant_type, ctx.shape, grad.dtype
-        )
-        grads[0] = grad @ weight
-    if any(ctx.needs_input_grad[6:]):
-        grads[6] = grad.flatten(0, -2).sum(0)
-    return tuple(grads)
-
-
 def _state(module: Any) -> Any:
     """The quant state, which a conversion of the parameter may have left with the module alone."""
     state = getattr(module.weight, "quant_state", None)

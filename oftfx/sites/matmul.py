@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from oftfx.ops.factor import MAPS
+from oftfx.sites import gemm_4bit
 
 Layout = Literal["out_in", "in_out"]
 """How a weight is stored: (out, in) as `Linear` does, or (in, out)."""
@@ -72,9 +73,9 @@ _SPELLINGS: dict[Any, Spelling] = {
 
 # Of libraries that may not be installed, by name. Their weights are packed, in shapes of their own.
 _QUANTISED: dict[str, Spelling] = {
-    "bitsandbytes.gemm_4bit.default": Spelling(Operand(0, "A"), Operand(1, "B"), out_in=True),
+    gemm_4bit.NAME: Spelling(Operand(0, "A"), Operand(1, "B"), out_in=True),
 }
-_SHAPES = {"bitsandbytes.gemm_4bit.default": Operand(2, "shapeB")}
+_SHAPES = {gemm_4bit.NAME: Operand(2, "shapeB")}
 
 _SWAPS = {
     torch.t,
@@ -97,6 +98,7 @@ _CASTS = {
     aten._to_copy.default,
     aten.to.dtype,
     aten.to.dtype_layout,
+    aten.to.other,
     aten.detach.default,
     aten.detach_.default,
     aten.alias.default,

@@ -3,34 +3,44 @@
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 
-def quantise(model: Any, double: bool = True) -> Any:
-    """The NF4 model that loading a float transformers model's own files in 4 bits would give.
-
-    For weights that come in no such files: a GGUF file's, random ones. The head stays as it is, and
-    what is not quantised shares its storage with the model given.
+def nf4(compute: torch.dtype, double: bool = True) -> Any:
+    """What transformers is told to load a model in 4 bits.
 
     Args:
-        model: A float transformers model; the result is on its device.
-        double: Whether the blocks' scales are quantised as well.
+        compute: What the 4-bit layers multiply in.
+        double: Whether the scales of the blocks are quantised as well.
     """
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=model.dtype,
+        bnb_4bit_compute_dtype=compute,
     )
+
+
+def quantise(model: Any, double: bool = True) -> Any:
+    """The NF4 model that loading a float one from a directory of its own would give.
+
+    For weights that lie in none: those of a GGUF file, or random ones. The output head stays as it
+    is; what is not quantised shares its storage with the model given.
+
+    Args:
+        model: A float transformers model; the result is on its device.
+        double: As for [`nf4`][oftfx.sites.pretrained.nf4].
+    """
     quantised = type(model).from_pretrained(
         None,
         config=model.config,
         state_dict=model.state_dict(),
         dtype=model.dtype,
         device_map={"": model.device},
-        quantization_config=config,
+        quantization_config=nf4(model.dtype, double),
     )
     if model.can_generate():
         quantised.generation_config = model.generation_config
@@ -75,5 +85,12 @@ def forget_quantisation(model: nn.Module) -> None:
     if quantizer is None:
         return
     quantizer.remove_quantization_config(model)
+    if read := getattr(model, "_weight_conversions", None):  # to be undone when it is saved
+        vars(model)["_weight_conversions"] = [s for s in read if not _is_quantizers(s)]
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(flag, None)
+
+
+def _is_quantizers(conversion: Any) -> bool:
+    """Whether a step of reading a checkpoint is that of a quantizer, which none undoes."""
+    return any(hasattr(each, "hf_quantizer") for each in getattr(conversion, "operations", ()))

@@ -48,6 +48,8 @@ class Job:
         prompt: What to continue before and after training; ``None`` draws no samples.
         merge: Whether to fold the rotations into an ordinary model directory.
         dtype: Of the base model's weights; ``"auto"`` keeps the stored one.
+        quant: ``"nf4"`` trains on a base in 4 bits; the merged model is a float one, in bfloat16
+            unless ``dtype`` says otherwise.
         seed: Seeds the order of the blocks and the samples.
         force: Replace an earlier result at ``out``.
 
@@ -69,6 +71,7 @@ class Job:
     prompt: str | None = None
     merge: bool = True
     dtype: str = "auto"
+    quant: str = "none"
     seed: int = 0
     force: bool = False
 
@@ -128,16 +131,18 @@ def _calibration(spec: oftfx.Spec, blocks: "Dataset") -> list[dict[str, Tensor]]
 def _run(job: Job, out: Path, console: Console) -> Report:
     documents = _read(job)  # bad text is cheaper to find than a model is to load
     with stage(console, "Loading the model"):
-        model, tokenizer = models.load(job.model, job.dtype)
+        model, tokenizer = models.load(job.model, job.dtype, job.quant)
         device = torch.accelerator.current_accelerator(check_available=True)
         model.to(device or torch.device("cpu"))
         texts = _pack(job, documents, tokenizer)
     parameters = model.num_parameters()
 
-    before = _take(model, tokenizer, texts, job, "Measuring before", console)
     with stage(console, "Planning and adapting"):
         oftfx.adapt(model, job.spec, calibration=_calibration(job.spec, texts.train))
         trainable = sum(parameter.numel() for parameter in oftfx.parameters(model))
+    # Not before adapting: in evaluation, quantised layers may rewrite themselves until they are.
+    with oftfx.disabled(model):
+        before = _take(model, tokenizer, texts, job, "Measuring before", console)
     start = time.perf_counter()
     with stage(console, "Training", job.steps) as line:
         curves = train(model, texts.train, texts.held_out, job, line)
@@ -148,7 +153,9 @@ def _run(job: Job, out: Path, console: Console) -> Report:
 
     oftfx.save(model, out / "adapter")
     sites = _health(model)
-    reload = _fold(model, tokenizer, texts, out / "merged", console) if job.merge else None
+    reload = (
+        _fold(model, tokenizer, texts, job.dtype, out / "merged", console) if job.merge else None
+    )
     report = Report(
         version=oftfx.__version__,
         job={**vars(job), "spec": job.spec.to_json()},
@@ -239,12 +246,13 @@ def _fold(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     texts: _Texts,
+    dtype: str,
     out: Path,
     console: Console,
 ) -> Reload:
     ids = texts.held_out[0]["input_ids"][None, :PROBE_TOKENS]
     with stage(console, "Folding"):
         expected = measure.logits(model, ids)
-        publish.publish(model, tokenizer, out)
+        publish.publish(model, tokenizer, out, dtype)
     with stage(console, "Reloading without oftfx"):
         return publish.reload(out, ids, expected, model.dtype, str(model.device))

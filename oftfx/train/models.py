@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from oftfx.sites.pretrained import nf4, quantise
 from oftfx.train.errors import ModelError
 from oftfx.train.sources import is_hub_id
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTS = ("none", "nf4")
 
 
 class LanguageModel(NamedTuple):
@@ -24,20 +26,26 @@ class LanguageModel(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
 
 
-def load(source: str, dtype: str = "auto") -> LanguageModel:
+def load(source: str, dtype: str = "auto", quant: str = "none") -> LanguageModel:
     """Loads a causal language model with its tokenizer, in evaluation mode.
 
-    A GGUF file becomes an ordinary float model: it trains, saves and converts like any other.
+    A GGUF file becomes an ordinary float model: it trains, saves and converts like any other. A
+    directory of quantised weights gives a quantised model.
 
     Args:
         source: A model directory, a Hub id (``org/name``) or a ``.gguf`` file.
         dtype: One of ``DTYPES``; ``"auto"`` keeps the dtype the weights are stored in.
+        quant: One of ``QUANTS``; ``"nf4"`` quantises the linear layers but the output head with
+            bitsandbytes, which then multiply in ``dtype``.
 
     Raises:
-        ModelError: Nothing of that name is a model, or transformers cannot load it.
+        ModelError: Nothing of that name is a model, transformers cannot load it, or it is quantised
+            already.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    if quant not in QUANTS:
+        raise ModelError(f"quant {quant!r} is not one of {', '.join(QUANTS)}.")
     name, options = _locate(source)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,9 +55,11 @@ def load(source: str, dtype: str = "auto") -> LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if options:
             model = _load_gguf(name, options["gguf_file"], dtype)
+            model = quantise(model) if quant == "nf4" else model
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return LanguageModel(model, tokenizer)
+            how = {"quantization_config": _nf4(name, dtype)} if quant == "nf4" else {}
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
+    return LanguageModel(model.eval(), tokenizer)
 
 
 def load_skeleton(source: str) -> "PreTrainedModel":
@@ -67,6 +77,17 @@ def load_skeleton(source: str) -> "PreTrainedModel":
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model.eval()
+
+
+def _nf4(name: str, dtype: str) -> "BitsAndBytesConfig":
+    """How to quantise a model that is stored as floats."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("it is quantised already; load it as it is.")
+    stored = config.dtype or torch.float32
+    return nf4(stored if dtype == "auto" else getattr(torch, dtype))
 
 
 def _load_gguf(directory: str, file: str, dtype: str) -> "PreTrainedModel":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import oftfx
 from oftfx.errors import MergeError
+from oftfx.sites import quantised_layers
 from oftfx.train.report import Reload
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def publish(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path, dtype: str = "auto"
 ) -> "oftfx.MergeReport":
     """Folds the rotations in and writes a model directory that needs no oftfx.
 
@@ -32,11 +33,14 @@ def publish(
         model: An adapted model; afterwards a plain one.
         tokenizer: The model's own, written beside it.
         out: The directory to write.
+        dtype: Of what a quantised model becomes, ``"auto"`` for bfloat16; a float one keeps its
+            own.
 
     Raises:
         MergeError: A rotation cannot be folded.
     """
-    merged, report = oftfx.merge(model, report=True)
+    chosen = None if dtype == "auto" or not quantised_layers(model) else getattr(torch, dtype)
+    merged, report = oftfx.merge(model, report=True, dtype=chosen)
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return report

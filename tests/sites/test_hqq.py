@@ -12,7 +12,6 @@ from oftfx import OFT, testing
 from tests.quantised import dequantised
 from tests.small import rows
 
-pytest.importorskip("hqq", reason="not in the pinned environment")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear

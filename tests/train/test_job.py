@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import oftfx
 from oftfx.errors import SpecError
 from oftfx.train import DataError, Job, run, show
 from oftfx.train.output import MARKER
+from oftfx.train.publish import TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,36 @@ def test_held_out_text_can_be_a_file(job, other_file, tmp_path):
         prompt=None,
     )
     assert run(own, Console(quiet=True)).unrelated is None
+
+
+def test_on_a_base_in_four_bits(job, tmp_path):
+    quantised = dataclasses.replace(job, out=tmp_path / "out", quant="nf4")
+    report = run(quantised, Console(quiet=True))
+    assert report.task.change.mean < -0.1
+    assert report.reload.agrees
+    assert report.reload.tolerance == TOLERANCE[torch.bfloat16]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    assert merged.dtype is torch.bfloat16
+    assert not hasattr(merged.config, "quantization_config")
+
+
+@pytest.mark.parametrize("how", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_on_a_directory_that_is_quantised_already(job, how, tmp_path):
+    base = tmp_path / "base"
+    config = BitsAndBytesConfig(**how)
+    AutoModelForCausalLM.from_pretrained(job.model, quantization_config=config).save_pretrained(
+        base
+    )
+    AutoTokenizer.from_pretrained(job.model).save_pretrained(base)
+    own = dataclasses.replace(
+        job, model=str(base), out=tmp_path / "out", dtype="float32", unrelated=None, prompt=None
+    )
+    report = run(own, Console(quiet=True))
+    assert report.task.change.mean < -0.1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    assert merged.dtype is torch.float32
+    if "load_in_4bit" in how:  # int8 rounds its activations besides, which float layers do not
+        assert report.reload.agrees
 
 
 def test_too_little_text(job, tmp_path):

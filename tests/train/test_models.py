@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import oftfx
 from oftfx.train import models
 from oftfx.train.errors import ModelError
 
@@ -104,6 +105,40 @@ def test_gguf_becomes_an_ordinary_float_model(gguf_file, tmp_path):
     ids = torch.tensor([tokenizer("abc")["input_ids"]])
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_in_four_bits_whatever_it_is_stored_in(model_dir, gguf_file):
+    ids = torch.arange(20)[None]
+    for source in (str(model_dir), str(gguf_file)):
+        floats = models.load(source).model
+        model = models.load(source, quant="nf4").model
+        assert not model.training
+        assert type(model.lm_head) is torch.nn.Linear
+        kinds = {site.kind for site in oftfx.plan(model, oftfx.OFT(block_size=8)).sites}
+        assert kinds == {"linear4bit"}
+        assert model.model.layers[0].mlp.up_proj.compute_dtype is floats.dtype
+        assert model.config.quantization_config.bnb_4bit_quant_type == "nf4"
+        assert model.generation_config.eos_token_id == floats.generation_config.eos_token_id
+        assert model.num_parameters() == floats.num_parameters()
+        with torch.no_grad():
+            got, expected = model(ids).logits, floats(ids).logits
+        assert 0 < (got - expected).norm() < 0.5 * expected.norm()
+    half = models.load(str(model_dir), "bfloat16", "nf4").model
+    assert half.model.layers[0].mlp.up_proj.compute_dtype is half.dtype is torch.bfloat16
+
+
+def test_a_directory_that_is_quantised_already(model_dir, tmp_path):
+    model, tokenizer = models.load(str(model_dir), quant="nf4")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = models.load(str(tmp_path)).model
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(ModelError, match="quantised already; load it as it is"):
+        models.load(str(tmp_path), quant="nf4")
+    with pytest.raises(ModelError, match="quant 'int3' is not one of none, nf4"):
+        models.load(str(model_dir), quant="int3")
 
 
 def test_skeleton_has_shapes_and_no_memory(model_dir, gguf_file):
