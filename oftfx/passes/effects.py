@@ -1,6 +1,7 @@
 """Which nodes of a torch-level graph others must not be moved across."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,6 +23,16 @@ def barrier(node: fx.Node) -> bool:
     Because the node writes to a tensor, or because it begins or ends what has no gradient.
     """
     return writes(node) or node.target is torch._C._set_grad_enabled
+
+
+def epochs(graph: fx.Graph) -> dict[Any, int]:
+    """How many barriers come before each node: nodes of one epoch may be computed in any order."""
+    found: dict[Any, int] = {}
+    epoch = 0
+    for node in graph.nodes:
+        epoch += barrier(node)
+        found[node] = epoch
+    return found
 
 
 def writes(node: fx.Node) -> bool:

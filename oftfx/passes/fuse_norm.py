@@ -9,22 +9,32 @@
 The statistics stay nodes, for the compiler to compute where x is written. Anything that scales rows
 and then columns is such a norm, whichever way its rows' numbers came about; `F.rms_norm` and
 `F.layer_norm` are taken apart into statistics and the op. What else reads y still does, and y stays
-if anything does.
+if anything does. A norm that is trained, and what no kernel serves, is left to the compiler:
+`counters["oftfx"]["norms_left"]` says how often.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from oftfx.ops.triton import kernels
-from oftfx.passes.effects import barrier
+from oftfx.passes.effects import epochs
 from oftfx.passes.group import ROTATE, ROTATE_GROUP
-from oftfx.passes.pattern import Capture, Cast, Match, OneOf, arguments, call, match, value_of
+from oftfx.passes.pattern import (
+    Capture,
+    Cast,
+    Match,
+    OneOf,
+    arguments,
+    call,
+    has_shape,
+    match,
+    value_of,
+)
 
 NORM_ROTATE = torch.ops.oftfx.norm_rotate.default
 
@@ -36,7 +46,7 @@ def _is_row(node: Any) -> bool:
         value is not None
         and value.is_floating_point()
         and value.dim() > 1
-        and statically_known_true(value.shape[-1] == 1)
+        and has_shape(node, (*value.shape[:-1], 1))
     )
 
 
@@ -46,10 +56,12 @@ def _is_column(node: Any) -> bool:
     return value is not None and value.is_floating_point() and value.dim() == 1
 
 
-_X, _RSTD = Capture("x"), Capture("rstd", _is_row)
+_X, _MEAN = Capture("x"), Capture("mean", _is_row)
+_RSTD, _STD = Capture("rstd", _is_row), Capture("std", _is_row)
 _WEIGHT, _BIAS = Capture("weight", _is_column), Capture("bias", _is_column)
 _WHOLE = (Cast(_X), Capture("shape"), Capture("weight"))
-_ROWS = call("mul", Cast(_X), _RSTD)
+_CENTRED = Cast(OneOf((call("sub", Cast(_X), Cast(_MEAN)), _X)))
+_ROWS = OneOf((call("mul", _CENTRED, Cast(_RSTD)), call("div", _CENTRED, Cast(_STD))))
 _COLUMNS = call("mul", Cast(_WEIGHT), Cast(_ROWS))
 NORM = Cast(
     OneOf(
@@ -72,22 +84,18 @@ class _Statistics(NamedTuple):
 
 def fuse_norm(graph: fx.GraphModule) -> int:
     """Fuses the rotations of norms with them; returns how many such ops there are then."""
-    epochs: dict[fx.Node, int] = {}
-    epoch = 0
-    for node in graph.graph.nodes:
-        epoch += barrier(node)
-        epochs[node] = epoch
+    epoch = epochs(graph.graph)
     fused = 0
-    for node in epochs:
+    for node in epoch:
         if node.op != "call_function" or node.target not in (ROTATE, ROTATE_GROUP):
             continue
         found = match(NORM, node.args[0])
         if found is None or not _is_norm(found) or _stride(node) != 1:
             continue
         # The op reads x where the rotation was, not where the norm was.
-        if len({epochs[one] for one in (*found.nodes, node)}) > 1:
+        if len({epoch[one] for one in (*found.nodes, node)}) > 1:
             continue
-        if _served(node, found):
+        if _served(node, found) and not _is_trained(found):
             _fuse(graph.graph, node, found)
             fused += 1
         else:
@@ -111,21 +119,12 @@ def _is_norm(found: Match) -> bool:
         return False
     given: Mapping[str, Any] = found.captured
     vectors = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
-    if not all(_is_column(one) and _has_shape(one, x.shape[-1:]) for one in vectors):
+    if not all(_is_column(one) and has_shape(one, x.shape[-1:]) for one in vectors):
         return False
-    if "rstd" in given:
-        return _has_shape(given["rstd"], (*x.shape[:-1], 1))
-    return len(given["shape"]) == 1
-
-
-def _has_shape(node: fx.Node, shape: Sequence[Any]) -> bool:
-    """Whether it has for sure: no guard comes from here."""
-    value = value_of(node)
-    return (
-        value is not None
-        and value.dim() == len(shape)
-        and all(statically_known_true(i == j) for i, j in zip(value.shape, shape, strict=True))
-    )
+    rows = [given[name] for name in ("mean", "rstd", "std") if name in given]
+    if not all(has_shape(one, (*x.shape[:-1], 1)) for one in rows):
+        return False
+    return bool(rows) or len(given["shape"]) == 1
 
 
 def _served(rotation: fx.Node, found: Match) -> bool:
@@ -136,6 +135,14 @@ def _served(rotation: fx.Node, found: Match) -> bool:
         return False
     fast = kernels("norm_rotate", x.device)
     return fast is not None and bool(fast.fits(x, cores, y.dtype))
+
+
+def _is_trained(found: Match) -> bool:
+    """Whether the norm itself is, whose gradients the compiler sums better than plain PyTorch."""
+    values = (value_of(found.captured.get(name)) for name in ("weight", "bias"))
+    return torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in values
+    )
 
 
 def _fuse(graph: fx.Graph, rotation: fx.Node, found: Match) -> None:
@@ -157,8 +164,13 @@ def _fuse(graph: fx.Graph, rotation: fx.Node, found: Match) -> None:
 
 def _statistics(graph: fx.Graph, found: Match) -> _Statistics:
     """The mean and rstd of each row: the graph's own, or nodes for those of a whole norm."""
-    if "rstd" in found.captured:
-        return _Statistics(None, found["rstd"])
+    given = found.captured
+    if "rstd" in given:
+        return _Statistics(given.get("mean"), given["rstd"])
+    if "std" in given:
+        return _Statistics(
+            given.get("mean"), graph.call_function(torch.reciprocal, (given["std"],))
+        )
     x, value = found["x"], value_of(found["x"])
     assert value is not None
     wide = torch.promote_types(value.dtype, torch.float32)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from oftfx.passes.effects import barrier
+from oftfx.passes.effects import epochs
 
 ROTATE = torch.ops.oftfx.rotate.default
 ROTATE_GROUP = torch.ops.oftfx.rotate_group.default
@@ -24,10 +24,8 @@ ROTATE_GROUP = torch.ops.oftfx.rotate_group.default
 def group(graph: fx.GraphModule) -> int:
     """Groups the rotations of each tensor; returns how many ops that saved."""
     place = {node: i for i, node in enumerate(graph.graph.nodes)}
-    epoch = 0  # how often anything was written to so far: before and after, x may be two tensors
     groups: dict[Any, list[fx.Node]] = {}
-    for node in graph.graph.nodes:
-        epoch += barrier(node)
+    for node, epoch in epochs(graph.graph).items():  # of two of them, x may be two tensors
         if node.op != "call_function" or node.target is not ROTATE:
             continue
         x, core, *stride = node.args

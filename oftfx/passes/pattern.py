@@ -12,12 +12,13 @@ are seen through where the pattern says [`Cast`][oftfx.passes.pattern.Cast].
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -43,6 +44,12 @@ _TWO = ("input", "other")
 _ALPHA = {"alpha": 1}
 OPERATIONS: dict[str, Operation] = {
     "add": Operation((operator.add, torch.add, "add", "__add__"), (*_TWO, "alpha"), _ALPHA, True),
+    "sub": Operation((operator.sub, torch.sub, "sub", "__sub__"), (*_TWO, "alpha"), _ALPHA),
+    "div": Operation(
+        (operator.truediv, torch.div, torch.true_divide, "div", "__truediv__"),
+        (*_TWO, "rounding_mode"),
+        {"rounding_mode": None},
+    ),
     "mul": Operation(
         (operator.mul, torch.mul, torch.multiply, "mul", "__mul__"), _TWO, _NONE, True
     ),
@@ -54,9 +61,6 @@ OPERATIONS: dict[str, Operation] = {
     "gelu": Operation(
         (F.gelu, torch._C._nn.gelu), ("input", "approximate"), {"approximate": "none"}
     ),
-    "chunk": Operation((torch.chunk, "chunk"), ("input", "chunks", "dim"), {"dim": 0}),
-    "split": Operation((torch.split, "split"), ("tensor", "split_size", "dim"), {"dim": 0}),
-    "getitem": Operation((operator.getitem,), _TWO),
     "rms_norm": Operation(
         (F.rms_norm, torch.rms_norm),
         ("input", "normalized_shape", "weight", "eps"),
@@ -140,6 +144,16 @@ def value_of(node: Any) -> Tensor | None:
     """The fake tensor that Dynamo saw a node give; None for what is no tensor."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def has_shape(node: Any, shape: Sequence[Any]) -> bool:
+    """Whether it has for sure: no guard comes from here."""
+    value = value_of(node)
+    return (
+        value is not None
+        and value.dim() == len(shape)
+        and all(statically_known_true(i == j) for i, j in zip(value.shape, shape, strict=True))
+    )
 
 
 def arguments(node: fx.Node, name: str) -> tuple[Any, ...] | None:

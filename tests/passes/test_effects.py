@@ -1,4 +1,4 @@
-"""What may write to a tensor that already exists."""
+"""What others must not be moved across."""
 
 import operator
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oftfx.passes.effects import writes
+from oftfx.passes.effects import barrier, epochs, writes
 
 
 def node(op, target, *args, **kwargs):
@@ -47,3 +47,15 @@ def test_writes(writing):
 @pytest.mark.parametrize("reading", READING, ids=str)
 def test_only_reads(reading):
     assert not writes(reading)
+
+
+def test_epochs_begin_with_what_others_may_not_be_moved_across():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_method("add", (x, 1))
+    written = graph.call_method("mul_", (x, 2))
+    off = graph.call_function(torch._C._set_grad_enabled, (False,))
+    last = graph.call_method("add", (x, 1))
+    assert barrier(written)
+    assert barrier(off)
+    assert list(epochs(graph).items()) == [(x, 0), (first, 0), (written, 1), (off, 2), (last, 2)]

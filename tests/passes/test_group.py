@@ -98,6 +98,29 @@ def test_a_tensor_written_to_between_two_rotations():
         testing.assert_close(compiled(x), model(x), "output")
 
 
+def test_one_without_and_one_with_a_gradient_stay_two():
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.no_grad():
+                target = self.a(x)
+            return target - self.b(x)
+
+    x = rows(torch.float32)
+    model = oftfx.adapt(Teacher(), SPEC, example_inputs=x)
+    found = []
+
+    def count(graph, inputs):
+        found.append(group(graph))
+        return graph.forward
+
+    torch.compile(model, backend=count, fullgraph=True)(x)
+    assert found == [0]
+
+
 @pytest.mark.slow
 def test_a_language_model():
     model = oftfx.adapt(llama(), SPEC)

@@ -4,7 +4,7 @@ The programs are those of `rotate_group`, but what they turn they compute: a til
 rows' means, times a number a row and a number a column. The backward computes it again.
 
     out_i = y + y·blockdiag(C_i)             y = (x − mean)·rstd·weight + bias
-    gram_i = yᵀ grad_i
+    gram_i = (grad_iᵀ y)ᵀ
     dy = Σ grad_i + grad_i·blockdiag(C_iᵀ)   dx = dy·weight·rstd, and two sums along each row
 """
 
@@ -188,6 +188,7 @@ def _backward(
     ROTATE: tl.constexpr,
     GRAM: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
     """All gradients for a pack's columns over a run of rows, and the pack's share of row sums."""
     tl.static_assert(PART == WIDE)
@@ -221,15 +222,31 @@ def _backward(
     if SHIFTED:
         s = _column(bias + shift, whole, whole_in)
     sums += (first // PACK).to(tl.int64) * rows  # this pack's row
+    if AHEAD:
+        g_0 = load_rows(grad_0, begin + lane, end, grad_stride, whole, whole_in)
+        if COUNT > 1:
+            g_1 = load_rows(grad_1, begin + lane, end, grad_stride, whole, whole_in)
+        if COUNT > 2:
+            g_2 = load_rows(grad_2, begin + lane, end, grad_stride, whole, whole_in)
+        x_read = load_rows(source, begin + lane, end, stride, whole, whole_in)
 
     for start in range(begin, end, TILE):
         row = start + lane
-        g_0 = load_rows(grad_0, row, end, grad_stride, whole, whole_in)
-        if COUNT > 1:
-            g_1 = load_rows(grad_1, row, end, grad_stride, whole, whole_in)
-        if COUNT > 2:
-            g_2 = load_rows(grad_2, row, end, grad_stride, whole, whole_in)
-        x = load_rows(source, row, end, stride, whole, whole_in).to(tl.float32)
+        if AHEAD:
+            next_0 = load_rows(grad_0, row + TILE, end, grad_stride, whole, whole_in)
+            if COUNT > 1:
+                next_1 = load_rows(grad_1, row + TILE, end, grad_stride, whole, whole_in)
+            if COUNT > 2:
+                next_2 = load_rows(grad_2, row + TILE, end, grad_stride, whole, whole_in)
+            x_next = load_rows(source, row + TILE, end, stride, whole, whole_in)
+        else:
+            g_0 = load_rows(grad_0, row, end, grad_stride, whole, whole_in)
+            if COUNT > 1:
+                g_1 = load_rows(grad_1, row, end, grad_stride, whole, whole_in)
+            if COUNT > 2:
+                g_2 = load_rows(grad_2, row, end, grad_stride, whole, whole_in)
+            x_read = load_rows(source, row, end, stride, whole, whole_in)
+        x = x_read.to(tl.float32)
         r = _row(rstd, row, end)
         if CENTRED:
             x -= _row(mean, row, end)
@@ -255,21 +272,29 @@ def _backward(
                 y *= w
             if SHIFTED:
                 y += s
-            y = tl.trans(y.to(dtype))
-            total_0 = tl.dot(y, g_0, total_0, input_precision=PRECISION)
+            y = y.to(dtype)
+            # Transposed, of what was read: to transpose what was computed takes twice as long.
+            total_0 = tl.dot(tl.trans(g_0), y, total_0, input_precision=PRECISION)
             if COUNT > 1:
-                total_1 = tl.dot(y, g_1, total_1, input_precision=PRECISION)
+                total_1 = tl.dot(tl.trans(g_1), y, total_1, input_precision=PRECISION)
             if COUNT > 2:
-                total_2 = tl.dot(y, g_2, total_2, input_precision=PRECISION)
+                total_2 = tl.dot(tl.trans(g_2), y, total_2, input_precision=PRECISION)
+        if AHEAD:
+            g_0 = next_0
+            if COUNT > 1:
+                g_1 = next_1
+            if COUNT > 2:
+                g_2 = next_2
+            x_read = x_next
 
     if GRAM:
         entries = n.to(tl.int64) * (B * B)
         gram += split * COUNT * entries + first.to(tl.int64) * (B * B)
-        store_gram(gram, total_0, whole, whole_in, whole, whole_in, B)
+        store_gram(gram, tl.trans(total_0), whole, whole_in, whole, whole_in, B)
         if COUNT > 1:
-            store_gram(gram + entries, total_1, whole, whole_in, whole, whole_in, B)
+            store_gram(gram + entries, tl.trans(total_1), whole, whole_in, whole, whole_in, B)
         if COUNT > 2:
-            store_gram(gram + 2 * entries, total_2, whole, whole_in, whole, whole_in, B)
+            store_gram(gram + 2 * entries, tl.trans(total_2), whole, whole_in, whole, whole_in, B)
 
 
 def fits(
@@ -433,7 +458,7 @@ def _work(
     strides = (grad_stride, stride) if needs else (stride,)
     numbers = (rows, n, run, n * b, *strides, *core_strides)
     _, _, _, mean, _, weight, bias = (dtype is not None for dtype in dtypes)
-    last: tuple[int | str, ...] = (*needs, PRECISION) if needs else (PRECISION, chosen.stages == 0)
+    last: tuple[int | str, ...] = (*needs, PRECISION, chosen.stages == 0)
     constants = (*layout(n, b, chosen), mean, weight, bias, count, *last)
     launch = Launch(
         _backward if needs else _forward, programs, numbers, constants, **options(chosen)
