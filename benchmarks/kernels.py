@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.testing import do_bench
@@ -67,6 +68,37 @@ def group(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
     }
 
 
+def product(tokens: int, width: int, b: int) -> dict[str, float]:
+    """A gated product, compiled, and its rotation: in one op, and one after the other."""
+    grad, gate, up = torch.randn(3, tokens, width, device="cuda").bfloat16().unbind()
+    core = 0.1 * torch.randn(width // b, b, b, device="cuda")
+
+    @torch.compile
+    def silu(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    @torch.compile
+    def silu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        inner: Tensor = torch.ops.aten.silu_backward(grad * up, gate)
+        return inner, grad * F.silu(gate)
+
+    def apart() -> Tensor:
+        inner, _ = ops.rotate_grad(grad, silu(gate, up), core, True, True)
+        both: tuple[Tensor, Tensor] = silu_grad(inner, gate, up)
+        return both[0]
+
+    return {
+        "product": microseconds(lambda: silu(gate, up)),
+        "product and rotate": microseconds(lambda: ops.glu_rotate(gate, up, core, "silu")),
+        "one after the other": microseconds(lambda: ops.rotate(silu(gate, up), core)),
+        "product's gradients": microseconds(lambda: silu_grad(grad, gate, up)),
+        "all gradients": microseconds(
+            lambda: ops.glu_rotate_grad(grad, gate, up, core, "silu", True, True)
+        ),
+        "gradients, one after the other": microseconds(apart),
+    }
+
+
 def cores(blocks: int, b: int, order: int) -> dict[str, float]:
     theta = 0.02 * torch.randn(blocks, b * (b - 1) // 2, device="cuda")
     grad = torch.randn(blocks, b, b, device="cuda")
@@ -112,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="JSON with every measurement and the setting")
     args = parser.parse_args()
-    kinds = ("rotation", "group", "cores", "launches")
+    kinds = ("rotation", "group", "product", "cores", "launches")
     result: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in kinds}
     bf16, f32 = torch.bfloat16, torch.float32
     shapes = [(4096, 3584, b, bf16) for b in (8, 16, 32, 64, 128, 256)]
@@ -142,6 +174,10 @@ def main() -> None:
     for count in (2, 3):
         name = f"{count} of one 4096 × 3584, b=32, bfloat16"
         times = result["group"][name] = group(count, 4096, 3584, 32)
+        print(f"{name}: " + ", ".join(f"{key} {value:.1f} µs" for key, value in times.items()))
+    for width, b in ((18944, 32), (18944, 64), (18944, 128), (1536, 32)):
+        name = f"SwiGLU of 4096 × {width}, b={b}, bfloat16"
+        times = result["product"][name] = product(4096, width, b)
         print(f"{name}: " + ", ".join(f"{key} {value:.1f} µs" for key, value in times.items()))
     # Every site of Qwen2.5-7B: six of width 3584 and one of 18944 in each of 28 layers.
     for b in (16, 32, 64):
