@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.kernels import kernels
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate import rotate, rotate_grad
-from oftfx.ops.triton import kernels
 
 aten = torch.ops.aten
 

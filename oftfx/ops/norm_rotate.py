@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.kernels import kernels
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
-from oftfx.ops.triton import kernels
 
 
 def norm_rotate(

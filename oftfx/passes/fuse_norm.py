@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
-from oftfx.ops.triton import kernels
+from oftfx.ops.kernels import kernels
 from oftfx.passes.effects import epochs
 from oftfx.passes.group import ROTATE, ROTATE_GROUP
 from oftfx.passes.pattern import (

@@ -11,10 +11,12 @@ from types import ModuleType
 
 from oftfx.ops.native.binding import library
 
+FAMILIES = ("cayley", "rotate", "rotate_group")
+
 
 @functools.cache
 def kernels(family: str) -> ModuleType | None:
     """The kernels of one family for this CPU; None where PyTorch does the work."""
-    if library() is None:
+    if family not in FAMILIES or library() is None:
         return None
     return importlib.import_module(f"{__name__}.{family}")
