@@ -2,11 +2,14 @@
 
 from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.givens import givens, givens_grad
+from oftfx.ops.packed import Packed
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
+from oftfx.ops.rotated_linear import rotated_linear, rotated_linear_grad
 from oftfx.ops.subspace import subspace, subspace_grad
 
 __all__ = [
+    "Packed",
     "block_gram",
     "cayley",
     "cayley_grad",
@@ -16,6 +19,8 @@ __all__ = [
     "rotate_grad",
     "rotate_group",
     "rotate_group_grad",
+    "rotated_linear",
+    "rotated_linear_grad",
     "subspace",
     "subspace_grad",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oftfx.errors import OftfxWarning
+from oftfx.ops.packed import Packed
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
 
@@ -206,6 +207,15 @@ def _state(module: Any) -> Any:
     """The quant state, which a conversion of the parameter may have left with the module alone."""
     state = getattr(module.weight, "quant_state", None)
     return module.quant_state if state is None else state
+
+
+def packed_of(data: Tensor, state: Any) -> Packed:
+    """A weight's bytes and its quant state, as the ops take them."""
+    nested = (None, None, None, 256)
+    if state.nested:
+        inner = state.state2
+        nested = (inner.absmax, inner.code, state.offset, inner.blocksize)
+    return Packed(data, state.absmax, state.code, tuple(state.shape), state.blocksize, *nested)
 
 
 def _unpack(module: Any) -> None:
