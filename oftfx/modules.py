@@ -25,9 +25,10 @@ from torch.fx import traceback
 
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
-from oftfx.readers import Readers, rotated, traceable
+from oftfx.readers import Readers, cast, rotated, sole_core, traceable
 from oftfx.rotations import Method, method_of
 from oftfx.rotations.oft import dropped
+from oftfx.sites import fusing
 from oftfx.spec import ALL_LINEAR, Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
@@ -245,8 +246,15 @@ def rotating(base: Class) -> type[nn.Module]:
     y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
                           y = base(x)
     """
+    fused = fusing(base)
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if fused is not None and (alone := _alone(self)) is not None:
+            input, factors = cast(input), alone.applied()
+            core = sole_core(factors)
+            if core is not None and fused.fuses(self, input, core):
+                return fused.rotated_linear(self, input, core)
+            return base.forward(self, rotated(input, factors), *args, **kwargs)
         for rotation in self.oft.values():
             if rotation.enabled:
                 input = rotation(input)
@@ -255,6 +263,16 @@ def rotating(base: Class) -> type[nn.Module]:
     name = f"OFT[{base.__name__}]"
     body = {"forward": forward, "oft_base": base, "__module__": base.__module__}
     return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
+
+
+def _alone(module: Any) -> Rotation | None:
+    """In a training step, the one rotation of a layer that no other shares its input with."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    turns = [rotation for rotation in module.oft.values() if rotation.enabled]
+    if len(turns) != 1 or turns[0].readers is not None:
+        return None
+    return turns[0].rotation if isinstance(turns[0], SharedRotation) else turns[0]
 
 
 @functools.cache

@@ -126,6 +126,14 @@ def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
     return {turn: rotated(x, own) for turn, own in zip(turns, factors, strict=True)}
 
 
+def sole_core(factors: tuple[Factor, ...]) -> Tensor | None:
+    """The core where the factors are one block rotation of neighbours; else None."""
+    match factors:
+        case (Factor(op=op, operands=(core,)),) if op is ROTATE:
+            return core
+    return None
+
+
 def rotated(x: Tensor, factors: tuple[Factor, ...]) -> Tensor:
     """``x·F_1·F_2·…``, in autocast's dtype where that is on."""
     x = cast(x)

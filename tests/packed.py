@@ -28,14 +28,15 @@ def random_packed(
 ) -> Packed:
     """Random bytes and scales, of any shape."""
     blocks = -(-out * width // block_size)
-    data = torch.randint(256, (-(-out * width // 2), 1), dtype=torch.uint8, device=device)
+    data = torch.randint(256, (-(-out * width // 2),), dtype=torch.uint8, device=device)
+    data = data.view(storage).unsqueeze(-1)
     code = get_4bit_type(quant_type, device=device)
     shape = (out, width)
     absmax = 0.5 + torch.rand(blocks, device=device)
     if not double:
-        return Packed(data.view(storage), absmax, code, shape, block_size)
+        return Packed(data, absmax, code, shape, block_size)
     return Packed(
-        data.view(storage),
+        data,
         torch.randint(256, (blocks,), dtype=torch.uint8, device=device),
         code,
         shape,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from oftfx.errors import OftfxWarning
 from oftfx.ops.packed import Packed
+from oftfx.ops.rotated_linear import folds, rotated_linear
+from oftfx.ops.triton import kernels
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
 
@@ -101,6 +103,28 @@ class Linear4bit(_Layer):
         parameter.data, parameter.quant_state = data, new
         module._parameters["weight"], module.quant_state = parameter, new
 
+    def fuses(self, module: Any, x: Tensor, core: Tensor) -> bool:
+        """Where a kernel rotates the weight while it dequantises it, as the layer would anyway."""
+        fast, state = kernels("dequantise", x.device), _state(module)
+        rows = x.numel() // max(1, x.shape[-1])
+        if fast is None or state is None or rows <= LEAST_ROWS:
+            return False
+        if not folds(rows, module.out_features, x.device):
+            return False
+        dtype = module.compute_dtype or x.dtype
+        fits: bool = fast.fits(packed_of(module.weight.data, state), core, dtype)
+        return fits
+
+    def rotated_linear(self, module: Any, x: Tensor, core: Tensor) -> Tensor:
+        """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``, in the dtypes of its own."""
+        if not module.compute_type_is_set:
+            module.set_compute_type(x)
+            module.compute_type_is_set = True
+        given = x if module.compute_dtype is None else x.to(module.compute_dtype)
+        bias = None if module.bias is None else module.bias.to(given.dtype)
+        weight = packed_of(module.weight.data, _state(module))
+        return rotated_linear(given, core, weight, bias).to(x.dtype)
+
 
 class Linear8bitLt(_Layer):
     """Rows of int8 with a scale each; the activation is quantised in inference too."""
@@ -150,6 +174,8 @@ class Linear8bitLt(_Layer):
         module.state.CB = module.state.SCB = None  # the next forward takes the weight's
 
 
+LEAST_ROWS = 1536
+"""Up to so many rows it may multiply by the bytes themselves (0.50), to other bits."""
 LINEAR4BIT = Linear4bit()
 LINEAR8BIT = Linear8bitLt()
 

@@ -56,6 +56,18 @@ class Quantiser(Protocol):
         """
 
 
+class Fusing(Protocol):
+    """A quantiser of layers that one op can both rotate and multiply for."""
+
+    CLASS: str
+
+    def fuses(self, module: nn.Module, x: Tensor, core: Tensor) -> bool:
+        """Whether that costs less than rotating x first, and gives the layer's bits where C = 0."""
+
+    def rotated_linear(self, module: nn.Module, x: Tensor, core: Tensor) -> Tensor:
+        """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``."""
+
+
 class StandIn(nn.Linear):
     """The float layer that a quantised one stands for, on `meta`: what planning sees of it."""
 

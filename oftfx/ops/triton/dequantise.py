@@ -150,7 +150,7 @@ def fits(weight: Packed, core: Tensor | None, dtype: torch.dtype) -> bool:
 
     And a core for every block: one that all blocks share is left to PyTorch.
     """
-    out, width = weight.shape
+    width = weight.shape[1]
     scale = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
     return (
         dtype in _DTYPES
@@ -184,7 +184,7 @@ def _run(weight: Packed, core: Tensor | None, b: int, dtype: torch.dtype) -> Ten
     rest = (weight.nested_absmax, weight.nested_code, weight.offset)
     given = (absmax if tensor is None else tensor for tensor in rest)
     launch(
-        weight.data.view(torch.uint8),
+        weight.data.view(-1).view(torch.uint8),
         absmax,
         weight.code,
         *given,

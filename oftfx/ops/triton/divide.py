@@ -18,6 +18,12 @@ WIDTHS = {16, 32, 64, 128}
 
 
 @triton.jit
+def _sum(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
+    # As `tl.sum`, which the interpreter takes only where it was chosen before Triton was imported.
+    return tl.reduce(x, AXIS, tl.standard._sum_combine, keep_dims=True)
+
+
+@triton.jit
 def _divide(
     gram: tl.tensor,
     core: tl.tensor,
@@ -37,11 +43,10 @@ def _divide(
     square = (i == j) + c + tl.trans(c) + tl.dot(tl.trans(c), c, input_precision=PRECISION)
     value = m + tl.dot(m, c, input_precision=PRECISION)
     for k in range(B):  # columns of both, until the square is the identity
-        row = tl.sum(tl.where(i == k, square, 0.0), 0)[None, :]
-        pivot = tl.sum(tl.where(j == k, row, 0.0))
-        share = (row - (j == k)) / pivot
-        value -= tl.sum(tl.where(j == k, value, 0.0), 1)[:, None] * share
-        square -= tl.sum(tl.where(j == k, square, 0.0), 1)[:, None] * share
+        row = _sum(tl.where(i == k, square, 0.0), 0)
+        share = (row - (j == k)) / _sum(tl.where(j == k, row, 0.0), 1)
+        value -= _sum(tl.where(j == k, value, 0.0), 1) * share
+        square -= _sum(tl.where(j == k, square, 0.0), 1) * share
     tl.store(out + entry, value)
 
 

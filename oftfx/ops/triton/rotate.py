@@ -348,6 +348,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 
 def processors(device: torch.device) -> int:
+    """How many programs run at once, one on each processor."""
     if device.type != "cuda":  # the interpreter
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -38,7 +38,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from oftfx.ops.triton import cayley, rotate, rotate_group
+from oftfx.ops.triton import cayley, dequantise, divide, rotate, rotate_group
 
 cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -65,6 +65,16 @@ for count in (2, 3):
     check(work.sum, *["*fp32"] * 4)
 check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")
 check(cayley._launch(cayley._cayley_grad, 5, 4, 3, f32, cpu), "*fp32", "*fp32", "*fp32")
+for b, block_size, nested, dtype, name in (
+    (32, 64, 0, bf16, "*bf16"), (32, 32, 256, bf16, "*bf16"), (128, 64, 0, f32, "*fp32")
+):
+    sizes, absmax = (99, 3584, b, block_size, nested), "*u8" if nested else "*fp32"
+    for core in (f32, None):
+        launch = dequantise._launch(*sizes, dtype, core, (b * b, b, 1), cpu)
+        turn = "*fp32" if core else name
+        check(launch, "*u8", absmax, "*fp32", *["*fp32" if nested else absmax] * 3, turn, name)
+for b in (16, 128):
+    check(divide._launch(3, b, f32, (b * b, b, 1), cpu), "*fp32", "*fp32", "*fp32")
 """
 
 
