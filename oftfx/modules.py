@@ -25,10 +25,11 @@ from torch.fx import traceback
 
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
-from oftfx.readers import Readers, cast, rotated, sole_core, traceable
-from oftfx.rotations import Method, method_of
+from oftfx.readers import Readers, autocast_dtype, cast, rotated, traceable
+from oftfx.rotations import Method, block_of, method_of
 from oftfx.rotations.oft import dropped
 from oftfx.sites import fusing
+from oftfx.sites.quantised import Fusing
 from oftfx.spec import ALL_LINEAR, Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
@@ -64,6 +65,7 @@ class Rotation(nn.Module):
         rules: dict[str, Any] = {"targets": ALL_LINEAR, "exclude": (), "overrides": {}}
         self._note = json.dumps(dataclasses.replace(spec, **rules).to_json())
         self.enabled = True
+        self.block = block_of(spec)
         self.shapes = self.method.shapes(spec, width)
         for name, shape in self.shapes.items():
             trained = name not in self.method.FIXED
@@ -246,15 +248,11 @@ def rotating(base: Class) -> type[nn.Module]:
     y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
                           y = base(x)
     """
-    fused = fusing(base)
+    layers = fusing(base)
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if fused is not None and (alone := _alone(self)) is not None:
-            input, factors = cast(input), alone.applied()
-            core = sole_core(factors)
-            if core is not None and fused.fuses(self, input, core):
-                return fused.rotated_linear(self, input, core)
-            return base.forward(self, rotated(input, factors), *args, **kwargs)
+        if layers is not None and (output := _fused(self, layers, input)) is not None:
+            return output
         for rotation in self.oft.values():
             if rotation.enabled:
                 input = rotation(input)
@@ -265,14 +263,25 @@ def rotating(base: Class) -> type[nn.Module]:
     return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
 
 
-def _alone(module: Any) -> Rotation | None:
-    """In a training step, the one rotation of a layer that no other shares its input with."""
+def _fused(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
+    """A layer's output where it turns its weight instead of x, in a training step; else None."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     turns = [rotation for rotation in module.oft.values() if rotation.enabled]
-    if len(turns) != 1 or turns[0].readers is not None:
+    if len(turns) != 1:
         return None
-    return turns[0].rotation if isinstance(turns[0], SharedRotation) else turns[0]
+    (turn,) = turns
+    rotation: Rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
+    readers: Readers | None = turn.readers
+    together = [rotation] if readers is None else readers.turns
+    if any(each.block is None for each in together):
+        return None
+    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block):
+        return None
+    if readers is not None:
+        return layers.rotated_linear(module, *readers.defer(turn, x), deferred=True)
+    (factor,) = rotation.applied()
+    return layers.rotated_linear(module, cast(x), factor.operands[0], deferred=False)
 
 
 @functools.cache

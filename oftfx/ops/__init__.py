@@ -5,7 +5,12 @@ from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.packed import Packed
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
-from oftfx.ops.rotated_linear import rotated_linear, rotated_linear_grad
+from oftfx.ops.rotated_linear import (
+    defer,
+    deferred_linear,
+    rotated_linear,
+    rotated_linear_grad,
+)
 from oftfx.ops.subspace import subspace, subspace_grad
 
 __all__ = [
@@ -13,6 +18,8 @@ __all__ = [
     "block_gram",
     "cayley",
     "cayley_grad",
+    "defer",
+    "deferred_linear",
     "givens",
     "givens_grad",
     "rotate",

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from oftfx.ops import packed
 from oftfx.ops.define import LIBRARY, below, define, differentiate
 from oftfx.ops.packed import Packed
-from oftfx.ops.precision import as_given
+from oftfx.ops.precision import as_given, exactly
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
+from oftfx.ops.rotate_group import rotate_group_grad
 from oftfx.ops.triton import kernels
 
 PACKED = (
@@ -59,7 +61,8 @@ def folds(rows: int, out: int, device: torch.device) -> bool:
 def folded(weight: Packed, core: Tensor, dtype: torch.dtype) -> Tensor:
     """``W blockdiag(I + C_1 … I + C_n)ᵀ``, (out, n·b), in this dtype."""
     fast = kernels("dequantise", weight.data.device)
-    if fast is None or not fast.fits(weight, core, dtype):
+    n, b, _ = core.shape
+    if fast is None or n * b != weight.shape[1] or not fast.fits(weight, b, dtype):
         return rotate(dequantised(weight, dtype), core.mT)
     with torch.cuda.device_of(weight.data):
         result: Tensor = fast.folded(weight, core, dtype)
@@ -184,6 +187,56 @@ def _misfit(x: Tensor, core: Tensor, weight: Packed) -> str:
 def _check(x: Tensor, core: Tensor, weight: Packed) -> None:
     if not _fits(x, core, weight):
         raise RuntimeError(_misfit(x, core, weight))
+
+
+def defer(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...]:
+    """What [`deferred_linear`][oftfx.ops.deferred_linear] takes for each core: x itself.
+
+    Together they are [`rotate_group`][oftfx.ops.rotate_group] and a matmul each, but that no
+    rotated x is ever made; the backward is the group's own, where the gradients of x meet.
+    """
+    result: tuple[Tensor, ...] = _Defer.apply(x, *cores)
+    return result
+
+
+def deferred_linear(x: Tensor, core: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """[`rotated_linear`][oftfx.ops.rotated_linear] of a deferred x.
+
+    Its gradient for x is that for ``x·M``, which `defer` takes further; the core gets none here.
+    """
+    with exactly(x.device):
+        result: Tensor = _DeferredLinear.apply(x, core, bias, weight)
+    return result
+
+
+class _Defer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *cores: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *cores)
+        return tuple(x.detach() for _ in cores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *cores = ctx.saved_tensors
+        need_x, *need_cores = ctx.needs_input_grad
+        grad_x, grad_cores = rotate_group_grad(list(grads), x, cores, need_x, any(need_cores))
+        needed = zip(grad_cores, need_cores, strict=True)
+        return grad_x if need_x else None, *(grad if need else None for grad, need in needed)
+
+
+class _DeferredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, folded(weight, core, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_bias = ctx.needs_input_grad[2]
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return grad @ dequantised(ctx.weight, grad.dtype), None, grad_bias, None
 
 
 class _RotatedLinear(torch.autograd.Function):

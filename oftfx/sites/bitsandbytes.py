@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oftfx.errors import OftfxWarning
 from oftfx.ops.packed import Packed
-from oftfx.ops.rotated_linear import folds, rotated_linear
+from oftfx.ops.rotated_linear import deferred_linear, folds, rotated_linear
 from oftfx.ops.triton import kernels
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
@@ -103,19 +103,19 @@ class Linear4bit(_Layer):
         parameter.data, parameter.quant_state = data, new
         module._parameters["weight"], module.quant_state = parameter, new
 
-    def fuses(self, module: Any, x: Tensor, core: Tensor) -> bool:
-        """Where a kernel rotates the weight while it dequantises it, as the layer would anyway."""
+    def fuses(self, module: Any, x: Tensor, dtype: torch.dtype, block: int | None) -> bool:
+        """Where a kernel turns the weight while it dequantises it, as the layer does anyway."""
         fast, state = kernels("dequantise", x.device), _state(module)
         rows = x.numel() // max(1, x.shape[-1])
         if fast is None or state is None or rows <= LEAST_ROWS:
             return False
         if not folds(rows, module.out_features, x.device):
             return False
-        dtype = module.compute_dtype or x.dtype
-        fits: bool = fast.fits(packed_of(module.weight.data, state), core, dtype)
+        weight, computed = packed_of(module.weight.data, state), module.compute_dtype or dtype
+        fits: bool = fast.fits(weight, block, computed)
         return fits
 
-    def rotated_linear(self, module: Any, x: Tensor, core: Tensor) -> Tensor:
+    def rotated_linear(self, module: Any, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
         """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``, in the dtypes of its own."""
         if not module.compute_type_is_set:
             module.set_compute_type(x)
@@ -123,7 +123,8 @@ class Linear4bit(_Layer):
         given = x if module.compute_dtype is None else x.to(module.compute_dtype)
         bias = None if module.bias is None else module.bias.to(given.dtype)
         weight = packed_of(module.weight.data, _state(module))
-        return rotated_linear(given, core, weight, bias).to(x.dtype)
+        run = deferred_linear if deferred else rotated_linear
+        return run(given, core, weight, bias).to(x.dtype)
 
 
 class Linear8bitLt(_Layer):

@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import export
 from torch.utils.checkpoint import checkpoint
@@ -113,11 +114,16 @@ def activations(width: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.fixture
-def fused(monkeypatch) -> list[int]:
-    """One entry for each layer that rotated its weight, and not its input."""
-    calls: list[int] = []
+def fused(monkeypatch) -> list[bool]:
+    """For each layer that turned its weight, and not its input, whether in company."""
+    calls: list[bool] = []
     real = Linear4bit.rotated_linear
-    monkeypatch.setattr(Linear4bit, "rotated_linear", lambda *args: calls.append(1) or real(*args))
+
+    def counted(self, module, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
+        calls.append(deferred)
+        return real(self, module, x, core, deferred)
+
+    monkeypatch.setattr(Linear4bit, "rotated_linear", counted)
     return calls
 
 
@@ -136,10 +142,36 @@ def test_a_layer_that_rotates_its_weight_computes_the_same(dtype, fused, monkeyp
     model, x = layer(192, 256, dtype), activations(192, dtype)
     oftfx.adapt(model, OFT(block_size=32, init_std=0.03), capture="modules")
     got = [*testing.run(model, x), *testing.gradients(model, x).values()]
-    assert len(fused) == 2
+    assert fused == [False]
     monkeypatch.setattr(Linear4bit, "fuses", lambda *_: False)
     expected = [*testing.run(model, x), *testing.gradients(model, x).values()]
-    assert len(fused) == 2
+    assert fused == [False]
+    for one, other in zip(got, expected, strict=True):
+        testing.assert_close(one, other, "output or gradient")
+
+
+class Gated(nn.Module):
+    """Two layers that read one tensor, and one that reads another."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        sizes = {"gate": (192, 256), "up": (192, 256), "down": (256, 192)}
+        for name, (width, out) in sizes.items():
+            linear = nn.Linear(width, out, bias=False).to(dtype)
+            self.add_module(name, linear4bit(linear, compute=dtype).cuda())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_layers_that_read_one_tensor_turn_their_weights(dtype, fused, monkeypatch):
+    model, x = Gated(dtype), activations(192, dtype)
+    oftfx.adapt(model, OFT(block_size=32, init_std=0.03), example_inputs=x)
+    got = [*testing.run(model, x), *testing.gradients(model, x).values()]
+    assert fused == [True, True, False]
+    monkeypatch.setattr(Linear4bit, "fuses", lambda *_: False)
+    expected = [*testing.run(model, x), *testing.gradients(model, x).values()]
     for one, other in zip(got, expected, strict=True):
         testing.assert_close(one, other, "output or gradient")
 
@@ -150,22 +182,19 @@ def test_checkpointed_and_under_autocast_it_computes_the_same(reentrant, fused):
     oftfx.adapt(model, OFT(block_size=32, init_std=0.03), capture="modules")
     with torch.autocast("cuda", dtype=torch.bfloat16):
         expected = testing.gradients(model, x)
-        got = testing.gradients(lambda_of(model, reentrant), x)
-    assert len(fused) == 3
+        got = testing.gradients(Checkpointed(model, reentrant), x)
+    assert fused == [False] * 3
     for name, value in got.items():
         testing.assert_close(value, expected[name], name, within=0)
 
 
-def lambda_of(model: nn.Module, reentrant: bool) -> nn.Module:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
 
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.inner, x, use_reentrant=reentrant)
-
-    return Checkpointed()
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
 def test_nothing_is_kept_but_the_input():

@@ -145,10 +145,10 @@ def _dequantise(
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 
-def fits(weight: Packed, core: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes these: an even width, plain scales, a core of its widths or none.
+def fits(weight: Packed, block: int | None, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes these: plain scales, and rotations by blocks of its widths or none.
 
-    And a core for every block: one that all blocks share is left to PyTorch.
+    There must be a core for every block.
     """
     width = weight.shape[1]
     scale = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
@@ -158,7 +158,7 @@ def fits(weight: Packed, core: Tensor | None, dtype: torch.dtype) -> bool:
         and weight.block_size % 2 == 0
         and scale.dtype is torch.float32
         and weight.data.is_contiguous()
-        and (core is None or (core.shape[-1] in WIDTHS and len(core) * core.shape[-1] == width))
+        and (block is None or (block in WIDTHS and width % block == 0))
     )
 
 
