@@ -142,10 +142,10 @@ def test_a_layer_that_rotates_its_weight_computes_the_same(dtype, fused, monkeyp
     model, x = layer(192, 256, dtype), activations(192, dtype)
     oftfx.adapt(model, OFT(block_size=32, init_std=0.03), capture="modules")
     got = [*testing.run(model, x), *testing.gradients(model, x).values()]
-    assert fused == [False]
+    assert fused == [False, False]
     monkeypatch.setattr(Linear4bit, "fuses", lambda *_: False)
     expected = [*testing.run(model, x), *testing.gradients(model, x).values()]
-    assert fused == [False]
+    assert fused == [False, False]
     for one, other in zip(got, expected, strict=True):
         testing.assert_close(one, other, "output or gradient")
 
@@ -169,7 +169,7 @@ def test_layers_that_read_one_tensor_turn_their_weights(dtype, fused, monkeypatc
     model, x = Gated(dtype), activations(192, dtype)
     oftfx.adapt(model, OFT(block_size=32, init_std=0.03), example_inputs=x)
     got = [*testing.run(model, x), *testing.gradients(model, x).values()]
-    assert fused == [True, True, False]
+    assert fused == [True, True, False] * 2
     monkeypatch.setattr(Linear4bit, "fuses", lambda *_: False)
     expected = [*testing.run(model, x), *testing.gradients(model, x).values()]
     for one, other in zip(got, expected, strict=True):
@@ -183,9 +183,9 @@ def test_checkpointed_and_under_autocast_it_computes_the_same(reentrant, fused):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         expected = testing.gradients(model, x)
         got = testing.gradients(Checkpointed(model, reentrant), x)
-    assert fused == [False] * 3
+    assert fused == [False] * (2 if reentrant else 3)  # whose first forward has no gradient
     for name, value in got.items():
-        testing.assert_close(value, expected[name], name, within=0)
+        testing.assert_close(value, expected[name.removeprefix("inner.")], name, within=0)
 
 
 class Checkpointed(nn.Module):
