@@ -157,6 +157,41 @@ def test_misfits_are_refused(width, n):
         ops.rotated_linear(torch.randn(3, width), torch.zeros(n, 8, 8), random_packed(24, 16))
 
 
+# --- layers that read one tensor ---
+
+
+@pytest.mark.parametrize("b", [(8, 8, 8), (4, 8, 16)], ids=["blocks alike", "of any width"])
+@pytest.mark.parametrize("wanted", ["all", "x", "cores", "one core"])
+def test_deferred_they_are_each_layer_by_itself(wanted, b):
+    x = torch.randn(3, 40, 16, dtype=torch.float64, requires_grad=wanted in ("all", "x"))
+    cores = [0.2 * torch.randn(16 // wide, wide, wide, dtype=torch.float64) for wide in b]
+    for core in cores[: 1 if wanted == "one core" else 0 if wanted == "x" else 3]:
+        core.requires_grad_()
+    weights = [random_packed(out, 16) for out in (24, 8, 7)]
+    bias = torch.randn(24, dtype=torch.float64, requires_grad=True)
+    biases = [bias, None, None]
+
+    def grads(outs: list[Tensor]) -> list[Tensor]:
+        total = sum((out * torch.arange(out.shape[-1])).sin().sum() for out in outs)
+        leaves = [leaf for leaf in (x, bias, *cores) if leaf.requires_grad]
+        return [*outs, *torch.autograd.grad(total, leaves)]
+
+    turned = zip(ops.defer(x, cores), cores, weights, biases, strict=True)
+    got = grads([ops.deferred_linear(y, c.detach(), w, bias) for y, c, w, bias in turned])
+    each = zip(cores, weights, biases, strict=True)
+    expected = grads([ops.rotated_linear(x, c, w, bias) for c, w, bias in each])
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_deferring_copies_nothing():
+    x, core = torch.randn(40, 16), (0.2 * torch.randn(2, 8, 8)).requires_grad_()
+    (deferred,) = ops.defer(x, [core])
+    assert deferred.data_ptr() == x.data_ptr()
+    assert deferred.requires_grad
+
+
 # --- the weight itself ---
 
 

@@ -44,9 +44,16 @@ def rotating(model: nn.Module, monkeypatch) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("share", [False, True], ids=["own rotations", "a shared one"])
-def test_a_model_computes_what_it_does_otherwise(share, fused, monkeypatch):
-    spec = OFT(block_size=8, init_std=0.1, share_inputs=share)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        OFT(block_size=8, init_std=0.1, share_inputs=True),
+        OFT(block_size=8, init_std=0.1, overrides={"k_proj": {"block_size": 16}}),
+    ],
+    ids=["own rotations", "shared ones", "blocks of two widths"],
+)
+def test_a_model_computes_what_it_does_otherwise(spec, fused, monkeypatch):
     model = oftfx.adapt(quantised_llama(linear4bit), spec).train()
     values = testing.run(model, tokens()), testing.gradients(model, tokens())
     # A layer of each block has an input of its own twice, and q, k, v and gate, up share theirs.
@@ -132,6 +139,13 @@ def test_other_rotations_turn_the_input(spec, fused):
     model = oftfx.adapt(chain(), spec, capture="modules")
     testing.gradients(model, rows(torch.float32, 64))
     assert not fused
+
+
+def test_beside_a_rotation_of_another_kind_they_turn_the_input(fused):
+    spec = OFT(block_size=8, init_std=0.1, overrides={"k_proj": {"share_blocks": True}})
+    model = oftfx.adapt(quantised_llama(linear4bit), spec).train()
+    testing.gradients(model, tokens())
+    assert fused == [False, True, True, False] * 2  # o, gate, up and down
 
 
 def test_two_adapters_turn_the_input(fused):
