@@ -244,5 +244,6 @@ def _launch(
         (rows, n, run, width // 2, *strides),
         (*constants, core_dtype is not None, PRECISION),
         num_warps=warps,
+        num_stages=1,  # Triton's pipeline would copy numbers of the code to shared memory, singly
         enable_fp_fusion=False,  # scales are rounded after the product and after the sum
     )
