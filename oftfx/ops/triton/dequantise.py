@@ -1,10 +1,13 @@
 """4-bit weights to floats, rotated on the way: what is written is ``W blockdiag(I + C)ᵀ``.
 
-The work is bound by the bytes of the float weight. A program takes the columns of a pack of blocks
-for a run of rows, as in `rotate`; the two numbers of a byte stay apart until they are stored:
+The work is bound by the bytes of the float weight, if nothing but those moves. So the order of rows
+and columns is chosen such that a thread dequantises the very numbers that tensor cores take from it
+and writes the ones they give it back: no shared memory, no exchange between threads.
 
-    bytes (rows, wide/2)  →  even, odd columns of W (rows, wide/2 each)
-    even of W̃ = even + even·Cᵀ[even, even] + odd·Cᵀ[odd, even], and the odd ones likewise
+A tile is (lines, 32 columns): the rows of a pack's first 32 columns, then of its next ones, and
+so on. Of a line, thread t of four loads bytes 4t … 4t+3, so it has columns 8t … 8t+7. Among the
+columns as a product numbers them, it has 2t and 2t+1 of each eight. Rows differ alike: in memory,
+warps take eight after each other, in a product sixteen.
 """
 
 import functools
@@ -20,7 +23,7 @@ from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import PRECISION, processors
 
 WIDTHS = {16, 32, 64, 128}
-"""Block widths that it rotates by: two halves of a pack, each as wide as a product needs."""
+"""Block widths that it rotates by: packs of them are whole runs of 32 columns."""
 
 
 @triton.jit
@@ -41,28 +44,24 @@ def _scale(
 
 
 @triton.jit
-def _core_part(
-    core: tl.tensor,
-    first: tl.tensor,
-    n: int,
-    block: int,
-    row_step: int,
-    col_step: int,
-    ROW: tl.constexpr,
-    COL: tl.constexpr,
-    B: tl.constexpr,
-    HALF: tl.constexpr,
-    DTYPE: tl.constexpr,
+def _operand(
+    x: tl.tensor, RUNS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr
 ) -> tl.tensor:
-    """Every other row and column of a pack's block-diagonal Cᵀ, (HALF, HALF)."""
-    i = 2 * tl.arange(0, HALF)[:, None] + ROW
-    j = 2 * tl.arange(0, HALF)[None, :] + COL
-    same = (i // B == j // B) & (first + i // B < n)
-    place = (first + i // B).to(tl.int64) * block + i % B * col_step + j % B * row_step
-    return tl.load(core + place, same, 0.0).to(DTYPE)
+    """Pairs of columns from the order of memory, (runs·rows, 16), to a product's, (rows, …)."""
+    x = tl.reshape(x, (RUNS, TILE // (16 * WARPS), 2, WARPS, 8, 4, 4))
+    return tl.reshape(tl.permute(x, (1, 3, 2, 4, 0, 6, 5)), (TILE, 16 * RUNS))
 
 
-@triton.jit(do_not_specialize=["rows", "n", "tiles"])
+@triton.jit
+def _memory(x: tl.tensor, RUNS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr) -> tl.tensor:
+    """Columns from a product's order, (rows, 32·runs), to that of memory, (runs·rows, 32)."""
+    x = tl.reshape(x, (TILE // (16 * WARPS), WARPS, 2, 8, RUNS, 4, 4, 2))
+    return tl.reshape(tl.permute(x, (4, 0, 2, 1, 3, 6, 5, 7)), (RUNS * TILE, 32))
+
+
+@triton.jit(
+    do_not_specialize=["rows", "n", "tiles", "core_block", "core_row", "core_col"],
+)
 def _dequantise(
     data: tl.tensor,
     absmax: tl.tensor,
@@ -80,66 +79,60 @@ def _dequantise(
     core_row: int,
     core_col: int,
     B: tl.constexpr,
-    WIDE: tl.constexpr,
+    RUNS: tl.constexpr,
     TILE: tl.constexpr,
-    EVEN: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BY_ROW: tl.constexpr,
     NESTED: tl.constexpr,
     TURN: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One pack's columns, over ``tiles`` tiles of rows."""
-    HALF: tl.constexpr = WIDE // 2
-    packs = (n * B + WIDE - 1) // WIDE
+    packs = n * B // (32 * RUNS)
     pack = tl.program_id(0) % packs
-    first = pack * (WIDE // B)
-    begin = (tl.program_id(0) // packs).to(tl.int64) * tiles * TILE
+    begin = tl.program_id(0) // packs * tiles * TILE
     end = tl.minimum(begin + tiles * TILE, rows)
     dtype = out.dtype.element_ty
-    pair = pack * HALF + tl.arange(0, HALF)
-    pair_in = pair >= 0 if EVEN else pair < half
-    both = pack * WIDE + tl.arange(0, WIDE)
-    both_in = both >= 0 if EVEN else both < 2 * half
-    lane = tl.arange(0, TILE)
-    # The bytes are asked for a tile ahead, the first ones before the core.
-    row = begin + lane
-    there = (row < end)[:, None] & pair_in[None, :]
-    stored = tl.load(data + row[:, None] * half + pair[None, :], there, 0)
+    byte = begin.to(tl.int64) * half + pack * (16 * RUNS)  # the tile's first
+    data += byte
+    out += 2 * byte
+    line = tl.arange(0, RUNS * TILE)
+    row = begin + line % TILE
+    place = line % TILE * half + line // TILE * 16
+    # Four bytes a thread; more would give it columns that a product has elsewhere.
+    within = place[:, None] + tl.max_contiguous(tl.arange(0, 16), 4)[None, :]
+    # Bytes and scales are asked for a tile ahead, the first ones before the core.
+    stored = tl.load(data + within, (row < end)[:, None], 0)
+    block = (byte + place) // (BLOCK // 2)  # of 32 columns all are in one
+    scale = _scale(absmax, nested_absmax, nested_code, offset, block, row < end, NESTED)
     if TURN:
-        strides = (core_block, core_row, core_col)
-        ee = _core_part(core, first, n, *strides, 0, 0, B, HALF, dtype)
-        eo = _core_part(core, first, n, *strides, 0, 1, B, HALF, dtype)
-        oe = _core_part(core, first, n, *strides, 1, 0, B, HALF, dtype)
-        oo = _core_part(core, first, n, *strides, 1, 1, B, HALF, dtype)
+        k = tl.arange(0, 32 * RUNS)
+        column = k // 32 * 32 + k // 2 % 4 * 8 + k // 8 % 4 * 2 + k % 2
+        i, j = column[:, None], column[None, :]
+        entry = i % B * core_col + j % B * core_row  # of Cᵀ
+        start = (pack * (32 * RUNS // B) + i // B).to(tl.int64) * core_block
+        turn = tl.load(core + start + entry, i // B == j // B, 0.0).to(dtype)
 
-    for start in range(begin, end, TILE):
-        row = start + lane
-        there = (row < end)[:, None] & pair_in[None, :]
-        ahead = (row + TILE < end)[:, None] & pair_in[None, :]
-        following = tl.load(data + (row + TILE)[:, None] * half + pair[None, :], ahead, 0)
-        if BY_ROW:  # a pack lies within one block of each row
-            block = (row * half + pack * HALF) // (BLOCK // 2)
-            scale = _scale(absmax, nested_absmax, nested_code, offset, block, row < end, NESTED)[
-                :, None
-            ]
-        else:
-            block = (row[:, None] * half + pair[None, :]) // (BLOCK // 2)
-            scale = _scale(absmax, nested_absmax, nested_code, offset, block, there, NESTED)
+    for _ in range(begin, end, TILE):
+        there = (row < end)[:, None]
+        row += TILE
+        byte += TILE * half
+        data += TILE * half
         number = stored.to(tl.int32)
-        even = (tl.load(code + (number >> 4)) * scale).to(dtype)
-        odd = (tl.load(code + (number & 15)) * scale).to(dtype)
+        even = (tl.load(code + (number >> 4)) * scale[:, None]).to(dtype)
+        odd = (tl.load(code + (number & 15)) * scale[:, None]).to(dtype)
+        stored = tl.load(data + within, (row < end)[:, None], 0)
+        block = (byte + place) // (BLOCK // 2)
+        scale = _scale(absmax, nested_absmax, nested_code, offset, block, row < end, NESTED)
         if TURN:  # the residual form: W itself never passes through a product
-            turned = tl.dot(even, ee, input_precision=PRECISION)
-            turned = tl.dot(odd, oe, turned, input_precision=PRECISION)
-            other = tl.dot(even, eo, input_precision=PRECISION)
-            other = tl.dot(odd, oo, other, input_precision=PRECISION)
-            even = (even.to(tl.float32) + turned).to(dtype)
-            odd = (odd.to(tl.float32) + other).to(dtype)
-        place = out + row[:, None] * (2 * half) + both[None, :]
-        side_by_side = tl.reshape(tl.join(even, odd), (TILE, WIDE))
-        tl.store(place, side_by_side, (row < end)[:, None] & both_in[None, :])
-        stored = following
+            pairs = tl.join(_operand(even, RUNS, TILE, WARPS), _operand(odd, RUNS, TILE, WARPS))
+            weight = tl.reshape(pairs, (TILE, 32 * RUNS))
+            turned = weight.to(tl.float32) + tl.dot(weight, turn, input_precision=PRECISION)
+            value = _memory(turned.to(dtype), RUNS, TILE, WARPS)
+        else:
+            value = tl.reshape(tl.join(even, odd), (RUNS * TILE, 32))
+        tl.store(out + 2 * place[:, None] + tl.arange(0, 32)[None, :], value, there)
+        out += 2 * TILE * half
 
 
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
@@ -155,7 +148,7 @@ def fits(weight: Packed, block: int | None, dtype: torch.dtype) -> bool:
     return (
         dtype in _DTYPES
         and width % 32 == 0
-        and weight.block_size % 2 == 0
+        and weight.block_size % 32 == 0
         and scale.dtype is torch.float32
         and weight.data.is_contiguous()
         and (block is None or (block in WIDTHS and width % block == 0))
@@ -183,14 +176,8 @@ def _run(weight: Packed, core: Tensor | None, b: int, dtype: torch.dtype) -> Ten
     # A kernel of plain scales is given tensors that it does not read.
     rest = (weight.nested_absmax, weight.nested_code, weight.offset)
     given = (absmax if tensor is None else tensor for tensor in rest)
-    launch(
-        weight.data.view(-1).view(torch.uint8),
-        absmax,
-        weight.code,
-        *given,
-        out if core is None else core,
-        out,
-    )
+    data = weight.data.view(-1).view(torch.uint8)
+    launch(data, absmax, weight.code, *given, out if core is None else core, out)
     return out
 
 
@@ -198,24 +185,21 @@ class Tiles(NamedTuple):
     """The kernel's choices.
 
     Attributes:
-        wide: Columns of a pack.
+        runs: Runs of 32 columns in a pack.
         tile: Rows at a time.
         warps: Warps of a program.
         waves: Programs at work at a time on one processor.
     """
 
-    wide: int
+    runs: int
     tile: int
     warps: int
     waves: int
 
 
-def tiles(b: int, itemsize: int) -> Tiles:
+def tiles(b: int) -> Tiles:
     """Tile sizes by block width."""
-    wide = max(b, 64)
-    if itemsize == 4:  # three products of tf32 parts, held beside each other
-        return Tiles(max(b, 32), 32, 4, 4)
-    return Tiles(wide, 64, 4, 4)
+    return Tiles(max(1, b // 32), 64, 4, 8 if b <= 32 else 4)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -230,20 +214,18 @@ def _launch(
     strides: tuple[int, int, int],
     device: torch.device,
 ) -> Launch:
-    wide, tile, warps, waves = tiles(b, dtype.itemsize)
-    n = width // b
-    packs = triton.cdiv(width, wide)
+    runs, tile, warps, waves = tiles(b)
+    packs = width // (32 * runs)
     height = triton.cdiv(rows, tile)
     # Equal runs, as many as are at work at a time.
-    run = triton.cdiv(height, max(1, waves * processors(device) // packs))
-    by_row = width % block_size == 0 and block_size % wide == 0
-    constants = (b, wide, tile, width % wide == 0, block_size, by_row, nested)
+    run = max(1, triton.cdiv(height, max(1, waves * processors(device) // packs)))
+    constants = (b, runs, tile, warps, block_size, nested, core_dtype is not None, PRECISION)
     return Launch(
         _dequantise,
-        packs * triton.cdiv(height, max(1, run)),
-        (rows, n, run, width // 2, *strides),
-        (*constants, core_dtype is not None, PRECISION),
+        packs * triton.cdiv(height, run),
+        (rows, width // b, run, width // 2, *strides),
+        constants,
         num_warps=warps,
-        num_stages=1,  # Triton's pipeline would copy numbers of the code to shared memory, singly
+        num_stages=1,  # Triton's pipeline would copy the code to shared memory, number by number
         enable_fp_fusion=False,  # scales are rounded after the product and after the sum
     )

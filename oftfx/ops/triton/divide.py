@@ -14,7 +14,7 @@ from torch import Tensor
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import PRECISION
 
-WIDTHS = {16, 32, 64, 128}
+WIDTHS = {16, 32, 64}
 
 
 @triton.jit
@@ -67,5 +67,5 @@ def divided(gram: Tensor, core: Tensor) -> Tensor:
 def _launch(
     n: int, b: int, dtype: torch.dtype, strides: tuple[int, int, int], device: torch.device
 ) -> Launch:
-    warps = {16: 1, 32: 1, 64: 4, 128: 8}[b]
+    warps = {16: 1, 32: 2, 64: 4}[b]
     return Launch(_divide, n, strides, (b, PRECISION), num_warps=warps)

@@ -73,7 +73,7 @@ def test_serves_blocks_of_its_widths_alone():
     assert not kernel.fits(random_packed(4, 30), None, torch.float16)
 
 
-@pytest.mark.parametrize("b", [16, 32, 64, 128])
+@pytest.mark.parametrize("b", [16, 32, 64])
 def test_divides_by_what_is_not_quite_a_rotation(b, device):
     gram = torch.randn(2, b, b, device=device)
     core = 0.5 / b**0.5 * torch.randn(2, b, b, device=device)

@@ -65,16 +65,13 @@ for count in (2, 3):
     check(work.sum, *["*fp32"] * 4)
 check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")
 check(cayley._launch(cayley._cayley_grad, 5, 4, 3, f32, cpu), "*fp32", "*fp32", "*fp32")
-for b, block_size, nested, dtype, name in (
-    (32, 64, 0, bf16, "*bf16"), (32, 32, 256, bf16, "*bf16"), (128, 64, 0, f32, "*fp32")
+for b, nested, dtype, core, name in (
+    (32, 256, bf16, f32, "*bf16"), (64, 0, f32, f32, "*fp32"), (32, 0, bf16, None, "*bf16")
 ):
-    sizes, absmax = (99, 3584, b, block_size, nested), "*u8" if nested else "*fp32"
-    for core in (f32, None):
-        launch = dequantise._launch(*sizes, dtype, core, (b * b, b, 1), cpu)
-        turn = "*fp32" if core else name
-        check(launch, "*u8", absmax, "*fp32", *["*fp32" if nested else absmax] * 3, turn, name)
-for b in (16, 128):
-    check(divide._launch(3, b, f32, (b * b, b, 1), cpu), "*fp32", "*fp32", "*fp32")
+    launch = dequantise._launch(99, 3584, b, 64, nested, dtype, core, (b * b, b, 1), cpu)
+    scales = ["*u8" if nested else "*fp32", *["*fp32"] * 4]
+    check(launch, "*u8", *scales, "*fp32" if core else name, name)
+check(divide._launch(3, 16, f32, (256, 16, 1), cpu), "*fp32", "*fp32", "*fp32")
 """
 
 
