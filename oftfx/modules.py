@@ -25,9 +25,11 @@ from torch.fx import traceback
 
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
-from oftfx.readers import Readers, rotated, traceable
-from oftfx.rotations import Method, method_of
+from oftfx.readers import Readers, autocast_dtype, cast, rotated, traceable
+from oftfx.rotations import Method, block_of, method_of
 from oftfx.rotations.oft import dropped
+from oftfx.sites import fusing
+from oftfx.sites.quantised import Fusing
 from oftfx.spec import ALL_LINEAR, Spec
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
@@ -63,6 +65,7 @@ class Rotation(nn.Module):
         rules: dict[str, Any] = {"targets": ALL_LINEAR, "exclude": (), "overrides": {}}
         self._note = json.dumps(dataclasses.replace(spec, **rules).to_json())
         self.enabled = True
+        self.block = block_of(spec)
         self.shapes = self.method.shapes(spec, width)
         for name, shape in self.shapes.items():
             trained = name not in self.method.FIXED
@@ -245,8 +248,11 @@ def rotating(base: Class) -> type[nn.Module]:
     y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
                           y = base(x)
     """
+    layers = fusing(base)
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if layers is not None and (output := _fused(self, layers, input)) is not None:
+            return output
         for rotation in self.oft.values():
             if rotation.enabled:
                 input = rotation(input)
@@ -255,6 +261,27 @@ def rotating(base: Class) -> type[nn.Module]:
     name = f"OFT[{base.__name__}]"
     body = {"forward": forward, "oft_base": base, "__module__": base.__module__}
     return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
+
+
+def _fused(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
+    """A layer's output where it turns its weight instead of x, in a training step; else None."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    turns = [rotation for rotation in module.oft.values() if rotation.enabled]
+    if len(turns) != 1:
+        return None
+    (turn,) = turns
+    rotation: Rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
+    readers: Readers | None = turn.readers
+    together = [rotation] if readers is None else readers.turns
+    if any(each.block is None for each in together):
+        return None
+    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block):
+        return None
+    if readers is not None:
+        return layers.rotated_linear(module, *readers.defer(turn, x), deferred=True)
+    (factor,) = rotation.applied()
+    return layers.rotated_linear(module, cast(x), factor.operands[0], deferred=False)
 
 
 @functools.cache

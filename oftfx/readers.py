@@ -6,9 +6,10 @@
     x_v = rotate(x, C_v)
 
 and layers that share a rotation use one rotated tensor. A compiled graph gets the same from the
-pass `group`.
+pass `group`. Where each turns its own weight instead, they have the gradients in common alone.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +25,7 @@ class Turns(Protocol):
     """A rotation, as far as its readers are concerned."""
 
     enabled: bool
+    block: int | None
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parameters."""
@@ -37,14 +39,14 @@ class Kept(NamedTuple):
 
     Attributes:
         x: The tensor they read.
-        state: Its version, and the modes it was read in.
-        turned: By rotation, the parameters it had, their versions, and the rotated x.
+        state: Its version, the modes it was read in, and how it was turned.
+        turned: By rotation, the parameters it had, their versions, and what the reader gets.
         served: The readers that have had theirs.
     """
 
     x: Tensor
     state: Any
-    turned: "dict[Turns, tuple[list[Tensor], list[int], Tensor]]"
+    turned: "dict[Turns, tuple[list[Tensor], list[int], Any]]"
     served: set[nn.Module]
 
 
@@ -63,12 +65,21 @@ class Readers:
 
     def rotate(self, reader: nn.Module, x: Tensor) -> Tensor:
         """The reader's rotated x, computed once for all that read it in this forward."""
+        result: Tensor = self._read(reader, x, together)
+        return result
+
+    def defer(self, reader: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What [`deferred`][oftfx.readers.deferred] gives the reader, likewise."""
+        result: tuple[Tensor, Tensor] = self._read(reader, x, deferred)
+        return result
+
+    def _read(self, reader: nn.Module, x: Tensor, turn: Callable[..., dict[Turns, Any]]) -> Any:
         own = self.rotations.get(reader)
         if own is None:  # a shallow copy, such as a data-parallel replica, of a reader
             alone: Any = getattr(reader, "rotation", reader)
-            return rotated(x, alone.applied())
+            return turn(x, [alone])[alone]
         version = None if x.is_inference() else x._version
-        state = (version, torch.is_grad_enabled(), autocast_dtype(x))
+        state = (version, torch.is_grad_enabled(), autocast_dtype(x), turn)
         kept = self._kept
         if kept is None or kept.x is not x or kept.state != state or not _still(kept, own, reader):
             # A reader that asks again is in another forward, whose graph must be its own.
@@ -76,8 +87,8 @@ class Readers:
                 self.useful = False  # the others did not come for theirs: they read something else
             self._kept = kept = None
             if not self._together(x):
-                return rotated(x, own.applied())
-            self._kept = kept = Kept(x, state, self._turn(x), set())
+                return turn(x, [own])[own]
+            self._kept = kept = Kept(x, state, self._turned(turn(x, self.turns)), set())
         kept.served.add(reader)
         if len(kept.served) == len(self.rotations):
             self._kept = None
@@ -90,8 +101,7 @@ class Readers:
         parameters = (tensor for turn in self.turns for tensor in turn.tensors().values())
         return traceable(x) and all(map(traceable, parameters))
 
-    def _turn(self, x: Tensor) -> "dict[Turns, tuple[list[Tensor], list[int], Tensor]]":
-        out = together(x, self.turns)
+    def _turned(self, out: dict[Turns, Any]) -> "dict[Turns, tuple[list[Tensor], list[int], Any]]":
         held = {turn: list(turn.tensors().values()) for turn in self.turns}
         return {turn: (held[turn], [t._version for t in held[turn]], out[turn]) for turn in out}
 
@@ -124,6 +134,13 @@ def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
         outs = ops.rotate_group(cast(x), [factor.operands[0] for (factor,) in factors])
         return dict(zip(turns, outs, strict=True))
     return {turn: rotated(x, own) for turn, own in zip(turns, factors, strict=True)}
+
+
+def deferred(x: Tensor, turns: list[Any]) -> dict[Turns, tuple[Tensor, Tensor]]:
+    """For each block rotation, x itself and the core by which its reader turns its own weight."""
+    x, cores = cast(x), [turn.applied()[0].operands[0] for turn in turns]
+    values = zip(ops.defer(x, cores), (core.detach() for core in cores), strict=True)
+    return dict(zip(turns, values, strict=True))
 
 
 def rotated(x: Tensor, factors: tuple[Factor, ...]) -> Tensor:

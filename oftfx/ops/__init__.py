@@ -4,14 +4,24 @@ from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
 from oftfx.ops.norm_rotate import norm_rotate, norm_rotate_grad
+from oftfx.ops.packed import Packed
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
+from oftfx.ops.rotated_linear import (
+    defer,
+    deferred_linear,
+    rotated_linear,
+    rotated_linear_grad,
+)
 from oftfx.ops.subspace import subspace, subspace_grad
 
 __all__ = [
+    "Packed",
     "block_gram",
     "cayley",
     "cayley_grad",
+    "defer",
+    "deferred_linear",
     "givens",
     "givens_grad",
     "glu_rotate",
@@ -22,6 +32,8 @@ __all__ = [
     "rotate_grad",
     "rotate_group",
     "rotate_group_grad",
+    "rotated_linear",
+    "rotated_linear_grad",
     "subspace",
     "subspace_grad",
 ]

@@ -81,6 +81,13 @@ def method_of(spec: Spec) -> Method:
     return _METHODS[type(spec)]
 
 
+def block_of(spec: Spec) -> int | None:
+    """b, where a spec's rotations are one factor of (n, b, b) cores, one for each block."""
+    if not isinstance(spec, OFT) or method_of(spec) is not oft or spec.share_blocks:
+        return None
+    return spec.block_size
+
+
 def penalty_of(spec: Spec) -> Callable[[Mapping[str, Tensor], Any], Tensor] | None:
     """The regulariser of a spec, ``(tensors, spec)`` to one number a site; None without one."""
     return _PENALTIES.get(type(spec))

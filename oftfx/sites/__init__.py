@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from oftfx.sites import bitsandbytes, conv1d, hqq, linear, packed, torchao
 from oftfx.sites.matmul import Layout
-from oftfx.sites.quantised import Quantiser
+from oftfx.sites.naming import forward_in
+from oftfx.sites.quantised import Fusing, Quantiser
 
 
 class Provider(Protocol):
@@ -51,6 +52,14 @@ def quantiser_of(module: nn.Module) -> Quantiser | None:
     """The provider that knows this module, if it is a quantised layer."""
     provider = provider_of(module)
     return provider if isinstance(provider, Quantiser) else None
+
+
+FUSING: tuple[Fusing, ...] = (bitsandbytes.LINEAR4BIT,)
+
+
+def fusing(cls: type[nn.Module]) -> Fusing | None:
+    """What rotates and multiplies in one op for layers of this class, if anything does."""
+    return next((f for f in FUSING if forward_in(cls) == f"{f.CLASS}.forward"), None)
 
 
 def quantised_layers(model: object) -> dict[str, tuple[nn.Module, Quantiser]]:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from oftfx.errors import OftfxWarning
+from oftfx.ops.packed import Packed
+from oftfx.ops.rotated_linear import deferred_linear, folds, rotated_linear
+from oftfx.ops.triton import kernels
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
 
@@ -100,6 +103,29 @@ class Linear4bit(_Layer):
         parameter.data, parameter.quant_state = data, new
         module._parameters["weight"], module.quant_state = parameter, new
 
+    def fuses(self, module: Any, x: Tensor, dtype: torch.dtype, block: int | None) -> bool:
+        """Where a kernel turns the weight while it dequantises it, as the layer does anyway."""
+        fast, state = kernels("dequantise", x.device), _state(module)
+        rows = x.numel() // max(1, x.shape[-1])
+        if fast is None or state is None or rows <= LEAST_ROWS:
+            return False
+        if not folds(rows, module.out_features, x.device):
+            return False
+        weight, computed = packed_of(module.weight.data, state), module.compute_dtype or dtype
+        fits: bool = fast.fits(weight, block, computed)
+        return fits
+
+    def rotated_linear(self, module: Any, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
+        """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``, in the dtypes of its own."""
+        if not module.compute_type_is_set:
+            module.set_compute_type(x)
+            module.compute_type_is_set = True
+        given = x if module.compute_dtype is None else x.to(module.compute_dtype)
+        bias = None if module.bias is None else module.bias.to(given.dtype)
+        weight = packed_of(module.weight.data, _state(module))
+        run = deferred_linear if deferred else rotated_linear
+        return run(given, core, weight, bias).to(x.dtype)
+
 
 class Linear8bitLt(_Layer):
     """Rows of int8 with a scale each; the activation is quantised in inference too."""
@@ -149,6 +175,8 @@ class Linear8bitLt(_Layer):
         module.state.CB = module.state.SCB = None  # the next forward takes the weight's
 
 
+LEAST_ROWS = 1536
+"""Up to so many rows it may multiply by the bytes themselves (0.50), to other bits."""
 LINEAR4BIT = Linear4bit()
 LINEAR8BIT = Linear8bitLt()
 
@@ -171,6 +199,15 @@ def _state(module: Any) -> Any:
     """The quant state, which a conversion of the parameter may have left with the module alone."""
     state = getattr(module.weight, "quant_state", None)
     return module.quant_state if state is None else state
+
+
+def packed_of(data: Tensor, state: Any) -> Packed:
+    """A weight's bytes and its quant state, as the ops take them."""
+    nested = (None, None, None, 256)
+    if state.nested:
+        inner = state.state2
+        nested = (inner.absmax, inner.code, state.offset, inner.blocksize)
+    return Packed(data, state.absmax, state.code, tuple(state.shape), state.blocksize, *nested)
 
 
 def _unpack(module: Any) -> None:

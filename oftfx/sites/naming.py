@@ -11,7 +11,12 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 def forward_of(module: nn.Module) -> str:
     """Qualified name of the forward that the module's class had before it was adapted."""
-    forward = class_of(module).forward
+    return forward_in(class_of(module))
+
+
+def forward_in(cls: type[nn.Module]) -> str:
+    """Qualified name of a class's forward."""
+    forward = cls.forward
     return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
 
 

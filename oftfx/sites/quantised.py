@@ -56,6 +56,32 @@ class Quantiser(Protocol):
         """
 
 
+class Fusing(Protocol):
+    """A quantiser of layers that one op can both rotate and multiply for."""
+
+    CLASS: str
+
+    def fuses(self, module: nn.Module, x: Tensor, dtype: torch.dtype, block: int | None) -> bool:
+        """Whether that costs less than rotating x first, and gives the layer's bits where C = 0.
+
+        Args:
+            module: The layer.
+            x: Its input.
+            dtype: What x is cast to before.
+            block: Width of the rotation's blocks.
+        """
+
+    def rotated_linear(self, module: nn.Module, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
+        """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``.
+
+        Args:
+            module: The layer.
+            x: Its input.
+            core: (n, b, b).
+            deferred: Whether x comes from [`defer`][oftfx.ops.defer], which has the gradients.
+        """
+
+
 class StandIn(nn.Linear):
     """The float layer that a quantised one stands for, on `meta`: what planning sees of it."""
 

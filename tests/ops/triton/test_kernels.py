@@ -38,7 +38,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from oftfx.ops.triton import cayley, glu_rotate, rotate, rotate_group
+from oftfx.ops.triton import cayley, dequantise, divide, glu_rotate, rotate, rotate_group
 
 cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -77,6 +77,13 @@ for kind, b, dtype, name in (
     check(work.launch, *[name] * 3, "*fp32", name, name, "*fp32")
 check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")
 check(cayley._launch(cayley._cayley_grad, 5, 4, 3, f32, cpu), "*fp32", "*fp32", "*fp32")
+for b, nested, dtype, core, name in (
+    (32, 256, bf16, f32, "*bf16"), (64, 0, f32, f32, "*fp32"), (32, 0, bf16, None, "*bf16")
+):
+    launch = dequantise._launch(99, 3584, b, 64, nested, dtype, core, (b * b, b, 1), cpu)
+    scales = ["*u8" if nested else "*fp32", *["*fp32"] * 4]
+    check(launch, "*u8", *scales, "*fp32" if core else name, name)
+check(divide._launch(3, 16, f32, (256, 16, 1), cpu), "*fp32", "*fp32", "*fp32")
 """
 
 

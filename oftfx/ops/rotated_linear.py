@@ -1,0 +1,281 @@
+"""`oftfx::rotated_linear`: a rotation and the 4-bit matmul behind it, and their gradient.
+
+    y = (x·M) Wᵀ + bias = x W̃ᵀ + bias,    W̃ = W Mᵀ
+
+Dequantising W makes a float copy of it anyway, in the forward and again in the backward; a copy
+that is rotated on the way costs no pass over the activations. Nothing is kept but x, the core and
+the bytes of W.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from oftfx.ops import packed
+from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.packed import Packed
+from oftfx.ops.precision import as_given, exactly
+from oftfx.ops.rotate import block_gram, rotate, rotate_grad
+from oftfx.ops.rotate_group import rotate_group_grad
+from oftfx.ops.triton import kernels
+
+PACKED = (
+    "Tensor data, Tensor absmax, Tensor code, int[] shape, int block_size, "
+    "Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? offset=None, "
+    "int nested_block_size=256"
+)
+"""The fields of [`Packed`][oftfx.ops.packed.Packed], as a schema has them."""
+
+
+def rotated_linear(x: Tensor, core: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """``(x·blockdiag(I + C_1 … I + C_n)) Wᵀ + bias``.
+
+    Args:
+        x: (..., n·b), floating.
+        core: (n, b, b), the residual blocks; computed with in x's dtype. A single one, (1, b, b),
+            rotates every block of x.
+        weight: W, (out, n·b).
+        bias: (out,), in x's dtype.
+
+    Returns:
+        (..., out) in x's dtype.
+
+    Raises:
+        RuntimeError: The width of x is not n·b, or not that of W.
+    """
+    result: Tensor = ROTATED_LINEAR(x, core, bias, *weight)
+    return result
+
+
+def folds(rows: int, out: int, device: torch.device) -> bool:
+    """Whether to rotate the rows of W, and not those of x: what there are fewer bytes of.
+
+    On a GPU, those of W are read and written anyway.
+    """
+    return rows * (4 if device.type == "cuda" else 1) >= out
+
+
+def folded(weight: Packed, core: Tensor, dtype: torch.dtype) -> Tensor:
+    """``W blockdiag(I + C_1 … I + C_n)ᵀ``, (out, n·b), in this dtype."""
+    fast = kernels("dequantise", weight.data.device)
+    n, b, _ = core.shape
+    if fast is None or n * b != weight.shape[1] or not fast.fits(weight, b, dtype):
+        return rotate(dequantised(weight, dtype), core.mT)
+    with torch.cuda.device_of(weight.data):
+        result: Tensor = fast.folded(weight, core, dtype)
+    return result
+
+
+def dequantised(weight: Packed, dtype: torch.dtype) -> Tensor:
+    """W, (out, in), in this dtype."""
+    fast = kernels("dequantise", weight.data.device)
+    if fast is None or not fast.fits(weight, None, dtype):
+        return packed.dequantised(weight, dtype)
+    with torch.cuda.device_of(weight.data):
+        result: Tensor = fast.dequantised(weight, dtype)
+    return result
+
+
+@as_given
+def _rotated_linear(x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
+    weight = Packed(*stored)
+    _check(x, core, weight)
+    if _folds(x, weight):
+        return F.linear(x, folded(weight, core, x.dtype), bias)
+    return F.linear(rotate(x, core), dequantised(weight, x.dtype), bias)
+
+
+ROTATED_LINEAR = define(
+    f"rotated_linear(Tensor x, Tensor core, Tensor? bias, {PACKED}) -> Tensor", _rotated_linear
+)
+
+
+@torch.library.register_fake("oftfx::rotated_linear", lib=LIBRARY)
+def _(x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
+    weight = Packed(*stored)
+    torch._check(_fits(x, core, weight), lambda: _misfit(x, core, weight))
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def rotated_linear_grad(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, weight: Packed
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of [`rotated_linear`][oftfx.ops.rotated_linear]; empty where not needed.
+
+    Args:
+        grad: (..., out), the gradient of the result.
+        x: (..., n·b), what was rotated.
+        core: (n, b, b).
+        need_x: Whether the gradient of x is wanted.
+        need_core: Whether the gradient of the core is wanted.
+        weight: W, (out, n·b).
+
+    Returns:
+        (..., n·b) in x's dtype and (n, b, b) in the core's.
+    """
+    result: tuple[Tensor, Tensor] = ROTATED_LINEAR_GRAD(grad, x, core, need_x, need_core, *weight)
+    return result
+
+
+@as_given
+def _rotated_linear_grad(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
+) -> tuple[Tensor, Tensor]:
+    weight = Packed(*stored)
+    if not _folds(x, weight):
+        inner = grad @ dequantised(weight, x.dtype)
+        return rotate_grad(inner, x, core, need_x, need_core)
+    grad_x = grad @ folded(weight, core, x.dtype)
+    grad_core = core.new_empty(0)
+    if need_core:
+        # d(x·M) = dx M⁻ᵀ, so xᵀ d(x·M) needs no pass over the activations that xᵀ dx does not.
+        _, gram = rotate_grad(grad_x, x, core, need_x=False, need_core=True)
+        grad_core = _divided(gram, core.to(x.dtype))
+    return grad_x if need_x else grad.new_empty(0), grad_core
+
+
+ROTATED_LINEAR_GRAD = define(
+    "rotated_linear_grad(Tensor grad, Tensor x, Tensor core, bool need_x, bool need_core, "
+    f"{PACKED}) -> (Tensor, Tensor)",
+    _rotated_linear_grad,
+)
+
+
+@torch.library.register_fake("oftfx::rotated_linear_grad", lib=LIBRARY)
+def _(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(x.shape if need_x else 0), core.new_empty(core.shape if need_core else 0)
+
+
+def _divided(gram: Tensor, core: Tensor) -> Tensor:
+    """``gram_i (I + C_i)⁻ᵀ``, exact for a truncated series too, whose R is not quite orthogonal."""
+    fast = kernels("divide", gram.device)
+    if fast is not None and fast.fits(gram, core):
+        with torch.cuda.device_of(gram):
+            result: Tensor = fast.divided(gram, core)
+        return result
+    dtype = torch.promote_types(gram.dtype, torch.float32)
+    turn = core.to(dtype) + torch.eye(core.shape[-1], dtype=dtype, device=core.device)
+    # The variant that does not wait for the device to tell of singular blocks.
+    quotient, _ = torch.linalg.solve_ex(turn.mT, gram.to(dtype), left=False)
+    return quotient.to(gram.dtype)
+
+
+def _folds(x: Tensor, weight: Packed) -> bool:
+    out, width = weight.shape
+    return folds(x.numel() // max(1, width), out, x.device)
+
+
+def _fits(x: Tensor, core: Tensor, weight: Packed) -> bool:
+    n, b, c = core.shape
+    width = x.shape[-1]
+    return b == c and width == weight.shape[1] and (width == n * b or (n == 1 and width % b == 0))
+
+
+def _misfit(x: Tensor, core: Tensor, weight: Packed) -> str:
+    return (
+        f"oftfx::rotated_linear: x of shape {tuple(x.shape)}, a core of shape {tuple(core.shape)} "
+        f"and a weight of shape {tuple(weight.shape)} do not fit: the last axis of x must be the "
+        "weight's, and the number of blocks times their width."
+    )
+
+
+def _check(x: Tensor, core: Tensor, weight: Packed) -> None:
+    if not _fits(x, core, weight):
+        raise RuntimeError(_misfit(x, core, weight))
+
+
+def defer(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...]:
+    """What [`deferred_linear`][oftfx.ops.deferred_linear] takes for each core: x itself.
+
+    Together they are [`rotate_group`][oftfx.ops.rotate_group] and a matmul each, but that no
+    rotated x is ever made; the backward is the group's own, where the gradients of x meet.
+    """
+    result: tuple[Tensor, ...] = _Defer.apply(x, *cores)
+    return result
+
+
+def deferred_linear(x: Tensor, core: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """[`rotated_linear`][oftfx.ops.rotated_linear] of a deferred x.
+
+    Its gradient for x is that for ``x·M``, which `defer` takes further; the core gets none here.
+    """
+    with exactly(x.device):
+        result: Tensor = _DeferredLinear.apply(x, core, bias, weight)
+    return result
+
+
+class _Defer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *cores: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *cores)
+        return tuple(x.detach() for _ in cores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *cores = ctx.saved_tensors
+        need_x, *need_cores = ctx.needs_input_grad
+        grad_x, grad_cores = rotate_group_grad(list(grads), x, cores, need_x, any(need_cores))
+        needed = zip(grad_cores, need_cores, strict=True)
+        return grad_x if need_x else None, *(grad if need else None for grad, need in needed)
+
+
+class _DeferredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, folded(weight, core, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_bias = ctx.needs_input_grad[2]
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return grad @ dequantised(ctx.weight, grad.dtype), None, grad_bias, None
+
+
+class _RotatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
+        ctx.save_for_backward(x, core, *(t for t in stored if isinstance(t, Tensor)))
+        ctx.rest = [None if isinstance(t, Tensor) else t for t in stored]
+        ctx.tensors = [isinstance(t, Tensor) for t in stored]
+        result: Tensor = below(ROTATED_LINEAR, x, core, bias, *stored)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, core, *tensors = ctx.saved_tensors
+        held = iter(tensors)
+        stored = [
+            next(held) if is_tensor else other
+            for is_tensor, other in zip(ctx.tensors, ctx.rest, strict=True)
+        ]
+        need_x, need_core, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_core = None
+        if need_x or need_core:
+            grad_x, grad_core = ROTATED_LINEAR_GRAD(grad, x, core, need_x, need_core, *stored)
+        return (
+            grad_x if need_x else None,
+            grad_core if need_core else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None,
+            *(None for _ in stored),
+        )
+
+
+def _differentiably(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradients once more, of ops that can be differentiated again."""
+    inner = grad @ dequantised(Packed(*stored), x.dtype)
+    grad_x = rotate(inner, core.mT) if need_x else grad.new_empty(0)
+    return grad_x, block_gram(x, inner, core) if need_core else core.new_empty(0)
+
+
+differentiate(ROTATED_LINEAR, _RotatedLinear.apply)
+differentiate(ROTATED_LINEAR_GRAD, _differentiably)
