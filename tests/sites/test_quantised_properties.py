@@ -27,7 +27,8 @@ def cases(draw):
         linear = nn.Linear(narrow, wide, bias=draw(st.booleans()))
         if draw(st.booleans()):
             quant_type = draw(st.sampled_from(["nf4", "fp4"]))
-            double, block = draw(st.booleans()), draw(st.sampled_from([32, 64]))
+            double = draw(st.booleans())
+            block = draw(st.sampled_from([b for b in (32, 64, 128) if narrow % b == 0]))
             storage = draw(st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]))
             made = linear4bit(linear, quant_type, double, block, storage=storage)
         else:
