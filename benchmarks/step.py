@@ -6,13 +6,15 @@ r"""One training step, forward and backward, beside the frozen model's and PEFT'
 
 All rows run in one process on the same random weights and the same random tokens: on a CPU turn by
 turn, so that a slow moment of the machine hits every row; on a GPU one after the other, so that
-each row's peak memory is its own. The base's gradient reaches the embeddings, as in the adapted
+each row's peak memory is its own. On a CPU the peak is counted: what the model holds, and the most
+that one more step allocates. The base's gradient reaches the embeddings, as in the adapted
 models, so that a row's ratio is the cost of its adapter alone. Run it in `make env`'s environment.
 """
 
 import argparse
 import gc
 import importlib.metadata
+import itertools
 import json
 import platform
 import statistics
@@ -174,6 +176,7 @@ def main() -> None:
                 else:
                     first[name] = took
             print(f"turn {turn} of {args.steps}", file=sys.stderr)
+        peaks = {name: _peak(model, step) for name, model in models.items()}
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     base = medians[names[0]]
@@ -182,7 +185,7 @@ def main() -> None:
             name,
             f"{medians[name] * 1000:.1f}",
             f"{medians[name] / base:.3f}",
-            f"{peaks[name]:.1f}" if name in peaks else "",
+            f"{peaks[name]:.2f}" if name in peaks else "",
             f"{launches[name] - launches[names[0]]:+}" if name in launches else "",
             f"{first[name]:.1f}",
             f"{norms[name]:.2e}",
@@ -195,7 +198,9 @@ def main() -> None:
         "setting": {
             **{key: value for key, value in vars(args).items() if key not in ("out", "rows")},
             "threads": torch.get_num_threads(),
-            "machine": torch.cuda.get_device_name() if peaks else platform.machine(),
+            "machine": torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else platform.machine(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -211,6 +216,24 @@ def main() -> None:
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _peak(model: nn.Module, step: Callable[[nn.Module], object]) -> float:
+    """GiB that a model holds and a step adds at most, by what PyTorch allocates on the CPU."""
+    model.zero_grad()
+    tensors = (value for value in model.state_dict().values() if isinstance(value, torch.Tensor))
+    storages = {tensor.untyped_storage() for tensor in tensors}
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        step(model)
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return (held + max(itertools.accumulate(change for _, change in changes))) / 2**30
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
 
 
 def _wait(device: torch.device) -> None:
