@@ -137,9 +137,9 @@ typedef struct {
 } rows_of;
 
 /* Asks for rows that come next. They lie too far apart for the processor to foresee. */
-INLINE void ask(rows_of rows, int64_t begin, int64_t end, int64_t b) {
+INLINE void ask(rows_of rows, int64_t begin, int64_t end, int64_t column, int64_t wide) {
     for (int64_t row = begin; row < end; row++)
-        for (int64_t j = 0; j < b; j += 16)
+        for (int64_t j = column; j < column + wide; j += 16)
             __builtin_prefetch(rows.next + row * rows.next_step + j);
 }
 
@@ -147,7 +147,7 @@ INLINE void turn_tile(int wide, float *out, int64_t out_step, const rows_of *sou
                       float *const *core, int64_t count, int64_t row, int64_t column, int64_t b) {
     vec acc[HIGH][2] = {0};
     for (int64_t s = 0; s < count; s++) {
-        ask(source[s], row, row + HIGH, wide * LANES);
+        ask(source[s], row, row + HIGH, column, wide * LANES);
         madd(acc, wide, source[s].at + row * source[s].step, source[s].step, 1,
              core[s] + column * b, wide * LANES, b);
     }
@@ -180,8 +180,8 @@ static void add_gram(float *gram, rows_of x, rows_of y, int64_t high, int64_t b)
     int64_t wide = padded(b);
     for (int64_t i = 0; i < wide; i += HIGH) {
         int64_t begin = i * high / wide, end = (i + HIGH) * high / wide;
-        ask(x, begin, end, b);
-        ask(y, begin, end, b);
+        ask(x, begin, end, 0, b);
+        ask(y, begin, end, 0, b);
         product(gram + i * wide, gram + i * wide, wide, HIGH, wide, x.at + i, 1, x.step, y.at,
                 y.step, high);
     }
