@@ -68,8 +68,8 @@ class Explanation:
         sites: In the order of the plans.
         compiled: How many parts of the model are compiled, each by itself.
         counts: What ``backend="oftfx"`` counted in this process so far, of all models: the graphs,
-            rotations and cores it was given, how many ops each pass removed, and how many it left,
-            for the reason that the pass's own text gives.
+            rotations and cores it was given, how many ops each pass saved or fused, and under
+            ``…_left`` how many it could not, for the reasons that the pass's own text gives.
     """
 
     sites: tuple[ExplainedSite, ...]
@@ -118,7 +118,7 @@ class Explanation:
             given = ", ".join(counted(self.counts.get(name, 0), name[:-1]) for name in WHOLE)
             done = (f"{name} {n}" for name, n in self.counts.items() if name not in WHOLE)
             yield f"{counted(self.compiled, 'part')} compiled; so far, {given}"
-            yield f"ops that the passes removed, or left: {', '.join(done)}"
+            yield f"passes: {', '.join(done) or 'none has run'}"
 
 
 def explain(model: Model, name: str | None = None) -> Explanation:

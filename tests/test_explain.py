@@ -94,6 +94,7 @@ def test_a_compiled_model_shows_what_the_passes_did():
     assert found.counts["rotations"] == 4
     assert found.counts["group"] == 2
     assert "1 part compiled; so far, 1 graph, 4 rotations, 4 cores" in str(found)
+    assert "group 2" in str(found)
 
 
 def test_what_is_not_adapted_is_not_explained():

@@ -72,12 +72,12 @@ def merge_graph(
     if options.to_floats(any(site.packed for site in sites)):
         rotated = {site.name for site in sites}
         sites += [_Site(n, uses, []) for n, uses in quantised.items() if n not in rotated]
-    finite = []
+    turned = []
     for site in sites:
-        finite.append(_checked(host, site))
+        turned.append(_checked(host, site))
         if site.packed and options.requantize:
             packed.check_readers(host, site.uses[0].node, site.name)
-    check_finite(finite)
+    check_finite(turned)
 
     for use in uses:
         if any(site.name in graph.aliases[use.weight] for site in sites if not site.packed):
@@ -95,10 +95,10 @@ def merge_graph(
 
 
 def _checked(host: Host, site: _Site) -> tuple[str, Tensor]:
-    """Whether a site's rotation is finite; the floats of a quantised weight are gone then."""
+    """The largest number of a site's rotation; the floats of a quantised weight are gone then."""
     fold = site.fold(host)
     fold.check()
-    return fold.fqn, fold.finite()
+    return fold.fqn, fold.largest()
 
 
 def _opened(model: fx.GraphModule | ExportedProgram) -> fx.GraphModule | ExportedProgram:

@@ -69,8 +69,8 @@ def merge_module(
                 f"{site.fqn}: {site.quantiser.KIND} layers are not quantised anew here: merge to "
                 "floats, oftfx.merge(model), and quantise the result with its own library."
             )
-    folds, finite = zip(*map(_checked, found), strict=True)
-    check_finite(finite)
+    folds, turned = zip(*map(_checked, found), strict=True)
+    check_finite(turned)
     if to_floats:
         for fqn, module, quantiser in quantised:
             _dequantised(fqn, module, quantiser)
@@ -99,10 +99,10 @@ def merge_module(
 
 
 def _checked(site: _Site) -> tuple[Fold | None, tuple[str, Tensor]]:
-    """A float weight's fold, None for a quantised one; and whether its rotation is finite."""
+    """A float weight's fold, None for a quantised one; and the largest number of its rotation."""
     fold = site.fold()
     fold.check()
-    return None if site.quantiser else fold, (site.fqn, fold.finite())
+    return None if site.quantiser else fold, (site.fqn, fold.largest())
 
 
 def _store(site: _Site, fold: Fold, untied: bool, report: bool) -> Cost | None:
