@@ -268,11 +268,10 @@ def _fused(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     turns = [rotation for rotation in module.oft.values() if rotation.enabled]
-    if len(turns) != 1:
-        return None
-    (turn,) = turns
-    rotation: Rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
-    readers: Readers | None = turn.readers
+    if len(turns) != 1 or not isinstance(turn := turns[0], Rotation | SharedRotation):
+        return None  # a calibration's probe wants to see x
+    rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
+    readers = turn.readers
     together = [rotation] if readers is None else readers.turns
     if any(each.block is None for each in together):
         return None

@@ -320,7 +320,7 @@ def cut(rows: int, n: int, chosen: Tiles, device: torch.device) -> tuple[int, in
     columns = triton.cdiv(n, chosen.pack) * (chosen.wide // chosen.part)
     height = triton.cdiv(rows, chosen.tile)
     # Equal runs, as many as are at work at a time: a few more would leave a thin last wave.
-    run = triton.cdiv(height, max(1, chosen.waves * processors(device) // max(1, columns)))
+    run = triton.cdiv(height, max(1, chosen.waves * _processors(device) // max(1, columns)))
     splits = max(1, triton.cdiv(height, max(1, run)))
     return columns * splits, run, splits
 
@@ -347,8 +347,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(0)
 
 
-def processors(device: torch.device) -> int:
-    """How many programs run at once, one on each processor."""
+def _processors(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
