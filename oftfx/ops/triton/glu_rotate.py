@@ -9,7 +9,6 @@ core it makes itself, from gate and up, so that the rotation costs no pass over 
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +21,7 @@ from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     PRECISION,
     Tiles,
+    Work,
     columns_of,
     cut,
     diagonal,
@@ -291,18 +291,6 @@ def _sizes(gate: Tensor, core: Tensor) -> tuple[int, int, int, torch.dtype, torc
 def tiles(b: int, itemsize: int, gradients: bool) -> Tiles:
     """As for a rotation alone, but for what the operands take."""
     return rotate.tiles(b, itemsize, gradients)
-
-
-class Work(NamedTuple):
-    """One problem cut into programs.
-
-    Attributes:
-        launch: Runs them.
-        splits: Into how many runs the rows are cut.
-    """
-
-    launch: Launch
-    splits: int
 
 
 @functools.lru_cache(maxsize=4096)
