@@ -74,7 +74,7 @@ def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 
 
 def served(gate: Tensor, core: Tensor) -> bool:
-    """Whether one kernel does it all, both ways, and well; elsewhere the op costs what its parts do.
+    """Whether one kernel does it all, both ways; elsewhere the op costs what its parts do.
 
     Those of float32 take more registers than there are.
     """
