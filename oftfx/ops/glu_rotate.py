@@ -74,9 +74,12 @@ def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 
 
 def served(gate: Tensor, core: Tensor) -> bool:
-    """Whether one kernel does it all, both ways; elsewhere the op is as slow as its parts."""
+    """Whether one kernel does it all, both ways; elsewhere the op costs what its parts do.
+
+    Those of float32 take more registers than there are.
+    """
     fast = kernels("glu_rotate", gate.device)
-    return fast is not None and bool(fast.fits(gate, core))
+    return fast is not None and gate.dtype.itemsize == 2 and bool(fast.fits(gate, core))
 
 
 def _glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oftfx import ops
-from oftfx.ops.glu_rotate import ACTIVATIONS
+from oftfx.ops.glu_rotate import ACTIVATIONS, served
 
 GLU = torch.ops.oftfx.glu_rotate.default
 GLU_GRAD = torch.ops.oftfx.glu_rotate_grad.default
@@ -132,3 +132,8 @@ def test_what_does_not_fit_is_refused():
         ops.glu_rotate(gate, up, core[:2], "silu")
     with pytest.raises(KeyError, match="softplus"):
         ops.glu_rotate(gate, up, core, "softplus")
+
+
+def test_a_cpu_is_served_by_the_parts():
+    gate, _, core = case(dtype=torch.bfloat16)
+    assert not served(gate, core)

@@ -271,8 +271,15 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(("config", "activation"), CONFIGS.values(), ids=CONFIGS)
-def test_models_as_transformers_writes_them(config, activation):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("qwen2", "phi3", "gpt2")))
+        for name in CONFIGS
+    ],
+)
+def test_models_as_transformers_writes_them(name):
+    config, activation = CONFIGS[name]
     model = oftfx.adapt(AutoModelForCausalLM.from_config(config).eval(), SPEC)
     assert left(model, **tokens())[1] == [activation]
 

@@ -315,12 +315,15 @@ def _work(
     return Work(launch, splits)
 
 
-def cut(rows: int, n: int, chosen: Tiles, device: torch.device) -> tuple[int, int, int]:
-    """How many programs, tiles of rows in the run of each, and runs."""
+def cut(
+    rows: int, n: int, chosen: Tiles, device: torch.device, longest: int | None = None
+) -> tuple[int, int, int]:
+    """How many programs, tiles of rows in the run of each (``longest`` at most), and runs."""
     columns = triton.cdiv(n, chosen.pack) * (chosen.wide // chosen.part)
     height = triton.cdiv(rows, chosen.tile)
     # Equal runs, as many as are at work at a time: a few more would leave a thin last wave.
     run = triton.cdiv(height, max(1, chosen.waves * _processors(device) // max(1, columns)))
+    run = min(run, longest or run)
     splits = max(1, triton.cdiv(height, max(1, run)))
     return columns * splits, run, splits
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import oftfx
 from oftfx import ops
-from oftfx.ops.glu_rotate import ACTIVATIONS
+from oftfx.ops.glu_rotate import ACTIVATIONS, served
 from oftfx.ops.triton import kernels
 
 pytestmark = [
@@ -131,6 +131,9 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
 def test_triton_serves_this_device():
     for family in ("rotate", "rotate_group", "glu_rotate", "cayley"):
         assert kernels(family, torch.device(CUDA)) is not None
+    core = torch.zeros(2, 32, 32, device=CUDA)
+    for dtype, expected in zip(DTYPES, (True, True, False, False), strict=True):
+        assert served(torch.zeros(64, dtype=dtype, device=CUDA), core) is expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
