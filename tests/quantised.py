@@ -18,6 +18,7 @@ def linear4bit(
     block_size: int = 64,
     compute: torch.dtype | None = None,
     storage: torch.dtype = torch.uint8,
+    device: str = "cpu",
 ) -> nn.Module:
     layer = bnb.nn.Linear4bit(
         linear.in_features,
@@ -37,10 +38,10 @@ def linear4bit(
         module=layer,
     )
     layer.bias = linear.bias
-    return layer.to("cpu")
+    return layer.to(device)
 
 
-def linear8bit(linear: nn.Linear) -> nn.Module:
+def linear8bit(linear: nn.Linear, device: str = "cpu") -> nn.Module:
     layer = bnb.nn.Linear8bitLt(
         linear.in_features,
         linear.out_features,
@@ -49,7 +50,7 @@ def linear8bit(linear: nn.Linear) -> nn.Module:
     )
     layer.weight.data = linear.weight.detach().clone()
     layer.bias = linear.bias
-    return layer.to("cpu")
+    return layer.to(device)
 
 
 def quantised(

@@ -31,7 +31,9 @@ both_widths = pytest.mark.parametrize("make", [linear4bit, linear8bit], ids=["4 
 
 
 def base(make, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return quantised(float_llama(dtype), lambda linear: make(linear).cuda()).cuda().train()
+    # Quantised where it runs: `cuda()` of a model would leave int8 rows on the CPU.
+    model = quantised(float_llama(dtype), lambda linear: make(linear, device="cuda"))
+    return model.cuda().train()
 
 
 def test_gradients_are_those_of_dequantising_and_rotating():
