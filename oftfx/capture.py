@@ -84,12 +84,9 @@ def _unpack_shapes(found: Capture) -> None:
     """Lets a packed weight show as the floats (out, in) that the matmul over it stands for."""
     for graph in found.graphs:
         for node in graph.graph.nodes:
-            spelled, shape = matmul.spelling(node), matmul.quantised_shape(node)
-            packed = spelled.w.of(node) if spelled and shape else None
-            if packed is None or shape is None:
-                continue
-            name = found.parameters.get(matmul.parameter_behind(packed)[0])
-            if name is not None:
+            shape, packed = matmul.quantised_shape(node), matmul.packed_behind(node)
+            name = None if packed is None else found.parameters.get(packed)
+            if name is not None and shape is not None:
                 for alias in found.aliases[name]:
                     found.tensors[alias] = torch.empty(shape, device="meta")
 

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from oftfx.errors import PlanError
 from oftfx.host import host_of
 from oftfx.sites import bitsandbytes, gemm_4bit
+from oftfx.sites.matmul import spelling
 
 M = TypeVar("M", bound=fx.GraphModule | ExportedProgram)
 
@@ -96,9 +97,7 @@ def _regions(graph: fx.Graph) -> Iterator[fx.Node]:
 def _multiplies(body: fx.Graph) -> bool:
     ends = _result(body)
     ends = ends if isinstance(ends, (tuple, list)) else (ends,)
-    is_matmul = any(
-        str(end.target) in bitsandbytes.MATMULS for end in ends if isinstance(end, fx.Node)
-    )
+    is_matmul = any(isinstance(end, fx.Node) and spelling(end) is not None for end in ends)
     return is_matmul and _holds(body, bitsandbytes.OPS)
 
 

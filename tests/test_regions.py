@@ -40,7 +40,6 @@ def test_an_exported_adapted_model_trains_as_eager_does(grad):
     testing.assert_same_function(opened.run_decompositions({}), model, X)
 
 
-@one_op
 @pytest.mark.parametrize("grad", [False, True], ids=["inference form", "training form"])
 def test_an_exported_base_is_planned_and_adapted_as_the_module_is(grad):
     with torch.set_grad_enabled(grad):
@@ -57,7 +56,6 @@ def test_an_exported_base_is_planned_and_adapted_as_the_module_is(grad):
     assert torch.equal(removed.module()(X), base()(X))
 
 
-@one_op
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("training", [False, True], ids=["inference form", "training form"])
 def test_a_graph_that_dynamo_captured_is_planned_and_adapted_as_the_module_is(training):
@@ -81,7 +79,6 @@ def test_a_graph_that_dynamo_captured_is_planned_and_adapted_as_the_module_is(tr
         testing.assert_close(one.grad, other.grad, "gradient")
 
 
-@one_op
 def test_an_adapter_moves_between_the_module_and_its_program(tmp_path):
     program = oftfx.adapt(export(base(), (X,), strict=True), SPEC)
     oftfx.save(program, tmp_path / "program")

@@ -188,9 +188,6 @@ OPS = (
 )
 """Ops that read a 4-bit weight, as graphs name them."""
 
-MATMULS = ("bitsandbytes.gemm_4bit.default", "aten.linear.default")
-"""The ops that its autograd function may end with."""
-
 ROUNDING = ("bitsandbytes.int8_scaled_mm.default", "bitsandbytes.int8_mixed_scaled_mm.default")
 """Ops over an activation rounded to int8, which in a graph has no gradient, or a wrong one."""
 

@@ -75,7 +75,8 @@ _SPELLINGS: dict[Any, Spelling] = {
 _QUANTISED: dict[str, Spelling] = {
     gemm_4bit.NAME: Spelling(Operand(0, "A"), Operand(1, "B"), out_in=True),
 }
-_SHAPES = {gemm_4bit.NAME: Operand(2, "shapeB")}
+_UNPACKING = "bitsandbytes.dequantize_4bit.default"  # before 0.50, a matmul reads what it gives
+_SHAPES = {gemm_4bit.NAME: Operand(2, "shapeB"), _UNPACKING: Operand(4, "shape")}
 
 _SWAPS = {
     torch.t,
@@ -140,24 +141,34 @@ def spelling(node: fx.Node) -> Spelling | None:
 
 
 def quantised_shape(node: fx.Node) -> tuple[int, int] | None:
-    """The shape (out, in) of the weight that a quantised matmul reads packed; None for others."""
+    """The shape (out, in) of the weight that a node reads packed; None for others."""
     if node.op != "call_function" or (where := _SHAPES.get(str(node.target))) is None:
         return None
     out, width = node.kwargs.get(where.keyword, node.args[where.position])  # type: ignore[misc]
     return int(out), int(width)  # type: ignore[arg-type]
 
 
+def packed_behind(node: fx.Node) -> fx.Node | None:
+    """Where the packed weight that a node reads comes from; None for nodes that read none."""
+    if quantised_shape(node) is None:
+        return None
+    spelled = spelling(node)
+    packed = Operand(0, "A").of(node) if spelled is None else spelled.w.of(node)
+    return None if packed is None else parameter_behind(packed)[0]
+
+
 def parameter_behind(node: fx.Node) -> tuple[fx.Node, bool]:
-    """Follows casts and transposes down to where a weight comes from.
+    """Follows casts, transposes and unpacking down to where a weight comes from.
 
     Returns:
-        The node they start at, and whether an odd number of transposes lies between.
+        The node they start at, and whether an odd number of transposes of W lies between.
     """
-    swapped = False
+    swapped = packed = False
     while node.op in ("call_function", "call_method"):
         if not is_view_of_weight(node):
             break
-        swapped ^= _transposes(node)
+        swapped ^= _transposes(node) and not packed
+        packed |= str(node.target) == _UNPACKING
         node = node.all_input_nodes[0]
     return node, swapped
 
@@ -175,10 +186,11 @@ def tensor_behind(node: fx.Node) -> fx.Node:
 
 
 def is_view_of_weight(node: fx.Node) -> bool:
-    """Whether a node only casts or transposes its input."""
+    """Whether a node only casts, transposes or unpacks its input."""
     if node.target is getattr:
         return node.args[1] in _ATTRIBUTES
-    return node.target in _CASTS or node.target in _SWAPS or _reshapes_packed(node)
+    known = node.target in _CASTS or node.target in _SWAPS or str(node.target) == _UNPACKING
+    return known or _reshapes_packed(node)
 
 
 def _reshapes_packed(node: fx.Node) -> bool:

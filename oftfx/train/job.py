@@ -252,7 +252,7 @@ def _fold(
 ) -> Reload:
     ids = texts.held_out[0]["input_ids"][None, :PROBE_TOKENS]
     with stage(console, "Folding"):
-        expected = measure.logits(model, ids)
+        expected, computed = measure.logits(model, ids), model.dtype
         publish.publish(model, tokenizer, out, dtype)
     with stage(console, "Reloading without oftfx"):
-        return publish.reload(out, ids, expected, model.dtype, str(model.device))
+        return publish.reload(out, ids, expected, model.dtype, computed, str(model.device))

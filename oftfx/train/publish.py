@@ -46,7 +46,14 @@ def publish(
     return report
 
 
-def reload(out: Path, ids: Tensor, expected: Tensor, dtype: torch.dtype, device: str) -> Reload:
+def reload(
+    out: Path,
+    ids: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype,
+    computed: torch.dtype,
+    device: str,
+) -> Reload:
     """Loads a model directory in a new process, where oftfx cannot be imported.
 
     Args:
@@ -54,6 +61,8 @@ def reload(out: Path, ids: Tensor, expected: Tensor, dtype: torch.dtype, device:
         ids: Tokens to compare on, ``(batch, seq)``.
         expected: The adapted model's logits on them, ``(batch, seq, vocab)``.
         dtype: Of the model's weights; decides what difference is mere rounding.
+        computed: What the adapted model computed in, as the merged one does here: bfloat16 weights
+            of a base that computed in float32 are told from what bfloat16 costs by itself.
         device: Where to run, as the expected logits' difference depends on it.
 
     Raises:
@@ -63,8 +72,9 @@ def reload(out: Path, ids: Tensor, expected: Tensor, dtype: torch.dtype, device:
         probe = Path(scratch) / "probe.safetensors"
         save_file({"ids": ids, "logits": expected}, probe)
         script = Path(__file__).with_name("reload.py")
+        kind = str(computed).removeprefix("torch.")
         done = subprocess.run(
-            [sys.executable, "-P", str(script), str(out), str(probe), device],
+            [sys.executable, "-P", str(script), str(out), str(probe), kind, device],
             capture_output=True,
             text=True,
             check=False,

@@ -1,6 +1,6 @@
 """Checks that a merged model needs no oftfx: a program of its own, run as a file, not imported.
 
-    python reload.py MODEL_DIR PROBE_FILE DEVICE
+    python reload.py MODEL_DIR PROBE_FILE DTYPE DEVICE
 
 Loads the model with plain transformers, in a process where importing oftfx fails, and prints as
 JSON how its logits on the probe's tokens compare with the logits stored beside them.
@@ -10,7 +10,7 @@ import json
 import sys
 
 
-def main(model_dir: str, probe_file: str, device: str) -> None:
+def main(model_dir: str, probe_file: str, dtype: str, device: str) -> None:
     """Prints ``max_difference``, ``scale`` (the largest logit) and ``same_top`` (a share)."""
     sys.modules["oftfx"] = None  # type: ignore[assignment]
 
@@ -19,7 +19,7 @@ def main(model_dir: str, probe_file: str, device: str) -> None:
 
     probe = load_file(probe_file)
     AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").to(device)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device)
     logits = model(input_ids=probe["ids"].to(device), use_cache=False).logits.float().cpu()
     expected = probe["logits"]
     result = {

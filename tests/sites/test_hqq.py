@@ -12,6 +12,7 @@ from oftfx import OFT, testing
 from tests.quantised import assert_rounded_at_random, dequantised, noise_of
 from tests.small import rows
 
+pytest.importorskip("hqq", reason="in the dev extra, but not on every machine with a GPU")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
