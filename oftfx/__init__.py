@@ -13,6 +13,7 @@ from oftfx.errors import (
     PlanError,
     SpecError,
 )
+from oftfx.export import export
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
@@ -50,6 +51,7 @@ __all__ = [
     "calibrate",
     "differentiable",
     "disabled",
+    "export",
     "health",
     "load",
     "merge",

@@ -11,6 +11,7 @@ except ModuleNotFoundError:  # the core does not need it
     sys.exit("The oftfx command needs the train extra: pip install 'oftfx[train]'")
 
 from oftfx.cli.console import console
+from oftfx.cli.export import export
 from oftfx.cli.finetune import finetune
 from oftfx.cli.merge import merge
 from oftfx.cli.plan import plan
@@ -31,14 +32,14 @@ def root() -> None:
     Train small rotations of a frozen model's layer inputs, then fold them into the weights.
 
     **oftfx finetune** trains, measures, folds and checks · **oftfx plan** shows what would be
-    trained · **oftfx merge** folds a saved adapter.
+    trained · **oftfx merge** folds a saved adapter · **oftfx export** writes it for something else.
 
     Exit codes: 0 done · 1 the merged model disagrees with the trained one · 2 bad input, with
     nothing written.
     """
 
 
-for command in (finetune, plan, merge):
+for command in (finetune, plan, merge, export):
     app.command()(command)
 
 
