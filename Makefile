@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 # beside any other busy process it is ten times slower, so the demo spins less.
 SPIN   := GOMP_SPINCOUNT=3000
 
-.PHONY: help env demo test test-slow test-deep test-gpu docs lint format clean
+.PHONY: help env demo test test-slow test-deep test-gpu docs dist lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
@@ -28,7 +28,7 @@ demo: $(VENV)/.demo  ## finetune, fold and reload the real SmolLM2-135M (5 minut
 test: $(VENV)/.installed  ## the default suite
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: $(VENV)/.demo  ## real models
+test-slow: $(VENV)/.demo $(VENV)/.release  ## real models, compilers, clean installs
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-deep: $(VENV)/.installed  ## the property tests, with many more examples
@@ -39,6 +39,11 @@ test-gpu: $(VENV)/.installed  ## what needs an accelerator
 
 docs: $(VENV)/.docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/.release  ## build the wheel and the sdist into dist/ and check them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -62,6 +67,10 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 
 $(VENV)/.docs: $(VENV)/.installed
 	@$(PIP) install -c $(PINS) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.installed
+	@$(PIP) install -c $(PINS) -e '.[release]'
 	@touch $@
 
 # Only its GGUF file is used, so its dependencies (a llama.cpp build) are left out.

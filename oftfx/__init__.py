@@ -15,6 +15,7 @@ from oftfx.errors import (
     SpecError,
 )
 from oftfx.explain import ExplainedSite, Explanation, explain
+from oftfx.export import export
 from oftfx.fold import MergedSite, MergeReport, merge
 from oftfx.health import Health, health
 from oftfx.plan import Group, Plan, Site, Skip, plan
@@ -56,6 +57,7 @@ __all__ = [
     "differentiable",
     "disabled",
     "explain",
+    "export",
     "health",
     "load",
     "merge",

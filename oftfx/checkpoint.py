@@ -123,6 +123,27 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
     return adapted
 
 
+def restore(model: Model, directory: str | os.PathLike[str], name: str = "default") -> None:
+    """Puts the values that [`save`][oftfx.save] wrote into the same adapter of an adapted model.
+
+    Raises:
+        CheckpointError: The directory is damaged, holds another adapter, or belongs to another
+            base; the model is untouched.
+        PlanError: The model has no such adapter.
+    """
+    inner = unwrap(model)
+    plan, values, base = _read(Path(directory))
+    if json.loads(plan.to_json()) != json.loads(_plan(inner, name).to_json()):
+        raise CheckpointError(
+            f"{directory} holds another adapter than the model's {name!r}: adapt the model with "
+            "the spec it was trained with."
+        )
+    _check_base(inner, plan, base, Path(directory))
+    with torch.no_grad():
+        for key, parameter in _values(inner, plan, name).items():
+            parameter.copy_(values[key])
+
+
 def _plan(model: Model, name: str) -> Plan:
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         records = insert.records(model)

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from oftfx import Spec, cli
+from oftfx import OFT, Spec, adapt, cli, save
 from oftfx.train.output import MARKER
 
 
@@ -50,7 +50,9 @@ def oftfx(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", [[], ["finetune"], ["plan"], ["explain"], ["merge"]])
+@pytest.mark.parametrize(
+    "command", [[], ["finetune"], ["plan"], ["explain"], ["merge"], ["export"]]
+)
 def test_help_teaches(oftfx, command):
     code, out, _ = oftfx(*command, "--help")
     assert code == 0
@@ -94,6 +96,37 @@ def test_finetune_then_merge(oftfx, model_dir, text_file, tmp_path):
     assert "transformer.h.0.attn.c_attn" in table
     _, text, _ = oftfx("explain", model_dir, out / "adapter", "--json")
     assert all(site["norm"] > 0 for site in json.loads(text)["sites"])
+
+
+@pytest.fixture(scope="module")
+def adapter(model_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter")
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    save(adapt(model, OFT(block_size=8, init_std=0.05, targets="c_fc")), path)
+    return path
+
+
+EXPORTS = {
+    "hf": "model.safetensors",
+    "peft": "adapter_model.safetensors",
+    "lora --rank 2": "adapter_model.safetensors",
+    "pt2": "model.pt2",
+    "pt2 --adapted": "model.pt2",
+}
+
+
+@pytest.mark.parametrize("line", EXPORTS)
+def test_export_writes_what_others_load(oftfx, model_dir, adapter, tmp_path, line):
+    out = tmp_path / "out"
+    arguments = ["export", model_dir, adapter, "--out", out, "--format", *line.split()]
+    code, printed, err = oftfx(*arguments)
+    assert code == 0, err
+    assert str(out) in printed
+    assert {EXPORTS[line], MARKER} <= {path.name for path in out.iterdir()}
+    if line == "lora --rank 2":
+        assert "lost at most" in printed
+        assert oftfx(*arguments)[0] == 2
+        assert oftfx(*arguments, "--force")[0] == 0
 
 
 def test_plan_prints_a_table_or_json(oftfx, model_dir):
@@ -188,6 +221,9 @@ BAD_LINES = {
     "finetune --model {text} --data {text}": "not a GGUF file",
     "merge {model} no-adapter": "no-adapter",
     "merge {model} {tmp}": "{tmp}",
+    "export {model} {tmp} --format pt2": "{tmp}",
+    "export {model} {tmp} --format peft --rank 2": "--rank is no option of --format peft",
+    "export {model} {tmp} --format hf --adapted": "--adapted is no option of --format hf",
 }
 
 

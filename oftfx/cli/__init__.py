@@ -12,6 +12,7 @@ except ModuleNotFoundError:  # the core does not need it
 
 from oftfx.cli.console import console
 from oftfx.cli.explain import explain
+from oftfx.cli.export import export
 from oftfx.cli.finetune import finetune
 from oftfx.cli.merge import merge
 from oftfx.cli.plan import plan
@@ -32,14 +33,15 @@ def root() -> None:
     Train small rotations of a frozen model's layer inputs, then fold them into the weights.
 
     **oftfx finetune** trains, measures, folds and checks · **oftfx plan** shows what would be
-    trained · **oftfx explain** shows what was · **oftfx merge** folds a saved adapter.
+    trained · **oftfx explain** shows what was · **oftfx merge** folds a saved adapter ·
+    **oftfx export** writes it for something else.
 
     Exit codes: 0 done · 1 the merged model disagrees with the trained one · 2 bad input, with
     nothing written.
     """
 
 
-for command in (finetune, plan, explain, merge):
+for command in (finetune, plan, explain, merge, export):
     app.command()(command)
 
 

@@ -6,6 +6,7 @@ Needs the ``train`` extra: ``pip install 'oftfx[train]'``.
 from oftfx.train.callback import HealthCallback, watch
 from oftfx.train.errors import DataError, ModelError, OutputError
 from oftfx.train.job import Job, run
+from oftfx.train.reference import reference
 from oftfx.train.report import Report, show
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "show",
     "HealthCallback",
     "watch",
+    "reference",
     "DataError",
     "ModelError",
     "OutputError",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 import oftfx
+from oftfx.train.checkpoints import keep_adapter_alone
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -62,8 +63,11 @@ def watch(trainer: "Trainer") -> None:
 
     It logs their health ([`HealthCallback`][oftfx.train.HealthCallback], ahead of the reporters,
     so that what ``report_to`` names sees the values), adds [`oftfx.penalty`][oftfx.penalty] to the
-    training loss, and calls [`oftfx.project`][oftfx.project] after every optimizer step.
+    training loss, and calls [`oftfx.project`][oftfx.project] after every optimizer step. Its
+    checkpoints hold the adapter alone, as `oftfx.load` reads it, unless more than one adapter is
+    trained.
     """
+    keep_adapter_alone(trainer)
     trainer.callback_handler.callbacks.insert(0, HealthCallback())
     trainer.add_callback(_Projection())
     trainer.compute_loss = _penalised(trainer)

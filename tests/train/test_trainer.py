@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import oftfx
-from oftfx.train import HealthCallback, watch
+from oftfx.checkpoint import restore
+from oftfx.train import HealthCallback, reference, watch
 from oftfx.train.data import collate
 
 SPEC = oftfx.OFT(block_size=16)
@@ -22,7 +23,7 @@ def blocks():
     )
 
 
-def make_trainer(model, blocks, path, steps=4, **options):
+def make_trainer(model, blocks, path, steps=4, eval_dataset=None, **options):
     arguments = TrainingArguments(
         output_dir=path,
         max_steps=steps,
@@ -35,7 +36,13 @@ def make_trainer(model, blocks, path, steps=4, **options):
         seed=0,
         **options,
     )
-    return Trainer(model=model, args=arguments, train_dataset=blocks, data_collator=collate)
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks,
+        eval_dataset=eval_dataset,
+        data_collator=collate,
+    )
 
 
 def rotations(model):
@@ -67,6 +74,88 @@ def test_resuming_continues_where_it_stopped(model, blocks, tmp_path):
     assert resumed.state.global_step == 4
     for one, other in zip(rotations(model), rotations(twin), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def logged_losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_watched_trainer_resumes_bit_for_bit(model, blocks, tmp_path, accumulated):
+    """From a checkpoint that is an adapter directory."""
+    base, twin = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"gradient_accumulation_steps": accumulated}
+    oftfx.adapt(model, SPEC)
+    trainer = make_trainer(model, blocks, tmp_path, steps=6, save_steps=3, **options)
+    watch(trainer)
+    trainer.train()
+
+    checkpoint = tmp_path / "checkpoint-3"
+    assert {path.name for path in checkpoint.glob("*.safetensors")} == {"adapter.safetensors"}
+    assert not (checkpoint / "config.json").exists()
+    oftfx.adapt(twin, SPEC)
+    resumed = make_trainer(twin, blocks, tmp_path / "again", 6, save_strategy="no", **options)
+    watch(resumed)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged_losses(resumed) == logged_losses(trainer)
+    assert all(map(torch.equal, rotations(model), rotations(twin)))
+    last = oftfx.load(base, tmp_path / "checkpoint-6")
+    assert all(map(torch.equal, rotations(model), rotations(last)))
+
+
+def test_what_is_trained_besides_is_in_the_checkpoint(model, blocks, tmp_path):
+    oftfx.adapt(model, SPEC)
+    model.model.norm.requires_grad_(True)
+    trainer = make_trainer(model, blocks, tmp_path, steps=1, save_steps=1)
+    watch(trainer)
+    trainer.train()
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_of_another_spec_is_refused(model, blocks, tmp_path):
+    twin = copy.deepcopy(model)
+    oftfx.save(oftfx.adapt(model, SPEC), tmp_path)
+    oftfx.adapt(twin, oftfx.OFT(block_size=8))
+    before = rotations(twin)
+    with pytest.raises(oftfx.CheckpointError, match="another adapter"):
+        restore(twin, tmp_path)
+    assert all(map(torch.equal, before, rotations(twin)))
+
+
+def test_early_stopping_brings_back_the_best(model, blocks, tmp_path):
+    oftfx.adapt(model, SPEC)
+    trainer = make_trainer(
+        model,
+        blocks,
+        tmp_path,
+        steps=6,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        eval_dataset=blocks.select(range(2)),
+    )
+    trainer.args.learning_rate = 1.0  # so that it soon grows worse
+    trainer.add_callback(EarlyStoppingCallback(1))
+    watch(trainer)
+    trainer.train()
+    assert trainer.state.global_step < 6
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_the_reference_is_the_base_whatever_was_learned(model):
+    ids = torch.arange(12).view(2, 6)
+    expected = model(ids).logits
+    oftfx.adapt(model, oftfx.OFT(block_size=16, init_std=0.1))
+    other = reference(model)
+    tuned = model(ids).logits
+    assert torch.equal(other(ids).logits, expected)
+    assert not torch.equal(tuned, expected)
+    assert torch.equal(model(ids).logits, tuned)
+    with pytest.raises(oftfx.PlanError, match="no adapter"):
+        reference(oftfx.remove(model))
 
 
 def test_health_is_logged(model, blocks, tmp_path):
