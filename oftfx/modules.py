@@ -25,6 +25,7 @@ from torch.fx import traceback
 
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
+from oftfx.outputs import Outputs
 from oftfx.readers import Readers, rotated, traceable
 from oftfx.rotations import Method, method_of
 from oftfx.rotations.oft import dropped
@@ -44,18 +45,19 @@ class Given(Protocol):
         """The cores, if they are those of these parameters and may be used now."""
 
 
-class Rotation(nn.Module):
-    """The trainable rotation of one input, ``x ← x·M``.
+class Rotation(Outputs):
+    """The trainable rotation of one input, ``x ← x·M``, and what its first reader's outputs train.
 
     Args:
         spec: Resolved for this site.
         width: Width of the input.
         device: Where the parameters live.
         seed: Seeds the initial values when the spec asks for random ones.
+        out: How many outputs its site has.
     """
 
-    def __init__(self, spec: Spec, width: int, device: torch.device, seed: int) -> None:
-        super().__init__()
+    def __init__(self, spec: Spec, width: int, device: torch.device, seed: int, out: int) -> None:
+        super().__init__(spec, out, device)
         self.spec = spec
         self.width = width
         self.seed = seed
@@ -79,6 +81,7 @@ class Rotation(nn.Module):
 
         What is never trained depends on the weight: [`fill`][oftfx.modules.Rotation.fill] sets it.
         """
+        super().reset_parameters()
         generator = torch.Generator().manual_seed(self.seed)
         self.fill(self.method.start(self.spec, self.width, generator))
 
@@ -94,7 +97,7 @@ class Rotation(nn.Module):
         return method_of(self.spec)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its parameters by name, as whoever manages them left them for this forward."""
+        """The rotation's parameters by name, as whoever manages them left them for this forward."""
         held = self._parameters
         if len(held) == len(self.shapes):
             return held  # type: ignore[return-value]
@@ -147,19 +150,19 @@ class Rotation(nn.Module):
             return cores
         return tuple(dropped(core, rate, self.width) for core in cores)
 
-    def fold(self, weight: Tensor, layout: str) -> Tensor:
-        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider.
+    def turned(self, rows: Tensor) -> Tensor:
+        """``W Mᵀ`` factor by factor, in W's dtype or the core's, whichever is wider.
 
-        What a forward reads in place of W, dropout included.
+        Args:
+            rows: W, (out, in).
         """
         cores = self._dropped(self.cores())
         # torch.promote_types would leave a node of its own in an exported graph.
-        wide = weight.to(max(weight.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
-        rows = wide if layout == "out_in" else wide.mT
+        rows = rows.to(max(rows.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         with self._noted():
             for factor in reversed(self.method.factors(cores, self.spec)):
                 rows = factor.transposed()(rows)
-        return rows if layout == "out_in" else rows.mT
+        return rows
 
     def extra_repr(self) -> str:
         """The width and the fields that differ from the defaults."""
@@ -192,11 +195,17 @@ def annotated(note: str) -> Iterator[None]:
         yield
 
 
-class SharedRotation(nn.Module):
-    """Another site's rotation: holds a reference, no parameters and no names of its own."""
+class SharedRotation(Outputs):
+    """Another site's rotation: a reference without names; and what this site's outputs train.
 
-    def __init__(self, rotation: Rotation) -> None:
-        super().__init__()
+    Args:
+        rotation: What the first site of the group holds.
+        out: How many outputs this site has.
+        device: Where its own parameters live.
+    """
+
+    def __init__(self, rotation: Rotation, out: int, device: torch.device) -> None:
+        super().__init__(rotation.spec, out, device)
         self._held = (rotation,)  # a tuple hides the module from the module tree
         self.readers: Readers | None = None
 
@@ -220,9 +229,9 @@ class SharedRotation(nn.Module):
             return self.rotation(x)
         return self.readers.rotate(self, x)
 
-    def fold(self, weight: Tensor, layout: str) -> Tensor:
+    def turned(self, rows: Tensor) -> Tensor:
         """``W Mᵀ``."""
-        return self.rotation.fold(weight, layout)
+        return self.rotation.turned(rows)
 
 
 class Adapted(nn.Module):
@@ -244,13 +253,18 @@ def rotating(base: Class) -> type[nn.Module]:
     before                after
     y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
                           y = base(x)
+                          y = scale(y, magnitude, bias)     where the spec asks for it
     """
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for rotation in self.oft.values():
-            if rotation.enabled:
-                input = rotation(input)
-        return base.forward(self, input, *args, **kwargs)
+        used = [rotation for rotation in self.oft.values() if rotation.enabled]
+        for rotation in used:
+            input = rotation(input)
+        output = base.forward(self, input, *args, **kwargs)
+        for rotation in used:
+            if rotation.outputs:
+                output = rotation.scaled(output, getattr(self, "bias", None))
+        return output
 
     name = f"OFT[{base.__name__}]"
     body = {"forward": forward, "oft_base": base, "__module__": base.__module__}
@@ -275,7 +289,7 @@ def folding(base: Class, shadowed: tuple[tuple[str, str], ...]) -> type[nn.Modul
                 weight: Tensor = self._parameters[name]
                 for rotations in reversed(self.oft.values()):  # x·R1·R2 folds as W·R2ᵀ·R1ᵀ
                     if name in rotations and rotations[name].enabled:
-                        weight = rotations[name].fold(weight, layout).to(weight.dtype)
+                        weight = _folded(rotations[name], weight, layout).to(weight.dtype)
                 return weight
             except AttributeError as error:
                 # nn.Module would take it for a missing attribute and answer with the raw weight.
@@ -287,6 +301,13 @@ def folding(base: Class, shadowed: tuple[tuple[str, str], ...]) -> type[nn.Modul
     body: dict[str, Any] = {key: folded(key, layout) for key, layout in shadowed}
     body |= {"oft_base": base, "oft_shadowed": shadowed, "__module__": base.__module__}
     return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
+
+
+def _folded(rotation: Any, weight: Tensor, layout: str) -> Tensor:
+    """What a forward reads in place of W, dropout included."""
+    rows = weight if layout == "out_in" else weight.mT
+    rows = rotation.scaled_rows(rotation.turned(rows))
+    return rows if layout == "out_in" else rows.mT
 
 
 def _rebuild(base: Class, shadowed: tuple[tuple[str, str], ...]) -> nn.Module:

@@ -24,10 +24,11 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SPECS: dict[str, Spec] = {
     "OFT": OFT(block_size=4),
     "OFT, shared blocks": OFT(block_size=4, share_blocks=True),
+    "OFT, magnitudes": OFT(block_size=4, magnitude=True),
     "COFT": COFT(block_size=4, eps=0.1),
     "BOFT": BOFT(block_size=4, factors=2),
     "BOFT, dense": BOFT(block_size=2, factors=3, exact=True),
-    "BOFT, shared": BOFT(block_size=4, share_blocks=True),
+    "BOFT, shared": BOFT(block_size=4, share_blocks=True, magnitude=True),
     "GOFT": GOFT(),
     "GOFT, scaled": GOFT(scale=True),
     "QGOFT": QGOFT(),

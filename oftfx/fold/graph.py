@@ -1,6 +1,7 @@
 """Merging a graph: its rotations' nodes go, and the weights behind them are folded."""
 
 from collections.abc import Callable
+from itertools import takewhile
 
 import torch
 from torch import fx, nn
@@ -13,7 +14,8 @@ from oftfx.errors import MergeError
 from oftfx.fold.report import MergedSite
 from oftfx.fold.weight import Fold
 from oftfx.host import Host, host_of
-from oftfx.sites.matmul import is_view_of_weight, parameter_behind, tensor_behind
+from oftfx.ops.factor import SCALE
+from oftfx.sites.matmul import aten, is_view_of_weight, parameter_behind, tensor_behind
 
 
 @torch.no_grad()
@@ -28,6 +30,7 @@ def merge_graph(
     """
     host = host_of(model, edit=True)
     rotations = {found.node: found for found in insert.inserted(host)}
+    behind = _scales(rotations)
     graph = read(host)
     uses = match.uses(graph)
     chains = [_chains(host, use, graph.aliases[use.weight], rotations) for use in uses]
@@ -35,25 +38,30 @@ def merge_graph(
     for node in turning:
         if others := _users(node) - {use.node for use in uses} - turning:
             raise MergeError(f"{rotations[node].site}: {others.pop()} reads what it rotates, too.")
-    for node in rotations.keys() - turning - {n for _, through_w in chains for n in through_w}:
+    scaled = {scale for use in uses for scale in behind.get(use.node, ())}
+    for node in rotations.keys() - turning - scaled - {n for _, chain in chains for n in chain}:
         raise MergeError(f"{rotations[node].site}: no weight was found behind its rotation.")
 
     folds: dict[str, Fold] = {}
     turned: dict[str, list[tuple[str, ...]]] = {}
     for use, (through_x, through_w) in zip(uses, chains, strict=True):
         name = use.weight
-        by = [rotations[node].parameters for node in (*through_x, *through_w)]
+        through_y = [] if use.x is None else behind.get(use.node, [])  # not of its bias
+        by = [rotations[node].parameters for node in (*through_x, *through_w, *through_y)]
         if turned.setdefault(name, by) != by:
             raise MergeError(f"{name} is read rotated in different ways; it cannot be folded.")
         if by and name not in folds:
+            turning_w = [node for node in through_w if node.target is not SCALE]
+            scales = [node for node in (*through_w, *through_y) if node.target is SCALE]
             factors = [insert.evaluate(host, rotations[node]) for node in through_x]
-            factors += [insert.evaluate(host, rotations[node]).transposed() for node in through_w]
+            factors += [insert.evaluate(host, rotations[node]).transposed() for node in turning_w]
             out_in = use.layout == "out_in"
-            if through_w:
-                out_in = not parameter_behind(rotations[through_w[0]].x)[1]
+            if turning_w:
+                out_in = not parameter_behind(rotations[turning_w[0]].x)[1]
             fqn = name.removesuffix(".weight")
             weight = host.parameters()[name]
-            folds[name] = Fold(fqn, weight, out_in, factors, weight.dtype)
+            of_outputs = [insert.evaluate(host, rotations[node]) for node in scales]
+            folds[name] = Fold(fqn, weight, out_in, factors, weight.dtype, of_outputs)
     for fold in folds.values():
         fold.check()
 
@@ -79,9 +87,38 @@ def _chains(
     """
     readers = host.readers()
     reads = [n for n in use.node.all_input_nodes if readers.get(parameter_behind(n)[0]) in aliases]
-    through_x = [] if use.x is None else [n for n in _path(use.x) if n in rotations]
+    # An activation's path ends where it was another matmul's output.
+    path = [] if use.x is None else takewhile(lambda node: node.target is not SCALE, _path(use.x))
+    through_x = [node for node in path if node in rotations]
     through_w = [n for read in reads for n in _path(read) if n in rotations]
     return through_x[::-1], through_w
+
+
+def _scales(rotations: dict[fx.Node, insert.Inserted]) -> dict[fx.Node, list[fx.Node]]:
+    """The scales of outputs, by the matmul whose they are.
+
+    Raises:
+        MergeError: Something reads an output unscaled, too.
+    """
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in rotations:
+        if node.target is SCALE:
+            found.setdefault(_product(node), []).append(node)
+    for product, scales in found.items():
+        if others := {user for user in _users(product) if _reads_values(user)} - set(scales):
+            where = rotations[scales[0]].site
+            raise MergeError(f"{where}: {others.pop()} reads its output unscaled, too.")
+    return found
+
+
+def _product(scale: fx.Node) -> fx.Node:
+    """What is scaled, behind casts and other scales."""
+    node = tensor_behind(scale.all_input_nodes[0])
+    return _product(node) if node.target is SCALE else node
+
+
+def _reads_values(node: fx.Node) -> bool:
+    return node.target not in (aten.sym_size.int, aten._assert_tensor_metadata.default)
 
 
 def _path(node: fx.Node) -> list[fx.Node]:

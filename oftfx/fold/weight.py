@@ -14,7 +14,7 @@ from oftfx.ops.factor import Factor
 
 @dataclass(frozen=True)
 class Fold:
-    """One weight to fold: the factors in the order x meets them."""
+    """One weight to fold: the factors in the order x meets them, and those of the outputs."""
 
     fqn: str
     weight: Tensor
@@ -22,6 +22,7 @@ class Fold:
     factors: Sequence[Factor]
     dtype: torch.dtype
     """What the folded weight is stored in."""
+    scales: Sequence[Factor] = ()
 
     def check(self) -> None:
         """That it can be folded.
@@ -43,10 +44,12 @@ class Fold:
             raise MergeError(f"{self.fqn}: its rotation is not finite; training diverged there.")
 
     def folded(self, dtype: torch.dtype) -> Tensor:
-        """``W Mᵀ`` in (out, in), computed in this dtype."""
+        """``diag(1 + m)·W Mᵀ`` in (out, in), computed in this dtype."""
         rows = (self.weight if self.out_in else self.weight.mT).to(dtype)
         for factor in reversed(self.factors):
             rows = factor.transposed()(rows)
+        for scale in self.scales:
+            rows = scale(rows.mT).mT
         return rows
 
     def run(self) -> Tensor:
@@ -72,7 +75,10 @@ class Fold:
         rotated = x
         for factor in self.factors:
             rotated = factor(rotated)
-        unmerged = (rotated @ before.mT).double()
+        output = rotated @ before.mT
+        for scale in self.scales:
+            output = scale(output)
+        unmerged = output.double()
         return MergedSite(
             self.fqn,
             output_error=relative_error((x @ after.to(x.dtype).mT).double() - unmerged, unmerged),
@@ -88,7 +94,7 @@ class Fold:
         return functools.reduce(torch.promote_types, dtypes, self.weight.dtype)
 
     def _tensors(self) -> Iterator[Tensor]:
-        for factor in self.factors:
+        for factor in (*self.factors, *self.scales):
             yield from (operand for operand in factor.operands if isinstance(operand, Tensor))
 
 

@@ -4,6 +4,7 @@ from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
+from oftfx.ops.scale import scale
 from oftfx.ops.subspace import subspace, subspace_grad
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "rotate_grad",
     "rotate_group",
     "rotate_group_grad",
+    "scale",
     "subspace",
     "subspace_grad",
 ]

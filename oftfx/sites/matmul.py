@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import fx
 
-from oftfx.ops.factor import MAPS
+from oftfx.ops.factor import MAPS, SCALE
 
 Layout = Literal["out_in", "in_out"]
 """How a weight is stored: (out, in) as `Linear` does, or (in, out)."""
@@ -41,17 +41,18 @@ class Operand(NamedTuple):
 
 
 class Spelling(NamedTuple):
-    """One target that multiplies by a weight: its operands, and W's layout there."""
+    """One target that multiplies by a weight: its operands, W's layout there, and what it adds."""
 
     x: Operand
     w: Operand
     out_in: bool
+    bias: Operand | None = None
 
 
-_LINEAR = Spelling(Operand(0, "input"), Operand(1, "weight"), out_in=True)
+_LINEAR = Spelling(Operand(0, "input"), Operand(1, "weight"), True, Operand(2, "bias"))
 _MATMUL = Spelling(Operand(0, "input"), Operand(1, "other"), out_in=False)
 _MM = Spelling(Operand(0, "input"), Operand(1, "mat2"), out_in=False)
-_ADDMM = Spelling(Operand(1, "mat1"), Operand(2, "mat2"), out_in=False)
+_ADDMM = Spelling(Operand(1, "mat1"), Operand(2, "mat2"), False, Operand(0, "input"))
 
 _SPELLINGS: dict[Any, Spelling] = {
     torch.nn.functional.linear: _LINEAR,
@@ -72,7 +73,9 @@ _SPELLINGS: dict[Any, Spelling] = {
 
 # Of libraries that may not be installed, by name. Their weights are packed, in shapes of their own.
 _QUANTISED: dict[str, Spelling] = {
-    "bitsandbytes.gemm_4bit.default": Spelling(Operand(0, "A"), Operand(1, "B"), out_in=True),
+    "bitsandbytes.gemm_4bit.default": Spelling(
+        Operand(0, "A"), Operand(1, "B"), True, Operand(6, "bias")
+    ),
 }
 _SHAPES = {"bitsandbytes.gemm_4bit.default": Operand(2, "shapeB")}
 
@@ -173,10 +176,11 @@ def tensor_behind(node: fx.Node) -> fx.Node:
 
 
 def is_view_of_weight(node: fx.Node) -> bool:
-    """Whether a node only casts or transposes its input."""
+    """Whether a node only casts, transposes, rotates or scales its input."""
     if node.target is getattr:
         return node.args[1] in _ATTRIBUTES
-    return node.target in _CASTS or node.target in _SWAPS or _reshapes_packed(node)
+    mapped = node.target in _CASTS or node.target in _SWAPS or node.target is SCALE
+    return mapped or _reshapes_packed(node)
 
 
 def _reshapes_packed(node: fx.Node) -> bool:

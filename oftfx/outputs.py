@@ -1,0 +1,54 @@
+"""What a site trains behind its matmul, whoever holds the rotation before it.
+
+before                          after
+y = linear(x, W, b)             y = scale(linear(x, W, b), m, b)        (1 + m)·(xWᵀ) + b
+"""
+
+import torch
+from torch import Tensor, nn
+
+from oftfx.ops.factor import SCALE, Factor
+from oftfx.rotations import output_shapes
+from oftfx.spec import Spec
+
+
+class Outputs(nn.Module):
+    """The magnitudes of a site's outputs, less one; nothing where its spec asks for none.
+
+    Args:
+        spec: Resolved for this site.
+        out: How many outputs it has.
+        device: Where the parameters live.
+
+    Attributes:
+        outputs: Shapes of the parameters, by name.
+    """
+
+    def __init__(self, spec: Spec, out: int, device: torch.device) -> None:
+        super().__init__()
+        self.outputs = output_shapes(spec, out)
+        for name, shape in self.outputs.items():
+            value = torch.zeros(shape, dtype=spec.dtype, device=device)
+            self.register_parameter(name, nn.Parameter(value))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the initial values: every output as it is."""
+        for name in self.outputs:
+            self.get_parameter(name).zero_()
+
+    def scales(self) -> tuple[Factor, ...]:
+        """The factors that map the outputs."""
+        return tuple(Factor(SCALE, (getattr(self, name), None)) for name in self.outputs)
+
+    def scaled(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """The matmul's y, (..., out), with all but the bias scaled."""
+        for name in self.outputs:
+            y = SCALE(y, getattr(self, name), bias)
+        return y
+
+    def scaled_rows(self, rows: Tensor) -> Tensor:
+        """``diag(1 + m)·W``, of W in (out, in)."""
+        for scale in self.scales():
+            rows = scale(rows.mT).mT
+        return rows
