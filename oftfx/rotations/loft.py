@@ -1,5 +1,6 @@
 """LOFT: a rotation, or any map, within a fixed subspace of the input."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def fixed(
 
 def cores(tensors: Mapping[str, Tensor], spec: LOFT) -> tuple[Tensor, Tensor]:
     """The support (…, r, width), and ``T − I`` (…, r, r), at least float32."""
-    return psoft.wide(tensors["support"]), kernel(tensors, spec)
+    return oft.wide(tensors["support"]), kernel(tensors, spec)
 
 
 def factors(cores: Sequence[Any], spec: LOFT) -> tuple[Factor]:
@@ -62,7 +63,11 @@ def health(tensors: Mapping[str, Tensor], spec: LOFT) -> tuple[Tensor, Tensor]:
 
 
 def kernel(tensors: Mapping[str, Tensor], spec: LOFT) -> Tensor:
-    """``T − I``, at least float32: the parameter itself of a free core."""
+    """``T − I``, at least float32: of a free core the parameter itself, or in units of an angle.
+
+    With every entry ±e, ``‖xK‖² = e²r‖x‖²`` in the mean over directions x, as a turn by ``e·√r``.
+    """
     if spec.core == "free":
-        return psoft.wide(tensors["kernel"])
+        free = oft.wide(tensors["kernel"])
+        return free / math.sqrt(spec.rank) if spec.unit_rate else free
     return psoft.rotation(tensors["theta"], spec)

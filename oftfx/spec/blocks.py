@@ -29,6 +29,9 @@ class OFT(Spec):
         magnitude: A trainable factor for each output of a layer besides, ``y ← diag(1 + m)·y``
             before the bias (re-scaled OFT, 2306.07280). Each layer has its own, also where layers
             share a rotation.
+        unit_rate: Measures the parameters in units of an angle: a step of Adam turns by as many
+            radians as its learning rate says, whatever the block size. Otherwise a parameter is
+            an entry of Q, and the same step turns by ``2·√(b − 1)`` times as much.
     """
 
     block_size: int = 32
@@ -38,6 +41,7 @@ class OFT(Spec):
     share_blocks: bool = False
     dropout: float = 0.0
     magnitude: bool = False
+    unit_rate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
