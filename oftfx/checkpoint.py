@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,9 +25,11 @@ from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
 from oftfx.fingerprint import Fingerprint
 from oftfx.host import parameters_of
+from oftfx.interop import peft
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, output_shapes
 from oftfx.sites import is_quantised
+from oftfx.weights import Weights
 
 M = TypeVar("M", nn.Module, ExportedProgram)
 
@@ -35,56 +37,61 @@ FORMAT = 1
 TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
 
 
-def save(model: Model, directory: str | os.PathLike[str], name: str = "default") -> None:
+def save(
+    model: Model,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    format: Literal["oftfx", "peft", "lora"] = "oftfx",
+    rank: int | None = None,
+) -> peft.LoraReport | None:
     """Writes one adapter of a model.
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
         directory: Made if missing; an adapter in it is replaced.
         name: Which adapter.
+        format: ``"peft"`` writes what HF PEFT's ``from_pretrained`` loads to the same function
+            (OFT, COFT and HRA), ``"lora"`` what anything that knows PEFT's LoRA loads: the same
+            function for PSOFT, LOFT and HRA, for the others the nearest of a rank. Both write each
+            layer that shares a rotation a copy.
+        rank: Of LoRA's factors; None for that of the method, where it has one.
+
+    Returns:
+        For ``"lora"``, what each site lost.
 
     Raises:
-        PlanError: The model has no such adapter.
-        CheckpointError: The directory cannot be written.
+        PlanError: The model has no such adapter; or its weights, which LoRA needs, have no values.
+        CheckpointError: The directory cannot be written, or the format cannot express the adapter.
+        ValueError: ``format`` is none of these, or a rank is given to another than LoRA.
     """
-    from safetensors.torch import save as serialise
-
     inner = unwrap(model)
     plan = _plan(inner, name)
     values = _values(inner, plan, name)
-    payload = serialise({key: value.detach().cpu().contiguous() for key, value in values.items()})
-    from oftfx import __version__
-
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "oftfx": __version__,
-        "torch": torch.__version__,
-        "plan": json.loads(plan.to_json()),
-        "base": _fingerprint(inner, plan),
-        "sha256": hashlib.sha256(payload).hexdigest(),
-    }
-    manifest["checksum"] = _checksum(manifest)
-    path = Path(directory)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        before = (path / TENSORS).read_bytes() if (path / TENSORS).is_file() else None
-        _write(path / TENSORS, payload)
-        try:
-            _write(path / MANIFEST, json.dumps(manifest, indent=1).encode())
-        except OSError:
-            if before is not None:  # the adapter that was here stays whole
-                _write(path / TENSORS, before)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}.") from error
+    if rank is not None and (format != "lora" or rank < 1):
+        raise ValueError(f"rank={rank}: must be ≥ 1, and is for format='lora' alone.")
+    report = None
+    # Where the base came from, as transformers' models remember.
+    base = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
+    match format:
+        case "oftfx":
+            files = _files(inner, plan, values)
+        case "peft":
+            files = peft.write(plan, values, base)
+        case "lora":
+            files, report = peft.write_lora(plan, values, Weights(inner), rank, base)
+        case _:
+            raise ValueError(f"format={format!r}: must be 'oftfx', 'peft' or 'lora'.")
+    _write_all(Path(directory), files)
+    return report
 
 
 def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> M:
-    """Adapts a base model with an adapter that [`save`][oftfx.save] wrote.
+    """Adapts a base model with an adapter that [`save`][oftfx.save] or HF PEFT wrote.
 
     Args:
         model: The base, in any of the three forms.
-        directory: What ``save`` wrote.
+        directory: What ``save`` wrote, or PEFT's ``save_pretrained`` (OFT, HRA and PSOFT, by
+            PEFT 0.18 or later).
         name: The name the adapter gets in this model.
 
     Returns:
@@ -96,8 +103,12 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
         PlanError: The model has an adapter of this name already.
     """
     inner = unwrap(model)
-    plan, values, base = _read(Path(directory))
-    _check_base(inner, plan, base, Path(directory))
+    path = Path(directory)
+    if peft.holds_peft(path) and not (path / MANIFEST).is_file():
+        plan, values = peft.read(inner, path)
+    else:
+        plan, values, base = _read(path)
+        _check_base(inner, plan, base, path)
     taken = any(modules.is_rotation(key, name) for key in parameters_of(inner))
     try:
         # What is never trained comes from the file too: no weight is decomposed, no batch run.
@@ -153,8 +164,7 @@ def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory; oftfx.save writes one.")
     if not (path / MANIFEST).is_file():
-        foreign = (path / "adapter_config.json").is_file()
-        hint = ": it is PEFT's, which this version does not read." if foreign else "."
+        hint = "."
         if nested := sorted(path.glob(f"*/{MANIFEST}")):
             hint = f"; did you mean {nested[0].parent}?"
         raise CheckpointError(f"{path} holds no {MANIFEST}{hint}")
@@ -230,6 +240,41 @@ def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> N
 
 def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _files(model: Model, plan: Plan, values: dict[str, Tensor]) -> dict[str, bytes]:
+    """The contents of a directory in this library's own format."""
+    from safetensors.torch import save as serialise
+
+    from oftfx import __version__
+
+    payload = serialise({key: value.detach().cpu().contiguous() for key, value in values.items()})
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "oftfx": __version__,
+        "torch": torch.__version__,
+        "plan": json.loads(plan.to_json()),
+        "base": _fingerprint(model, plan),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    manifest["checksum"] = _checksum(manifest)
+    return {TENSORS: payload, MANIFEST: json.dumps(manifest, indent=1).encode()}
+
+
+def _write_all(path: Path, files: dict[str, bytes]) -> None:
+    """Writes a directory's files; when one fails, those that were there before stay whole."""
+    before = {}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name, payload in files.items():
+            held = (path / name).read_bytes() if (path / name).is_file() else None
+            _write(path / name, payload)
+            before[name] = held
+    except OSError as error:
+        for name, held in before.items():
+            if held is not None:
+                _write(path / name, held)
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
 
 
 def _write(path: Path, payload: bytes) -> None:

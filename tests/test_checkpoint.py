@@ -332,11 +332,6 @@ def test_a_newer_format_names_the_version_that_wrote_it(saved):
     refuses(saved, r"format 99.*oftfx 7\.0\.0")
 
 
-def test_a_peft_directory_says_so(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
-    refuses(tmp_path, "PEFT")
-
-
 def test_a_missing_and_an_empty_directory(tmp_path):
     refuses(tmp_path / "nowhere", "no directory")
     refuses(tmp_path, MANIFEST)

@@ -1,0 +1,130 @@
+"""``oftfx finetune``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oftfx.cli.console import console
+from oftfx.cli.options import MEASURING, OUTPUT, TRAINING, Dtype, Force, Out, takes_spec
+from oftfx.spec import Spec
+
+
+@takes_spec
+def finetune(
+    model: Annotated[
+        str,
+        typer.Option(help="A model directory, a Hub id or a .gguf file.", show_default=False),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A text file, a .jsonl file with a text field, or a Hub dataset id.",
+            show_default=False,
+        ),
+    ],
+    spec: Spec,
+    out: Out = Path("oftfx-out"),
+    force: Force = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            help="Fold the rotations and write a model directory that needs no oftfx.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = True,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING)] = 60,
+    batch_size: Annotated[
+        int, typer.Option(help="Blocks of text in a step.", rich_help_panel=TRAINING)
+    ] = 1,
+    seq_len: Annotated[
+        int, typer.Option(help="Tokens in a block.", rich_help_panel=TRAINING)
+    ] = 512,
+    lr: Annotated[
+        float,
+        typer.Option(
+            help="Peak learning rate. Higher learns more of the task and forgets more of the rest.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 3e-4,
+    dtype: Dtype = "auto",
+    seed: Annotated[
+        int, typer.Option(help="Of the block order and the samples.", rich_help_panel=TRAINING)
+    ] = 0,
+    held_out: Annotated[
+        str,
+        typer.Option(
+            help="Text to measure on: a source like --data, or the fraction of --data to split "
+            "off its end.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = "0.1",
+    unrelated: Annotated[
+        str | None,
+        typer.Option(
+            help="Text of another kind; its loss shows what was forgotten.",
+            rich_help_panel=MEASURING,
+            show_default=False,
+        ),
+    ] = None,
+    eval_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of each text to measure on, at most.", rich_help_panel=MEASURING),
+    ] = 8192,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What to continue before and after training.",
+            rich_help_panel=MEASURING,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Finetune a language model on text, fold the result, and check it.
+
+    Measures the loss before and after on text that was not trained on, draws the loss curve and
+    the rotation angles, writes the adapter and the folded model, and loads the folded model back
+    in a process without oftfx to compare.
+
+    **Examples**
+
+    `oftfx finetune --model ./my-model --data book.txt --out tuned`
+
+    `oftfx finetune --model model.gguf --data chats.jsonl --unrelated wiki.txt --prompt "Once"`
+
+    `oftfx finetune --model org/name --data org/dataset --steps 500 --batch-size 8 --dtype bfloat16`
+
+    `oftfx finetune --model ./my-model --data book.txt --method boft --block-size 8 --factors 3`
+    """
+    from oftfx.train import Job, run, show
+
+    screen = console()
+    job = Job(
+        model=model,
+        data=data,
+        out=out,
+        spec=spec,
+        held_out=_fraction_or_source(held_out),
+        unrelated=unrelated,
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lr=lr,
+        eval_tokens=eval_tokens,
+        prompt=prompt,
+        merge=merge,
+        dtype=dtype,
+        seed=seed,
+        force=force,
+    )
+    report = run(job, screen)
+    show(report, out, screen)
+    if report.reload and not report.reload.agrees:
+        raise typer.Exit(1)
+
+
+def _fraction_or_source(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value

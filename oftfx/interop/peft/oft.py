@@ -1,0 +1,142 @@
+"""PEFT's OFT: ``oft_R.weight``, (n, b(b−1)/2), the skew parameters of each block.
+
+What its number of terms t means depends on the version that computes with it. From 0.18 on, t ≥ 4
+is ``I + 2Q + … + 2Q^{t−2} + Q^{t−1}``, the series of order t − 2, and t = 3 is computed as t = 4.
+Before, it was a series without the last term, which has no order. ``use_cayley_neumann=False`` is
+``(I − Q)(I + Q)⁻¹``: our exact transform of −Q.
+"""
+
+import math
+from collections.abc import Mapping, Set
+from typing import Any
+
+from torch import Tensor
+
+from oftfx.errors import CheckpointError
+from oftfx.interop.peft.directory import CONFIG, Directory
+from oftfx.rotations import projection_of
+from oftfx.rotations.supports import Weight
+from oftfx.spec import COFT, OFT
+
+SUFFIXES: tuple[str, ...] = ("oft_R.weight",)
+
+
+def fields(found: Directory) -> dict[str, Any]:
+    """Order, block share and dropout.
+
+    Raises:
+        CheckpointError: The number of terms stands for no order of the series.
+    """
+    if found.value("coft", False, bool):
+        # PEFT projects the parameters whenever it computes, as `ours` does once.
+        special: dict[str, Any] = {"method": COFT, "eps": found.value("eps", 6e-5, (int, float))}
+    else:
+        special = {"method": OFT}
+    return {
+        **special,
+        **series(found),
+        "share_blocks": found.value("block_share", False, bool),
+        "dropout": found.value("module_dropout", 0.0, (int, float)),
+    }
+
+
+def series(found: Directory) -> dict[str, Any]:
+    """The order that a number of terms stands for in the version that wrote it."""
+    if not found.value("use_cayley_neumann", True, bool):
+        return {"exact": True}
+    terms = found.value("num_cayley_neumann_terms", 5, int)
+    where = found.path / CONFIG
+    if found.version < (0, 18):
+        raise CheckpointError(
+            f"{where}: written by PEFT {found.config.get('peft_version') or '0.17 or earlier'}, "
+            f"whose {terms} terms are a series without its last power, as only PEFT < 0.18 has it."
+        )
+    if terms < 3:
+        raise CheckpointError(
+            f"{where}: num_cayley_neumann_terms={terms} is I{' + 2Q' * (terms == 2)}, no series "
+            "of an order ≥ 1."
+        )
+    return {"order": max(terms - 2, 2)}
+
+
+def fields_at(found: Directory, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The block size, which a layer's tensor tells."""
+    theta = tensors["oft_R.weight"]
+    if theta.dim() != 2:
+        raise CheckpointError(f"oft_R.weight has shape {tuple(theta.shape)}, not (n, b(b−1)/2)")
+    b = (1 + math.isqrt(1 + 8 * theta.shape[1])) // 2
+    if b * (b - 1) // 2 != theta.shape[1] or b < 2:
+        raise CheckpointError(f"oft_R.weight has {theta.shape[1]} columns, which is no b(b−1)/2")
+    return {"block_size": b}
+
+
+def ours(
+    found: Directory, spec: OFT, tensors: Mapping[str, Tensor], weight: Weight
+) -> dict[str, Tensor]:
+    """``theta``."""
+    values = {"theta": _signed(spec, tensors["oft_R.weight"])}
+    projection = projection_of(spec)
+    return projection(values, spec) if projection else values
+
+
+def theirs(spec: OFT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``oft_R.weight``."""
+    return {"oft_R.weight": _signed(spec, tensors["theta"])}
+
+
+def config(specs: Mapping[str, OFT], widths: Mapping[str, int]) -> dict[str, Any]:
+    """PEFT's fields.
+
+    Raises:
+        CheckpointError: A guard, an order PEFT has no number of terms for, fields that differ
+            between sites, or block sizes that no requested one leads to.
+    """
+    one = next(iter(specs.values()))
+    for fqn, spec in specs.items():
+        for field in ("order", "exact", "share_blocks", "dropout", "eps"):
+            here, there = getattr(spec, field, None), getattr(one, field, None)
+            if here != there and not (field == "order" and one.exact):
+                raise CheckpointError(
+                    f"{fqn}: {field}={here!r} here, {there!r} elsewhere; PEFT has one for all."
+                )
+        if spec.guard:
+            raise CheckpointError(f"{fqn}: PEFT has no guard={spec.guard!r}.")
+    if not one.exact and one.order < 2:
+        raise CheckpointError(f"PEFT has no number of terms for order={one.order}; it has ≥ 2.")
+    return {
+        "block_share": one.share_blocks,
+        "coft": isinstance(one, COFT),
+        "eps": getattr(one, "eps", 6e-5),
+        "fan_in_fan_out": False,
+        "module_dropout": one.dropout,
+        "num_cayley_neumann_terms": 5 if one.exact else one.order + 2,
+        "oft_block_size": _requested(
+            {(widths[fqn], spec.block_size) for fqn, spec in specs.items()}
+        ),
+        "r": 0,
+        "use_cayley_neumann": not one.exact,
+    }
+
+
+def adjusted(width: int, requested: int) -> int:
+    """The block size that PEFT takes instead of one that does not divide a layer's input width.
+
+    The nearest divisor, of two equally near ones the smaller.
+    """
+    if requested >= width:
+        return width
+    divisors = (b for b in range(1, width + 1) if width % b == 0)
+    return min(divisors, key=lambda b: (abs(b - requested), b))
+
+
+def _requested(sites: Set[tuple[int, int]]) -> int:
+    """A block size that PEFT adjusts, at each site's width, to the one that the site has."""
+    sizes = sorted({b for _, b in sites})
+    for requested in (*sizes, *range(2, sizes[-1] + 1)):
+        if all(adjusted(width, requested) == b for width, b in sites):
+            return requested
+    raise CheckpointError(f"block sizes {sizes}: PEFT has one for all layers.")
+
+
+def _signed(spec: OFT, theta: Tensor) -> Tensor:
+    return -theta if spec.exact else theta

@@ -1,0 +1,89 @@
+"""From a plan and its rotations' tensors to a PEFT directory."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from oftfx.errors import CheckpointError
+from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
+from oftfx.interop.peft.formats import WRITES
+from oftfx.plan import Plan, Site
+from oftfx.rotations import method_of
+
+PEFT_VERSION = "0.21.2"
+"""The version whose files these are; what they mean has not changed since 0.18."""
+
+
+def write(plan: Plan, values: Mapping[str, Tensor], base: str | None) -> dict[str, bytes]:
+    """The contents of a PEFT directory's files.
+
+    Args:
+        plan: What is adapted.
+        values: The rotations' tensors by site, as [`save`][oftfx.save] names them. A rotation that
+            several sites share is written to each of them.
+        base: Where the base came from, for PEFT's own use.
+
+    Raises:
+        CheckpointError: PEFT cannot express the adapter. Says which site or field.
+    """
+    form, name = WRITES.get(type(plan.spec), (None, ""))
+    if form is None:
+        raise CheckpointError(f"PEFT has no {type(plan.spec).__name__}; save it without format=.")
+    tensors = {}
+    for site in plan.sites:
+        check_layer(site)
+        spec = plan.spec_of(site)
+        held = {
+            key: values[f"{site.rotation}.{key}"]
+            for key in method_of(spec).shapes(spec, site.in_features)
+        }
+        for suffix, tensor in form.theirs(spec, held).items():
+            tensors[f"{PREFIX}{site.fqn}.{suffix}"] = tensor
+    config = header(plan, base) | form.config(
+        {site.fqn: plan.spec_of(site) for site in plan.sites},
+        {site.fqn: site.in_features for site in plan.sites},
+    )
+    return files(tensors, config | {"peft_type": name})
+
+
+def check_layer(site: Site) -> None:
+    """That a site is a layer of its own.
+
+    Raises:
+        CheckpointError: It is a bare parameter.
+    """
+    if site.kind == "functional":
+        raise CheckpointError(f"{site.fqn} is no layer of its own, which PEFT cannot adapt.")
+
+
+def header(plan: Plan, base: str | None) -> dict[str, Any]:
+    """The part of the config that is the same for every method."""
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "exclude_modules": None,
+        "inference_mode": True,
+        "init_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": None,
+        "peft_version": PEFT_VERSION,
+        "revision": None,
+        "target_modules": [site.fqn for site in plan.sites],
+        "task_type": None,
+    }
+
+
+def files(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The contents of the two files."""
+    from safetensors.torch import save
+
+    # Copies, since safetensors refuses names of one tensor, as shared rotations have.
+    own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    return {
+        TENSORS: save(own, metadata={"format": "pt"}),
+        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
+    }
