@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SPECS: dict[str, Spec] = {
     "OFT": OFT(block_size=4),
     "OFT, shared blocks": OFT(block_size=4, share_blocks=True),
-    "OFT, magnitudes": OFT(block_size=4, magnitude=True),
+    "OFT, magnitudes": OFT(block_size=4, magnitude=True, unit_rate=True),
     "COFT": COFT(block_size=4, eps=0.1),
     "BOFT": BOFT(block_size=4, factors=2),
     "BOFT, dense": BOFT(block_size=2, factors=3, exact=True),
@@ -36,9 +36,9 @@ SPECS: dict[str, Spec] = {
     "HRA": HRA(rank=4, weight=0.01),
     "PSOFT": PSOFT(rank=4),
     "PSOFT, strict and exact": PSOFT(rank=3, relaxed=False, exact=True, svd="full"),
-    "PSOFT, guarded": PSOFT(rank=5, guard="rescale"),
+    "PSOFT, guarded": PSOFT(rank=5, guard="rescale", unit_rate=True),
     "LOFT, principal": LOFT(rank=4, support="principal", guard="exact"),
-    "LOFT, random and free": LOFT(rank=3, support="random", core="free"),
+    "LOFT, random and free": LOFT(rank=3, support="random", core="free", unit_rate=True),
     "LOFT, coordinate": LOFT(rank=8, support="coordinate"),
 }
 FORMS = ("module", "graph", "program")

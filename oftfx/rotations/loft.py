@@ -1,6 +1,5 @@
 """LOFT: a rotation, or any map, within a fixed subspace of the input."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,9 +64,9 @@ def health(tensors: Mapping[str, Tensor], spec: LOFT) -> tuple[Tensor, Tensor]:
 def kernel(tensors: Mapping[str, Tensor], spec: LOFT) -> Tensor:
     """``T − I``, at least float32: of a free core the parameter itself, or in units of an angle.
 
-    With every entry ±e, ``‖xK‖² = e²r‖x‖²`` in the mean over directions x, as a turn by ``e·√r``.
+    With entries of at most e, ``‖K‖₂ ≤ e·r``, reached by entries of one sign.
     """
     if spec.core == "free":
         free = oft.wide(tensors["kernel"])
-        return free / math.sqrt(spec.rank) if spec.unit_rate else free
+        return free / spec.rank if spec.unit_rate else free
     return psoft.rotation(tensors["theta"], spec)

@@ -109,10 +109,11 @@ def around_zero(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) 
 def rate(spec: Blocks) -> float:
     """What a parameter is multiplied by to be an entry of Q.
 
-    With every entry ±e, ``‖xQ‖² = e²(b − 1)‖x‖²`` in the mean over directions x, whatever the signs:
-    R turns by ``2e·√(b − 1)``, so that e in these units is the angle.
+    With entries of at most e, ``‖Q‖₂ ≤ e(b − 1)``, the largest sum of a row, whatever their signs:
+    R turns by at most ``2e(b − 1)``, which in these units is e. Entries of one sign come near it:
+    their ``‖Q‖₂ = e·cot(π/2b)`` falls from that bound at b = 2 to 2/π of it for wide blocks.
     """
-    return 0.5 / math.sqrt(spec.block_size - 1) if spec.unit_rate else 1.0
+    return 0.5 / (spec.block_size - 1) if spec.unit_rate else 1.0
 
 
 def entries(theta: Tensor, spec: Blocks) -> Tensor:

@@ -29,9 +29,9 @@ class OFT(Spec):
         magnitude: A trainable factor for each output of a layer besides, ``y ← diag(1 + m)·y``
             before the bias (re-scaled OFT, 2306.07280). Each layer has its own, also where layers
             share a rotation.
-        unit_rate: Measures the parameters in units of an angle: a step of Adam turns by as many
-            radians as its learning rate says, whatever the block size. Otherwise a parameter is
-            an entry of Q, and the same step turns by ``2·√(b − 1)`` times as much.
+        unit_rate: Measures the parameters in units of an angle: a step of Adam turns no direction
+            by more radians than its learning rate, whatever the block size. Otherwise a parameter
+            is an entry of Q, and the same step may turn ``2(b − 1)`` times as far.
     """
 
     block_size: int = 32
