@@ -47,7 +47,7 @@ class PSOFT(_Subspace):
         relaxed: With the vectors α and β. Without them the map is orthogonal, and all angles and
             norms of W's rows are kept.
         svd: "randomized" (seeded, with oversampling; nothing wider than W or than r + 8 is made)
-            or "full".
+            or "full" (iterated until they are exact to W's dtype; nothing wider than 3(r + 8)).
         order: k of the Cayley–Neumann series, as for OFT.
         exact: The exact Cayley transform instead of the series.
         guard: What to do as ‖Q‖₂ nears 1, as for OFT. Of iid entries ‖Q‖₂ grows with √r.
