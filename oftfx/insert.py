@@ -253,7 +253,7 @@ def evaluate(host: Host, found: Inserted) -> Factor:
     """The factor with values for its nodes, which depend on parameters alone."""
     readers = host.readers()
 
-    @functools.cache  # a guard squares a matrix again and again
+    @functools.cache  # operands may be made from each other
     def value(source: fx.Node) -> Any:
         if source in readers:
             return host.parameters()[readers[source]]

@@ -2,6 +2,7 @@
 
 from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.givens import givens, givens_grad
+from oftfx.ops.parameters import reflections, spectral_norm
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
 from oftfx.ops.scale import scale
@@ -13,11 +14,13 @@ __all__ = [
     "cayley_grad",
     "givens",
     "givens_grad",
+    "reflections",
     "rotate",
     "rotate_grad",
     "rotate_group",
     "rotate_group_grad",
     "scale",
+    "spectral_norm",
     "subspace",
     "subspace_grad",
 ]

@@ -133,7 +133,7 @@ def core(theta: Tensor, spec: Blocks) -> Tensor:
     if spec.guard is None or spec.exact:
         return ops.cayley(theta, b, order)
 
-    norm = cayley.spectral_norm(cayley.skew(theta.detach().float(), b))
+    norm = ops.spectral_norm(cayley.skew(theta.detach().float(), b))
     outside = (norm > cayley.DISC)[..., None]
     if spec.guard == "exact":
         return torch.where(
@@ -141,7 +141,7 @@ def core(theta: Tensor, spec: Blocks) -> Tensor:
         )
     # The inner where keeps the norm's gradient finite for the blocks that are not rescaled.
     safe = torch.where(outside, theta, torch.ones_like(theta))
-    scale = cayley.DISC / cayley.spectral_norm(cayley.skew(safe, b))
+    scale = cayley.DISC / ops.spectral_norm(cayley.skew(safe, b))
     return ops.cayley(torch.where(outside, theta * scale[..., None], theta), b, order)
 
 
