@@ -22,8 +22,8 @@ help:  ## show this list
 
 env: $(VENV)/.installed  ## build .venv
 
-demo: $(VENV)/.demo  ## finetune, fold and reload the real SmolLM2-135M (5 minutes on two idle cores)
-	@$(SPIN) $(BIN)/python examples/demo.py
+demo: $(VENV)/.demo  ## finetune, fold and reload the real SmolLM2-135M (5 minutes on two idle cores); METHOD=hra, ARGS="--steps 20"
+	@$(SPIN) $(BIN)/python examples/demo.py $(if $(METHOD),--method $(METHOD) --out out/demo-$(METHOD)) $(ARGS)
 
 test: $(VENV)/.installed  ## the default suite
 	$(PYTEST) -m "not slow and not gpu"
