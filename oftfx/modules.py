@@ -289,7 +289,7 @@ def folding(base: Class, shadowed: tuple[tuple[str, str], ...]) -> type[nn.Modul
                 weight: Tensor = self._parameters[name]
                 for rotations in reversed(self.oft.values()):  # x·R1·R2 folds as W·R2ᵀ·R1ᵀ
                     if name in rotations and rotations[name].enabled:
-                        weight = _folded(rotations[name], weight, layout).to(weight.dtype)
+                        weight = rotations[name].fold(weight, layout).to(weight.dtype)
                 return weight
             except AttributeError as error:
                 # nn.Module would take it for a missing attribute and answer with the raw weight.
@@ -301,13 +301,6 @@ def folding(base: Class, shadowed: tuple[tuple[str, str], ...]) -> type[nn.Modul
     body: dict[str, Any] = {key: folded(key, layout) for key, layout in shadowed}
     body |= {"oft_base": base, "oft_shadowed": shadowed, "__module__": base.__module__}
     return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
-
-
-def _folded(rotation: Any, weight: Tensor, layout: str) -> Tensor:
-    """What a forward reads in place of W, dropout included."""
-    rows = weight if layout == "out_in" else weight.mT
-    rows = rotation.scaled_rows(rotation.turned(rows))
-    return rows if layout == "out_in" else rows.mT
 
 
 def _rebuild(base: Class, shadowed: tuple[tuple[str, str], ...]) -> nn.Module:

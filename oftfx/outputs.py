@@ -47,8 +47,13 @@ class Outputs(nn.Module):
             y = SCALE(y, getattr(self, name), bias)
         return y
 
-    def scaled_rows(self, rows: Tensor) -> Tensor:
-        """``diag(1 + m)·W``, of W in (out, in)."""
+    def turned(self, rows: Tensor) -> Tensor:
+        """``W Mᵀ`` of W in (out, in), by the rotation before the matmul."""
+        raise NotImplementedError
+
+    def fold(self, weight: Tensor, layout: str) -> Tensor:
+        """``diag(1 + m)·W Mᵀ``: what a forward reads in place of W, dropout included."""
+        rows = self.turned(weight if layout == "out_in" else weight.mT)
         for scale in self.scales():
             rows = scale(rows.mT).mT
-        return rows
+        return rows if layout == "out_in" else rows.mT

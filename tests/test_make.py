@@ -57,6 +57,13 @@ def test_without_a_method_it_is_oft(monkeypatch):
 
 
 @needs_make
+def test_the_learning_rate_is_an_angle_where_it_is_asked_to_be(monkeypatch):
+    plain, unit = job_of(monkeypatch), job_of(monkeypatch, "ARGS=--unit-rate")
+    rate = 2 * (unit.spec.block_size - 1)
+    assert unit.lr == pytest.approx(plain.lr * rate, rel=0.1)
+
+
+@needs_make
 def test_more_options_are_added(monkeypatch):
     job = job_of(monkeypatch, "METHOD=hra", "ARGS=--steps 7 --rank 4 --out 'out/my demo'")
     assert (job.steps, job.spec, job.out) == (7, oftfx.HRA(rank=4), Path("out/my demo"))
