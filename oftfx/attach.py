@@ -86,7 +86,8 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
     held: dict[str, Rotation] = {}
     for site in plan.sites:
         if site.shared:
-            shared = SharedRotation(held[site.rotation], site.out_features, _device(model, site))
+            device, seed = _device(model, site), plan.seed_of(site.fqn)
+            shared = SharedRotation(held[site.rotation], site.out_features, device, seed)
             place(model, site, name, shared)
         else:
             held[site.fqn] = _rotation(model, plan, site)
@@ -226,7 +227,7 @@ def _check(model: nn.Module, site: Site) -> None:
 
 
 def _rotation(model: nn.Module, plan: Plan, site: Site) -> Rotation:
-    device, seed = _device(model, site), plan.seed_of(site)
+    device, seed = _device(model, site), plan.seed_of(site.rotation)
     return Rotation(plan.spec_of(site), site.in_features, device, seed, site.out_features)
 
 

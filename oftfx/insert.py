@@ -310,7 +310,7 @@ def _add_factors(
     """Adds a site's parameters and the nodes that make the operands of its factors from them."""
     spec = plan.spec_of(site)
     device = host.parameters()[site.weight].device
-    seed = plan.seed_of(site)
+    seed = plan.seed_of(site.rotation)
     rotation = Rotation(spec, site.in_features, device, seed, site.out_features)
     rotation.fill(fixed.get(site.fqn, {}))
     path = parameter_path(site.weight, name, site.kind == "functional")
@@ -329,7 +329,8 @@ def _add_factors(
 def _add_outputs(host: Host, plan: Plan, site: Site, name: str) -> Iterator[fx.Node]:
     """Adds what a site trains behind its matmuls."""
     device = host.parameters()[site.weight].device
-    outputs = Outputs(plan.spec_of(site), site.out_features, device)
+    seed = plan.seed_of(site.fqn)
+    outputs = Outputs(plan.spec_of(site), site.out_features, device, seed)
     path = parameter_path(site.weight, name, site.kind == "functional")
     for leaf, value in outputs.named_parameters():
         yield host.add(f"{path}.{leaf}", value)

@@ -57,10 +57,8 @@ class Rotation(Outputs):
     """
 
     def __init__(self, spec: Spec, width: int, device: torch.device, seed: int, out: int) -> None:
-        super().__init__(spec, out, device)
-        self.spec = spec
+        super().__init__(spec, out, device, seed)
         self.width = width
-        self.seed = seed
         self.readers: Readers | None = None
         rules: dict[str, Any] = {"targets": ALL_LINEAR, "exclude": (), "overrides": {}}
         self._note = json.dumps(dataclasses.replace(spec, **rules).to_json())
@@ -81,7 +79,7 @@ class Rotation(Outputs):
 
         What is never trained depends on the weight: [`fill`][oftfx.modules.Rotation.fill] sets it.
         """
-        super().reset_parameters()
+        self.reset_outputs()
         generator = torch.Generator().manual_seed(self.seed)
         self.fill(self.method.start(self.spec, self.width, generator))
 
@@ -202,12 +200,17 @@ class SharedRotation(Outputs):
         rotation: What the first site of the group holds.
         out: How many outputs this site has.
         device: Where its own parameters live.
+        seed: Seeds their initial values.
     """
 
-    def __init__(self, rotation: Rotation, out: int, device: torch.device) -> None:
-        super().__init__(rotation.spec, out, device)
+    def __init__(self, rotation: Rotation, out: int, device: torch.device, seed: int) -> None:
+        super().__init__(rotation.spec, out, device, seed)
         self._held = (rotation,)  # a tuple hides the module from the module tree
         self.readers: Readers | None = None
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values of its own."""
+        self.reset_outputs()
 
     @property
     def rotation(self) -> Rotation:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from oftfx.ops.factor import SCALE, Factor
 from oftfx.rotations import output_shapes
+from oftfx.rotations.oft import around_zero
 from oftfx.spec import Spec
 
 
@@ -19,23 +20,29 @@ class Outputs(nn.Module):
         spec: Resolved for this site.
         out: How many outputs it has.
         device: Where the parameters live.
+        seed: Seeds the initial values when the spec asks for random ones.
 
     Attributes:
         outputs: Shapes of the parameters, by name.
     """
 
-    def __init__(self, spec: Spec, out: int, device: torch.device) -> None:
+    def __init__(self, spec: Spec, out: int, device: torch.device, seed: int) -> None:
         super().__init__()
+        self.spec = spec
+        self.seed = seed
         self.outputs = output_shapes(spec, out)
         for name, shape in self.outputs.items():
-            value = torch.zeros(shape, dtype=spec.dtype, device=device)
+            value = torch.empty(shape, dtype=spec.dtype, device=device)
             self.register_parameter(name, nn.Parameter(value))
+        self.reset_outputs()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Sets the initial values: every output as it is."""
-        for name in self.outputs:
-            self.get_parameter(name).zero_()
+    def reset_outputs(self) -> None:
+        """Sets the initial values: every output as it is, or the spec's random start."""
+        # Not the streams that the rotation's own tensors start from.
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        for name, shape in self.outputs.items():
+            self.get_parameter(name).copy_(around_zero(self.spec, shape, generator))
 
     def scales(self) -> tuple[Factor, ...]:
         """The factors that map the outputs."""

@@ -120,9 +120,9 @@ class Plan:
         """The spec that holds at a site, overrides applied."""
         return self.spec.at(site.rotation)
 
-    def seed_of(self, site: Site) -> int:
-        """Seed of a site's initial values: the same whatever else is adapted."""
-        return zlib.crc32(f"{self.spec.seed}/{site.rotation}".encode())
+    def seed_of(self, fqn: str) -> int:
+        """Seed of the initial values that a site holds: the same whatever else is adapted."""
+        return zlib.crc32(f"{self.spec.seed}/{fqn}".encode())
 
     def to_json(self) -> str:
         """The plan as JSON text; a callable ``targets`` becomes the names it chose."""

@@ -187,6 +187,12 @@ def test_rotating_the_input_is_rotating_the_weight(case):
             dense = factor(dense)
         weight = base.get_parameter(site.weight).detach()
         turned = weight @ dense.mT if site.layout == "out_in" else dense @ weight
+        own = oftfx.modules.parameter_path(
+            site.weight, "default", not site.weight.endswith(".weight")
+        )
+        if getattr(at, "magnitude", False):
+            scales = 1 + thetas[f"{own}.magnitude"]
+            turned = scales[:, None] * turned if site.layout == "out_in" else turned * scales
         weights[site.weight] = turned
     outs = torch.func.functional_call(base, weights, (rows(program),), tie_weights=False)
     for a, b in zip(outs, model(rows(program)), strict=True):
