@@ -64,7 +64,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     if need_magnitude:
         product = y if bias is None else y - bias.to(y.dtype)
         rows = (grad * product).reshape(-1, len(magnitude))
-        grad_magnitude = rows.sum(0, dtype=magnitude.dtype)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        grad_magnitude = rows.sum(0, dtype=wide).to(magnitude.dtype)  # rounded once, at the end
     if need_bias:
         grad_bias = -scaled.sum_to_size(bias.shape).to(bias.dtype)
     return grad_y, grad_magnitude, grad_bias

@@ -60,6 +60,15 @@ def test_gradients_of_all_three_and_of_the_gradients():
     assert torch.autograd.gradgradcheck(ops.scale, (y, magnitude, bias))
 
 
+def test_gradients_of_half_precision_parameters_are_rounded_once():
+    y, bias = torch.randn(500, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    magnitude = torch.randn(6).bfloat16().requires_grad_()
+    ops.scale(y, magnitude, bias).square().sum().backward()
+    exact = magnitude.detach().double().requires_grad_()
+    ops.scale(y, exact, bias).square().sum().backward()
+    assert torch.equal(magnitude.grad, exact.grad.bfloat16())
+
+
 def test_the_result_lies_in_memory_as_y_does():
     """A weight scaled by its rows is stored as it was, so that its matmul rounds as it did."""
     y = torch.randn(5, 6).mT
