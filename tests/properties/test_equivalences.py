@@ -163,7 +163,11 @@ def test_saved_is_loaded_into_any_form(case, form, into):
     a, b = testing.thetas(model), testing.thetas(loaded)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
-    testing.assert_same_function(loaded, model, rows(program), digits_of(spec))
+    testing.assert_same_function(loaded, model, rows(program), digits_of(spec), grad=False)
+    within = digits_of(spec)
+    if spec.dtype.itemsize == 2:  # a gradient is rounded to its parameter's dtype, up or down
+        within = torch.finfo(spec.dtype).eps
+    testing.assert_same_function(loaded, model, rows(program), within)
 
 
 @given(cases())
