@@ -22,8 +22,8 @@ help:  ## show this list
 
 env: $(VENV)/.installed  ## build .venv
 
-demo: $(VENV)/.demo  ## finetune, fold and reload the real SmolLM2-135M (5 minutes on two idle cores); QUANT=nf4: in 4 bits
-	@$(SPIN) $(BIN)/python examples/demo.py $(if $(QUANT),--quant $(QUANT) --out out/demo-$(QUANT))
+demo: $(VENV)/.demo  ## finetune, fold and reload the real SmolLM2-135M (5 minutes on two idle cores); METHOD=hra, QUANT=nf4, ARGS="--steps 20"
+	@$(SPIN) $(BIN)/python examples/demo.py $(if $(METHOD),--method $(METHOD)) $(if $(QUANT),--quant $(QUANT)) $(if $(METHOD)$(QUANT),--out out/demo$(if $(METHOD),-$(METHOD))$(if $(QUANT),-$(QUANT))) $(ARGS)
 
 test: $(VENV)/.installed  ## the default suite
 	$(PYTEST) -m "not slow and not gpu"

@@ -57,17 +57,22 @@ def model_file() -> Path:
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
-if __name__ == "__main__":
-    fetch_texts()
-    arguments = [
+def command(model: Path, options: list[str]) -> list[str]:
+    """The arguments of the `oftfx` command, to which options are added."""
+    return [
         "finetune",
-        *("--model", str(model_file())),
+        *("--model", str(model)),
         *("--data", str(CACHE / "paradiselost.txt")),
         *("--unrelated", str(CACHE / "britannica.txt")),
         *("--prompt", "So spake the Serpent, and the Woman heard;\nThen"),
         *("--out", "out/demo", "--force"),
-        *sys.argv[1:],
+        *options,
     ]
+
+
+if __name__ == "__main__":
+    fetch_texts()
+    arguments = command(model_file(), sys.argv[1:])
     print("$", shlex.join(["oftfx", *arguments]), flush=True)
     sys.argv[1:] = arguments
     main()

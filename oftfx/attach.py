@@ -77,7 +77,8 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
     else:
         everything = model.named_parameters(remove_duplicate=False)
         trained = frozenset(n for n, p in everything if p.requires_grad)
-    mine = {id(p) for _, rotation in rotations(model) for p in rotation.parameters()}
+    adapted = (module for module in model.modules() if isinstance(module, Adapted))
+    mine = {id(p) for module in adapted for p in module.oft.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in mine:
             parameter.requires_grad_(False)
@@ -85,7 +86,9 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
     held: dict[str, Rotation] = {}
     for site in plan.sites:
         if site.shared:
-            place(model, site, name, SharedRotation(held[site.rotation]))
+            device, seed = _device(model, site), plan.seed_of(site.fqn)
+            shared = SharedRotation(held[site.rotation], site.out_features, device, seed)
+            place(model, site, name, shared)
         else:
             held[site.fqn] = _rotation(model, plan, site)
             held[site.fqn].fill(values.get(site.fqn, {}))
@@ -224,13 +227,19 @@ def _check(model: nn.Module, site: Site) -> None:
 
 
 def _rotation(model: nn.Module, plan: Plan, site: Site) -> Rotation:
+    device, seed = _device(model, site), plan.seed_of(site.rotation)
+    return Rotation(plan.spec_of(site), site.in_features, device, seed, site.out_features)
+
+
+def _device(model: nn.Module, site: Site) -> torch.device:
+    """Where a site's parameters live."""
     module, parameter = _owner(model, site)
     weight = module._parameters.get(parameter)
     device = device_of(module) if weight is None else weight.device
     hook = vars(module).get("_hf_hook")
     if device.type == "meta" and hook is not None:  # offloaded: its weight is elsewhere
         device = torch.device(getattr(hook, "execution_device", None) or "cpu")
-    return Rotation(plan.spec_of(site), site.in_features, device, plan.seed_of(site))
+    return device
 
 
 def _acquaint(model: nn.Module, plan: Plan, name: str) -> None:

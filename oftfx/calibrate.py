@@ -186,7 +186,7 @@ def sketch_bytes(plan: Plan) -> int:
 def _sketch(plan: Plan, site: Site, weights: Weights) -> Sketch:
     like, spec = weights.like(site), plan.spec_of(site)
     assert isinstance(spec, LOFT)
-    width, seed = site.in_features, plan.seed_of(site)
+    width, seed = site.in_features, plan.seed_of(site.rotation)
     if spec.support == "skew":
         return Skew(width, spec.rank, seed, like)
     readers = [other for other in plan.sites if other.rotation == site.fqn]

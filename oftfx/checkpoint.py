@@ -27,7 +27,7 @@ from oftfx.fingerprint import Fingerprint
 from oftfx.host import parameters_of
 from oftfx.interop import peft
 from oftfx.plan import Plan, Site
-from oftfx.rotations import method_of
+from oftfx.rotations import method_of, output_shapes
 from oftfx.sites import is_quantised
 from oftfx.weights import Weights
 
@@ -158,16 +158,17 @@ def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
     held = parameters_of(model)
     values: dict[str, Tensor] = {}
     for site in plan.sites:
-        if not site.shared:
-            path = modules.parameter_path(site.weight, name, site.kind == "functional")
-            for tensor in _shapes(plan, site):
-                values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
+        path = modules.parameter_path(site.weight, name, site.kind == "functional")
+        for tensor in _shapes(plan, site):
+            values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
     return values
 
 
 def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that a site holds itself."""
     spec = plan.spec_of(site)
-    return method_of(spec).shapes(spec, site.in_features)
+    rotation = {} if site.shared else method_of(spec).shapes(spec, site.in_features)
+    return {**rotation, **output_shapes(spec, site.out_features)}
 
 
 def _fingerprint(model: Model, plan: Plan) -> dict[str, list[float] | None]:
@@ -224,7 +225,6 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
     expected = {
         f"{site.fqn}.{tensor}": shape
         for site in plan.sites
-        if not site.shared
         for tensor, shape in _shapes(plan, site).items()
     }
     for key, shape in expected.items():

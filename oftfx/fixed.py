@@ -67,7 +67,7 @@ def values(
             out[site.fqn] = {"support": calibration.support(site, plan.spec_of(site))}
             continue
         readers = [other for other in plan.sites if other.rotation == site.fqn]
-        spec, seed = plan.spec_of(site), plan.seed_of(site)
+        spec, seed = plan.spec_of(site), plan.seed_of(site.rotation)
         out[site.fqn] = made(spec, site.in_features, seed, partial(weights.stacked, readers))
     return out
 

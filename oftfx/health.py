@@ -14,6 +14,7 @@ from oftfx import insert, modules
 from oftfx.capture import Model, unwrap
 from oftfx.errors import OftfxWarning, PlanError
 from oftfx.host import host_of
+from oftfx.ops.factor import SCALE
 from oftfx.rotations import method_of
 from oftfx.spec import Spec
 from oftfx.table import table
@@ -125,12 +126,13 @@ def rotations_of(model: nn.Module | ExportedProgram, name: str | None = None) ->
     """
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         host = host_of(model)
-        once = {r.parameters: r for r in insert.inserted(host) if name in (None, r.adapter)}
+        turning = (r for r in insert.inserted(host) if r.factor.op is not SCALE)
+        once = {r.parameters: r for r in turning if name in (None, r.adapter)}
         plans = insert.plans(host)
         found = [Held(r.site, r.tensors(host), insert.spec_of(r, plans)) for r in once.values()]
     else:
         found = [
-            Held(fqn, dict(rotation.named_parameters()), rotation.spec)
+            Held(fqn, dict(rotation.tensors()), rotation.spec)
             for fqn, rotation in modules.rotations(model, name)
         ]
     if not found:

@@ -5,6 +5,7 @@ signature ties to a name in its state dict. Everything that edits a graph goes t
 """
 
 import copy
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
 
 
 class Host(Protocol):
@@ -198,6 +199,11 @@ class _Program:
         old = self.program
         signature = copy.copy(old.graph_signature)
         signature.input_specs = self.inputs
+        (outputs,) = self.module.graph.output_node().args
+        signature.output_specs = [
+            _named(spec, node)
+            for spec, node in zip(old.graph_signature.output_specs, outputs, strict=True)
+        ]
         return ExportedProgram(
             root=self.module,
             graph=self.module.graph,
@@ -209,6 +215,13 @@ class _Program:
             constants=self.constants,
             verifiers=old.verifiers,
         )
+
+
+def _named(spec: OutputSpec, node: Any) -> OutputSpec:
+    """An output's entry in the signature, by the node that gives it now."""
+    if not isinstance(spec.arg, TensorArgument):
+        return spec
+    return dataclasses.replace(spec, arg=TensorArgument(name=node.name))
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -5,6 +5,7 @@
     y = linear(x, W, b)             core = oftfx.cayley(theta, b, k)
                                     x_r  = oftfx.rotate(x, core)
                                     y    = linear(x_r, W, b)
+                                    y_s  = oftfx.scale(y, magnitude, b)     where asked for
 
 A second adapter's rotation goes between the first one's and the matmul, so that x·R1·R2.
 """
@@ -12,6 +13,7 @@ A second adapter's rotation goes between the first one's and the matmul, so that
 import functools
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +29,23 @@ from oftfx.fixed import Fixed, Values
 from oftfx.host import Host, call, host_of
 from oftfx.match import Use
 from oftfx.modules import CHILD, NOTE, Rotation, parameter_path, site_name
-from oftfx.ops.factor import MAPS, Factor
+from oftfx.ops.factor import MAPS, SCALE, Factor
+from oftfx.outputs import Outputs
 from oftfx.plan import Plan, Site
 from oftfx.regions import differentiable
-from oftfx.rotations import method_of
+from oftfx.rotations import method_of, output_shapes
+from oftfx.sites import matmul
 from oftfx.spec import Spec
 
 
 @dataclass(frozen=True, eq=False)
 class Inserted:
-    """One factor of a rotation as it stands in a graph.
+    """One factor of a rotation, or of a matmul's outputs, as it stands in a graph.
 
     Attributes:
         node: The node that maps x.
         x: What it maps.
-        factor: Its op, and the nodes and constants it takes besides x.
+        factor: Its op, and the nodes and constants it takes besides x; of outputs, not the bias.
         parameters: Names of the parameters behind those.
         adapter: Name of its adapter.
         site: fqn of the site that holds the parameters.
@@ -124,6 +128,9 @@ def insert(
                         first = first or x
                 rotated[key] = x
             use.feed(rotated[key])
+        for magnitude in _add_outputs(host, plan, site, name):
+            for use in found:
+                _scale(host, use.node, magnitude)
     assert first is not None
     first.meta["custom"] = {
         **first.meta.get("custom", {}),
@@ -172,7 +179,11 @@ def erase(host: Host, found: Inserted) -> None:
     """Erases a factor that nothing uses any more, and what of its operands only it used."""
     graph = host.module.graph
     readers = host.readers()
+    others = set(found.node.all_input_nodes) - {found.x, *found.operands}
     graph.erase_node(found.node)
+    for node in others:  # a bias that was read for a scale alone
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
     behind = match.behind(found.operands)
     for node in reversed(list(graph.nodes)):
         # A trace leaves nodes beside the core of which nothing comes, such as notes on casts.
@@ -191,8 +202,10 @@ def inserted(host: Host) -> list[Inserted]:
     readers = host.readers()
     out = []
     for node in host.module.graph.nodes:
-        if node.op == "call_function" and node.target in MAPS:
+        if node.op == "call_function" and (node.target in MAPS or node.target is SCALE):
             x, *operands = node.args
+            if node.target is SCALE:
+                operands[1:] = [None]  # the bias is the matmul's
             nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
             parameters = tuple(sorted(readers[n] for n in match.behind(nodes) if n in readers))
             owner, _, path = parameters[0].rpartition(".")[0].rpartition(f"{CHILD}.")
@@ -249,7 +262,7 @@ def values_of(host: Host, nodes: Any, site: str) -> Any:
         PlanError: They also depend on chance.
     """
 
-    @functools.cache  # a guard squares a matrix again and again
+    @functools.cache  # operands may be made from each other
     def value(source: fx.Node) -> Any:
         if (held := host.held(source)) is not None:
             return held
@@ -286,6 +299,12 @@ def locate(host: Host, plan: Plan) -> list[tuple[Site, list[Use]]]:
                     f"{site.weight} is read inside a nested graph (a checkpointed or repeated "
                     "region): adapt the module before tracing it, or exclude the site."
                 )
+            if use.node.kwargs.get("beta", 1) != 1 and output_shapes(plan.spec_of(site), 1):
+                raise PlanError(
+                    f"{site.weight}: its matmul adds a multiple of another tensor, beta="
+                    f"{use.node.kwargs['beta']}, beside which its outputs cannot be scaled: "
+                    "exclude the site, or leave magnitude out."
+                )
         shape = found.tensors[site.weight].shape
         if tuple(shape) != site.shape:
             raise PlanError(f"{site.weight} has shape {tuple(shape)}; the plan is another model's.")
@@ -299,10 +318,11 @@ def _add_factors(
     """Adds a site's parameters and the nodes that make the operands of its factors from them."""
     spec = plan.spec_of(site)
     device = host.parameters()[site.weight].device
-    rotation = Rotation(spec, site.in_features, device, plan.seed_of(site))
+    seed = plan.seed_of(site.rotation)
+    rotation = Rotation(spec, site.in_features, device, seed, site.out_features)
     rotation.fill(fixed.get(site.fqn, {}))
     path = parameter_path(site.weight, name, site.kind == "functional")
-    added = [host.add(f"{path}.{leaf}", value) for leaf, value in rotation.named_parameters()]
+    added = [host.add(f"{path}.{leaf}", rotation.get_parameter(leaf)) for leaf in rotation.shapes]
     graph = host.module.graph
     traced = _traced_cores(spec, site.in_features, device)
     values = dict(zip(traced.find_nodes(op="placeholder"), added, strict=True))
@@ -312,6 +332,35 @@ def _add_factors(
             values[node] = call(graph, node.target, *args, **kwargs)
     (cores,) = traced.find_nodes(op="output")[0].args
     return method_of(spec).factors([values[core] for core in cores], spec)
+
+
+def _add_outputs(host: Host, plan: Plan, site: Site, name: str) -> Iterator[fx.Node]:
+    """Adds what a site trains behind its matmuls."""
+    device = host.parameters()[site.weight].device
+    seed = plan.seed_of(site.fqn)
+    outputs = Outputs(plan.spec_of(site), site.out_features, device, seed)
+    path = parameter_path(site.weight, name, site.kind == "functional")
+    for leaf, value in outputs.named_parameters():
+        yield host.add(f"{path}.{leaf}", value)
+
+
+def _scale(host: Host, y: fx.Node, magnitude: fx.Node) -> None:
+    """Lets all that reads a matmul read it scaled, its bias left out."""
+    graph, users = host.module.graph, list(y.users)
+    with graph.inserting_before(y.next):
+        scaled = call(graph, SCALE, y, magnitude, _bias(host, y))
+    for user in users:
+        user.replace_input_with(y, scaled)
+
+
+def _bias(host: Host, node: fx.Node) -> fx.Node | None:
+    """What a matmul adds to its product."""
+    if (spelled := matmul.spelling(node)) is not None:
+        return spelled.bias.of(node) if spelled.bias else None
+    owner = str(node.target)  # call_module
+    if getattr(host.module.get_submodule(owner), "bias", None) is None:
+        return None
+    return host.module.graph.get_attr(f"{owner}.bias")
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from torch.fx import traceback
 
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
+from oftfx.outputs import Outputs
 from oftfx.readers import Readers, autocast_dtype, cast, rotated, traceable
 from oftfx.rotations import Method, block_of, method_of
 from oftfx.rotations.oft import dropped
@@ -46,21 +47,20 @@ class Given(Protocol):
         """The cores, if they are those of these parameters and may be used now."""
 
 
-class Rotation(nn.Module):
-    """The trainable rotation of one input, ``x ← x·M``.
+class Rotation(Outputs):
+    """The trainable rotation of one input, ``x ← x·M``, and what its first reader's outputs train.
 
     Args:
         spec: Resolved for this site.
         width: Width of the input.
         device: Where the parameters live.
         seed: Seeds the initial values when the spec asks for random ones.
+        out: How many outputs its site has.
     """
 
-    def __init__(self, spec: Spec, width: int, device: torch.device, seed: int) -> None:
-        super().__init__()
-        self.spec = spec
+    def __init__(self, spec: Spec, width: int, device: torch.device, seed: int, out: int) -> None:
+        super().__init__(spec, out, device, seed)
         self.width = width
-        self.seed = seed
         self.readers: Readers | None = None
         rules: dict[str, Any] = {"targets": ALL_LINEAR, "exclude": (), "overrides": {}}
         self._note = json.dumps(dataclasses.replace(spec, **rules).to_json())
@@ -82,6 +82,7 @@ class Rotation(nn.Module):
 
         What is never trained depends on the weight: [`fill`][oftfx.modules.Rotation.fill] sets it.
         """
+        self.reset_outputs()
         generator = torch.Generator().manual_seed(self.seed)
         self.fill(self.method.start(self.spec, self.width, generator))
 
@@ -97,7 +98,7 @@ class Rotation(nn.Module):
         return method_of(self.spec)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its parameters by name, as whoever manages them left them for this forward."""
+        """The rotation's parameters by name, as whoever manages them left them for this forward."""
         held = self._parameters
         if len(held) == len(self.shapes):
             return held  # type: ignore[return-value]
@@ -150,19 +151,19 @@ class Rotation(nn.Module):
             return cores
         return tuple(dropped(core, rate, self.width) for core in cores)
 
-    def fold(self, weight: Tensor, layout: str) -> Tensor:
-        """``W Mᵀ`` factor by factor, in the weight's dtype or the core's, whichever is wider.
+    def turned(self, rows: Tensor) -> Tensor:
+        """``W Mᵀ`` factor by factor, in W's dtype or the core's, whichever is wider.
 
-        What a forward reads in place of W, dropout included.
+        Args:
+            rows: W, (out, in).
         """
         cores = self._dropped(self.cores())
         # torch.promote_types would leave a node of its own in an exported graph.
-        wide = weight.to(max(weight.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
-        rows = wide if layout == "out_in" else wide.mT
+        rows = rows.to(max(rows.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         with self._noted():
             for factor in reversed(self.method.factors(cores, self.spec)):
                 rows = factor.transposed()(rows)
-        return rows if layout == "out_in" else rows.mT
+        return rows
 
     def extra_repr(self) -> str:
         """The width and the fields that differ from the defaults."""
@@ -195,13 +196,24 @@ def annotated(note: str) -> Iterator[None]:
         yield
 
 
-class SharedRotation(nn.Module):
-    """Another site's rotation: holds a reference, no parameters and no names of its own."""
+class SharedRotation(Outputs):
+    """Another site's rotation: a reference without names; and what this site's outputs train.
 
-    def __init__(self, rotation: Rotation) -> None:
-        super().__init__()
+    Args:
+        rotation: What the first site of the group holds.
+        out: How many outputs this site has.
+        device: Where its own parameters live.
+        seed: Seeds their initial values.
+    """
+
+    def __init__(self, rotation: Rotation, out: int, device: torch.device, seed: int) -> None:
+        super().__init__(rotation.spec, out, device, seed)
         self._held = (rotation,)  # a tuple hides the module from the module tree
         self.readers: Readers | None = None
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values of its own."""
+        self.reset_outputs()
 
     @property
     def rotation(self) -> Rotation:
@@ -223,9 +235,9 @@ class SharedRotation(nn.Module):
             return self.rotation(x)
         return self.readers.rotate(self, x)
 
-    def fold(self, weight: Tensor, layout: str) -> Tensor:
+    def turned(self, rows: Tensor) -> Tensor:
         """``W Mᵀ``."""
-        return self.rotation.fold(weight, layout)
+        return self.rotation.turned(rows)
 
 
 class Adapted(nn.Module):
@@ -247,16 +259,21 @@ def rotating(base: Class) -> type[nn.Module]:
     before                after
     y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
                           y = base(x)
+                          y = scale(y, magnitude, bias)     where the spec asks for it
     """
     layers = fusing(base)
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if layers is not None and (output := _fused(self, layers, input)) is not None:
             return output
-        for rotation in self.oft.values():
-            if rotation.enabled:
-                input = rotation(input)
-        return base.forward(self, input, *args, **kwargs)
+        used = [rotation for rotation in self.oft.values() if rotation.enabled]
+        for rotation in used:
+            input = rotation(input)
+        output = base.forward(self, input, *args, **kwargs)
+        for rotation in used:
+            if rotation.outputs:
+                output = rotation.scaled(output, getattr(self, "bias", None))
+        return output
 
     name = f"OFT[{base.__name__}]"
     body = {"forward": forward, "oft_base": base, "__module__": base.__module__}
@@ -273,7 +290,7 @@ def _fused(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
     rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
     readers = turn.readers
     together = [rotation] if readers is None else readers.turns
-    if any(each.block is None for each in together):
+    if turn.outputs or any(each.block is None for each in together):
         return None
     if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block):
         return None

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -16,7 +17,7 @@ from oftfx import match, modules, sites
 from oftfx.capture import Capture, Model, capture, unwrap
 from oftfx.errors import OftfxError, PlanError, SpecError
 from oftfx.match import Use
-from oftfx.rotations import method_of, num_trainable
+from oftfx.rotations import method_of, num_trainable, output_shapes
 from oftfx.sites.matmul import Layout
 from oftfx.sites.quantised import Quantiser
 from oftfx.spec import ALL_LINEAR, Spec, Target, matches
@@ -37,7 +38,8 @@ class Site:
         layout: How the weight is stored, "out_in" or "in_out".
         group: Number of the input tensor; sites that read the same tensor have the same group.
         rotation: fqn of the site that holds this site's parameters: itself, unless shared.
-        num_trainable: Trainable numbers this site holds; 0 when another site holds them.
+        num_trainable: Trainable numbers this site holds; those of a shared rotation count where
+            they are held.
         tied: Whether the weight has other names; merging then gives this site its own copy.
     """
 
@@ -118,9 +120,9 @@ class Plan:
         """The spec that holds at a site, overrides applied."""
         return self.spec.at(site.rotation)
 
-    def seed_of(self, site: Site) -> int:
-        """Seed of a site's initial values: the same whatever else is adapted."""
-        return zlib.crc32(f"{self.spec.seed}/{site.rotation}".encode())
+    def seed_of(self, fqn: str) -> int:
+        """Seed of the initial values that a site holds: the same whatever else is adapted."""
+        return zlib.crc32(f"{self.spec.seed}/{fqn}".encode())
 
     def to_json(self) -> str:
         """The plan as JSON text; a callable ``targets`` becomes the names it chose."""
@@ -457,5 +459,6 @@ def _with_parameters(chosen: list[Site], spec: Spec) -> tuple[Site, ...]:
                 "give them different fields; give both the same, or exclude one."
             )
         held = num_trainable(at, site.in_features) if holder is site else 0
+        held += sum(math.prod(shape) for shape in output_shapes(at, site.out_features).values())
         out.append(dataclasses.replace(site, rotation=holder.fqn, num_trainable=held))
     return tuple(out)

@@ -81,6 +81,7 @@ class Probe(nn.Module):
     """Stands where a site's rotation will: maps nothing, and shows x and gradients to a sketch."""
 
     enabled = True
+    outputs = ()  # it scales none
 
     def __init__(self, sketch: Sketch, reader: str, layout: str) -> None:
         super().__init__()

@@ -148,6 +148,7 @@ METHODS = {
         "dropout": 0.1,
     },
     "coft --eps 0.5 --exact": {"method": "COFT", "eps": 0.5, "exact": True},
+    "oft --magnitude --unit-rate": {"method": "OFT", "magnitude": True, "unit_rate": True},
     "boft --block-size 8 --factors 3 --guard rescale": {
         "method": "BOFT",
         "block_size": 8,

@@ -137,12 +137,12 @@ def test_within_the_ball_coft_is_oft():
 
 def test_dropout_drops_whole_blocks_in_training_only():
     spec = OFT(block_size=2, dropout=0.5, init_std=0.3)
-    rotation = oftfx.modules.Rotation(spec, 64, torch.device("cpu"), seed=0)
+    rotation = oftfx.modules.Rotation(spec, 64, torch.device("cpu"), seed=0, out=8)
     inputs = torch.randn(3, 64)
     rotation.eval()
     whole = rotation(inputs)
     plain = OFT(block_size=2, init_std=0.3)
-    without = oftfx.modules.Rotation(plain, 64, torch.device("cpu"), seed=0)
+    without = oftfx.modules.Rotation(plain, 64, torch.device("cpu"), seed=0, out=8)
     assert torch.equal(whole, without(inputs))
     rotation.train()
     seen = set()
@@ -163,7 +163,7 @@ def test_dropout_drops_whole_blocks_in_training_only():
 @pytest.mark.parametrize("share", [False, True])
 def test_dropout_of_every_factor_and_of_shared_blocks(spec, share):
     spec = dataclasses.replace(spec, dropout=0.5, share_blocks=share, init_std=0.3)
-    rotation = oftfx.modules.Rotation(spec, 64, torch.device("cpu"), seed=0)
+    rotation = oftfx.modules.Rotation(spec, 64, torch.device("cpu"), seed=0, out=8)
     inputs = torch.randn(3, 64)
     dropped, whole = rotation.train()(inputs), rotation.eval()(inputs)
     assert not torch.equal(dropped, whole)

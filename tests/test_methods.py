@@ -24,10 +24,11 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SPECS: dict[str, Spec] = {
     "OFT": OFT(block_size=4),
     "OFT, shared blocks": OFT(block_size=4, share_blocks=True),
+    "OFT, magnitudes": OFT(block_size=4, magnitude=True, unit_rate=True),
     "COFT": COFT(block_size=4, eps=0.1),
     "BOFT": BOFT(block_size=4, factors=2),
     "BOFT, dense": BOFT(block_size=2, factors=3, exact=True),
-    "BOFT, shared": BOFT(block_size=4, share_blocks=True),
+    "BOFT, shared": BOFT(block_size=4, share_blocks=True, magnitude=True),
     "GOFT": GOFT(),
     "GOFT, scaled": GOFT(scale=True),
     "QGOFT": QGOFT(),
@@ -35,9 +36,9 @@ SPECS: dict[str, Spec] = {
     "HRA": HRA(rank=4, weight=0.01),
     "PSOFT": PSOFT(rank=4),
     "PSOFT, strict and exact": PSOFT(rank=3, relaxed=False, exact=True, svd="full"),
-    "PSOFT, guarded": PSOFT(rank=5, guard="rescale"),
+    "PSOFT, guarded": PSOFT(rank=5, guard="rescale", unit_rate=True),
     "LOFT, principal": LOFT(rank=4, support="principal", guard="exact"),
-    "LOFT, random and free": LOFT(rank=3, support="random", core="free"),
+    "LOFT, random and free": LOFT(rank=3, support="random", core="free", unit_rate=True),
     "LOFT, coordinate": LOFT(rank=8, support="coordinate"),
 }
 FORMS = ("module", "graph", "program")
@@ -270,6 +271,49 @@ def test_never_a_matrix_as_wide_as_the_input(spec):
         oftfx.merge(model)
     largest = max(event.self_cpu_memory_usage for event in measured.events())
     assert 0 < largest < width * width * 4 / 8
+
+
+ORTHOGONAL = {
+    "OFT": OFT(block_size=4, exact=True),
+    "OFT, shared blocks": OFT(block_size=4, exact=True, share_blocks=True),
+    "COFT": COFT(block_size=4, exact=True),
+    "BOFT": BOFT(block_size=4, factors=2, exact=True),
+    "GOFT": GOFT(),
+    "HRA": HRA(rank=4),
+    "PSOFT, strict": PSOFT(rank=5, relaxed=False, exact=True),
+    "LOFT": LOFT(rank=5, support="random", exact=True),
+}
+
+
+@pytest.mark.parametrize("spec", ORTHOGONAL.values(), ids=ORTHOGONAL)
+def test_rows_of_the_weight_keep_their_norms_and_angles(spec):
+    """And with them its singular values and its hyperspherical energy."""
+    model, base = adapted("mlp", spec), small("mlp")
+    merged = oftfx.merge(model)
+    for i in (0, 2):
+        before, after = base[i].weight.detach(), merged[i].weight.detach()
+        assert (after - before).norm() > 0.05 * before.norm()
+        torch.testing.assert_close(after @ after.mT, before @ before.mT)
+        singular = torch.linalg.svdvals
+        torch.testing.assert_close(singular(after), singular(before))
+        torch.testing.assert_close(energy(after), energy(before))
+
+
+def energy(weight: torch.Tensor) -> torch.Tensor:
+    """``Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹`` of the rows at length one."""
+    return (1 / torch.pdist(torch.nn.functional.normalize(weight, dim=1))).sum()
+
+
+def test_magnitudes_change_the_norms_and_keep_the_angles():
+    model, base = adapted("mlp", OFT(block_size=4, exact=True, magnitude=True)), small("mlp")
+    scales = [1 + model[i].oft.default.magnitude.detach() for i in (0, 2)]
+    merged = oftfx.merge(model)
+    for i, scale in zip((0, 2), scales, strict=True):
+        before, after = base[i].weight.detach(), merged[i].weight.detach()
+        torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1) * scale.abs())
+        same = scale.sign()
+        turned = torch.nn.functional.normalize(after, dim=1) * same[:, None]
+        torch.testing.assert_close(energy(turned), energy(before))
 
 
 # Trainable numbers of a linear layer with 4096 inputs.

@@ -41,12 +41,14 @@ def finetune(
         int, typer.Option(help="Tokens in a block.", rich_help_panel=TRAINING)
     ] = 512,
     lr: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Peak learning rate. Higher learns more of the task and forgets more of the rest.",
+            help="Peak learning rate. Higher learns more of the task and forgets more of the rest. "
+            "3e-4 unless given; with --unit-rate 0.02, which is the same for blocks of 32.",
             rich_help_panel=TRAINING,
+            show_default=False,
         ),
-    ] = 3e-4,
+    ] = None,
     dtype: Dtype = "auto",
     quant: Annotated[
         Literal["none", "nf4"],
@@ -119,7 +121,7 @@ def finetune(
         steps=steps,
         batch_size=batch_size,
         seq_len=seq_len,
-        lr=lr,
+        lr=_default_lr(spec) if lr is None else lr,
         eval_tokens=eval_tokens,
         prompt=prompt,
         merge=merge,
@@ -132,6 +134,10 @@ def finetune(
     show(report, out, screen)
     if report.reload and not report.reload.agrees:
         raise typer.Exit(1)
+
+
+def _default_lr(spec: Spec) -> float:
+    return 0.02 if getattr(spec, "unit_rate", False) else 3e-4
 
 
 def _fraction_or_source(value: str) -> float | str:

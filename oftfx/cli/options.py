@@ -76,6 +76,14 @@ def rotations(
             "there.",
         ),
     ] = "none",
+    unit_rate: Annotated[
+        bool,
+        _turning(
+            "All but goft, qgoft and hra: --lr is the angle in radians that a step turns at most, "
+            "so that one value suits every block size and rank.",
+            "--unit-rate",
+        ),
+    ] = False,
     share_blocks: Annotated[
         bool,
         _turning(
@@ -95,6 +103,13 @@ def rotations(
             "coft: ‖Q‖ that a layer may reach. 1 unless given.",
         ),
     ] = None,
+    magnitude: Annotated[
+        bool,
+        _turning(
+            "oft, coft, boft: a trainable factor for each output of a layer besides.",
+            "--magnitude",
+        ),
+    ] = False,
     factors: Annotated[
         int | None,
         _turning(

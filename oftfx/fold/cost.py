@@ -40,9 +40,9 @@ def cost(fold: Fold, stored: Tensor, untied: bool = False, requantised: bool = F
     exactly = torch.float32 if fold.dtype.itemsize < 4 else torch.float64
     exactly = torch.promote_types(fold.wide(), exactly)
     sums = torch.zeros(6, dtype=torch.float64, device=x.device)
-    for before, after in fold.blocks(stored):
-        exact = fold.turned(before, exactly)
-        unmerged = (rotated @ before.mT).double()
+    for before, after, which in fold.blocks(stored):
+        exact = fold.turned(before, exactly, which)
+        unmerged = fold.scaled(rotated @ before.mT, which).double()
         merged = (x @ after.to(x.dtype).mT).double()
         parts = [_square(merged - unmerged), _square(unmerged)]
         parts += [_square(exact - after), _square(exact)]

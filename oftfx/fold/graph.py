@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,9 +20,10 @@ from oftfx.fold.report import MergedSite, warn_of_loss
 from oftfx.fold.weight import Fold, check_finite
 from oftfx.host import Host, host_of
 from oftfx.match import Use
-from oftfx.ops.factor import Factor
+from oftfx.ops.factor import SCALE, Factor
 from oftfx.regions import differentiable
 from oftfx.sites.matmul import (
+    aten,
     is_view_of_weight,
     parameter_behind,
     quantised_shape,
@@ -35,6 +38,7 @@ class _Site:
     name: str
     uses: list[Use]
     factors: list[Factor]
+    scales: list[Factor]
     out_in: bool = True
 
     @property
@@ -47,9 +51,9 @@ class _Site:
         fqn = self.name.removesuffix(".weight")
         if self.packed:
             weight = packed.floats(host, self.uses[0].node, fqn)
-            return Fold(fqn, weight, True, self.factors, dtype)
+            return Fold(fqn, weight, True, self.factors, dtype, self.scales)
         kept = host.parameters()[self.name]
-        return Fold(fqn, kept, self.out_in, self.factors, kept.dtype)
+        return Fold(fqn, kept, self.out_in, self.factors, kept.dtype, self.scales)
 
 
 @torch.no_grad()
@@ -71,7 +75,7 @@ def merge_graph(
     options.check(bool(quantised))
     if options.to_floats(any(site.packed for site in sites)):
         rotated = {site.name for site in sites}
-        sites += [_Site(n, uses, []) for n, uses in quantised.items() if n not in rotated]
+        sites += [_Site(n, uses, [], []) for n, uses in quantised.items() if n not in rotated]
     turned = []
     for site in sites:
         turned.append(_checked(host, site))
@@ -116,16 +120,24 @@ def _by_weight(uses: Iterable[Use]) -> dict[str, list[Use]]:
     return found
 
 
+class _Chain(NamedTuple):
+    """The rotations of one matmul, as x meets them: of its input, of its weight, of its output."""
+
+    x: list[fx.Node]
+    w: list[fx.Node]
+    y: list[fx.Node]
+
+
 def _sites(host: Host, uses: list[Use], aliases: dict[str, tuple[str, ...]]) -> list[_Site]:
-    """The weights to fold, by the rotations between them and their inputs."""
+    """The weights to fold, by the rotations between them and their inputs and outputs."""
     rotations = {found.node: found for found in insert.inserted(host)}
-    chains = {use: _chains(host, use, aliases[use.weight], rotations) for use in uses}
-    turning = {node for through_x, _ in chains.values() for node in through_x}
+    behind = _scales(rotations)
+    chains = {use: _chain(host, use, aliases[use.weight], rotations, behind) for use in uses}
+    turning = {node for chain in chains.values() for node in chain.x}
     for node in turning:
         if others := _users(node) - {use.node for use in uses} - turning:
             raise MergeError(f"{rotations[node].site}: {others.pop()} reads what it rotates, too.")
-    on_weights = {node for _, through_w in chains.values() for node in through_w}
-    for node in rotations.keys() - turning - on_weights:
+    for node in rotations.keys() - {n for chain in chains.values() for part in chain for n in part}:
         raise MergeError(
             f"{rotations[node].site}: no weight was found behind its rotation. In a graph, floats "
             "and 4-bit weights are folded: merge the module, and export that."
@@ -133,18 +145,31 @@ def _sites(host: Host, uses: list[Use], aliases: dict[str, tuple[str, ...]]) -> 
     sites = []
     for name, reads in _by_weight(uses).items():
         ways = [chains[use] for use in reads]
-        turns = [[rotations[node].parameters for node in (*x, *w)] for x, w in ways]
+        turns = [[rotations[node].parameters for part in way for node in part] for way in ways]
         if any(by != turns[0] for by in turns):
             raise MergeError(f"{name} is read rotated in different ways; it cannot be folded.")
         if turns[0]:
-            through_x, through_w = ways[0]
-            factors = [insert.evaluate(host, rotations[node]) for node in through_x]
-            factors += [insert.evaluate(host, rotations[node]).transposed() for node in through_w]
-            out_in = reads[0].layout == "out_in"
-            if through_w:
-                out_in = not parameter_behind(rotations[through_w[0]].x)[1]
-            sites.append(_Site(name, reads, factors, out_in))
+            sites.append(_site(host, name, reads, ways[0], rotations))
     return sites
+
+
+def _site(
+    host: Host,
+    name: str,
+    reads: list[Use],
+    chain: _Chain,
+    rotations: dict[fx.Node, insert.Inserted],
+) -> _Site:
+    def factors(nodes: Iterable[fx.Node]) -> list[Factor]:
+        return [insert.evaluate(host, rotations[node]) for node in nodes]
+
+    turning = [node for node in chain.w if node.target is not SCALE]
+    scaling = [node for node in (*chain.w, *chain.y) if node.target is SCALE]
+    out_in = reads[0].layout == "out_in"
+    if turning:
+        out_in = not parameter_behind(rotations[turning[0]].x)[1]
+    turned = factors(chain.x) + [factor.transposed() for factor in factors(turning)]
+    return _Site(name, reads, turned, factors(scaling), out_in)
 
 
 def _store(host: Host, site: _Site, report: bool, options: Options, untied: bool) -> Cost | None:
@@ -164,18 +189,50 @@ def _store(host: Host, site: _Site, report: bool, options: Options, untied: bool
     return cost(fold, stored) if report and site.factors else None
 
 
-def _chains(
-    host: Host, use: match.Use, aliases: tuple[str, ...], rotations: dict[fx.Node, insert.Inserted]
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The rotations a matmul's input went through and those its weight did, as x meets them.
-
-    The last rotation of a weight is the first of x.
-    """
+def _chain(
+    host: Host,
+    use: Use,
+    aliases: tuple[str, ...],
+    rotations: dict[fx.Node, insert.Inserted],
+    behind: dict[fx.Node, list[fx.Node]],
+) -> _Chain:
+    """The rotations of a matmul. The last one of a weight is the first of x."""
     readers = host.readers()
     reads = [n for n in use.node.all_input_nodes if readers.get(parameter_behind(n)[0]) in aliases]
-    through_x = [] if use.x is None else [n for n in _path(use.x) if n in rotations]
     through_w = [n for read in reads for n in _path(read) if n in rotations]
-    return through_x[::-1], through_w
+    if use.x is None:  # a bias
+        return _Chain([], through_w, [])
+    # An activation's path ends where it was another matmul's output.
+    path = takewhile(lambda node: node.target is not SCALE, _path(use.x))
+    through_x = [node for node in path if node in rotations]
+    return _Chain(through_x[::-1], through_w, behind.get(use.node, []))
+
+
+def _scales(rotations: dict[fx.Node, insert.Inserted]) -> dict[fx.Node, list[fx.Node]]:
+    """The scales of outputs, by the matmul whose they are.
+
+    Raises:
+        MergeError: Something reads an output unscaled, too.
+    """
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in rotations:
+        if node.target is SCALE:
+            found.setdefault(_product(node), []).append(node)
+    for product, scales in found.items():
+        if others := {user for user in _users(product) if _reads_values(user)} - set(scales):
+            where = rotations[scales[0]].site
+            raise MergeError(f"{where}: {others.pop()} reads its output unscaled, too.")
+    return found
+
+
+def _product(scale: fx.Node) -> fx.Node:
+    """What is scaled, behind casts and other scales."""
+    node = tensor_behind(scale.all_input_nodes[0])
+    return _product(node) if node.target is SCALE else node
+
+
+def _reads_values(node: fx.Node) -> bool:
+    return node.target not in (aten.sym_size.int, aten._assert_tensor_metadata.default)
 
 
 def _path(node: fx.Node) -> list[fx.Node]:

@@ -34,12 +34,13 @@ class _Site:
     def fold(self, dtype: torch.dtype = torch.bfloat16) -> Fold:
         """Its fold; ``dtype`` is for a quantised weight, a float one keeps its own."""
         factors = [factor for rotation in self.rotations for factor in rotation.factors()]
+        scales = [scale for rotation in self.rotations for scale in rotation.scales()]
         if self.quantiser is not None:
             weight = _dequantised(self.fqn, self.module, self.quantiser)
-            return Fold(self.fqn, weight, True, factors, dtype)
+            return Fold(self.fqn, weight, True, factors, dtype, scales)
         kept = self.module._parameters[self.name]
         assert kept is not None
-        return Fold(self.fqn, kept, self.layout == "out_in", factors, kept.dtype)
+        return Fold(self.fqn, kept, self.layout == "out_in", factors, kept.dtype, scales)
 
     def replace(self, value: Tensor) -> None:
         weight = self.module._parameters[self.name]

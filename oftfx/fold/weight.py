@@ -20,7 +20,7 @@ Less would keep the host busier with launches than the device with bytes.
 
 @dataclass(frozen=True)
 class Fold:
-    """One weight to fold: the factors in the order x meets them."""
+    """One weight to fold: the factors in the order x meets them, and those of the outputs."""
 
     fqn: str
     weight: Tensor
@@ -28,6 +28,7 @@ class Fold:
     factors: Sequence[Factor]
     dtype: torch.dtype
     """What the folded weight is stored in."""
+    scales: Sequence[Factor] = ()
 
     def check(self) -> None:
         """That it can be folded, as far as that is known without waiting for the device.
@@ -52,15 +53,22 @@ class Fold:
         return torch.stack(known).amax(0, keepdim=True) if known else torch.zeros(1)
 
     def folded(self, dtype: torch.dtype) -> Tensor:
-        """``W Mᵀ`` in (out, in), computed in this dtype."""
+        """``diag(1 + m)·W Mᵀ`` in (out, in), computed in this dtype."""
         return self.turned(self.weight if self.out_in else self.weight.mT, dtype)
 
-    def turned(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """``w Mᵀ`` for rows w of the weight, computed in this dtype."""
+    def turned(self, rows: Tensor, dtype: torch.dtype, which: slice = slice(None)) -> Tensor:
+        """``(1 + m)·w Mᵀ`` for rows w of the weight, computed in this dtype."""
         rows = rows.to(dtype)
         for factor in reversed(self.factors):
             rows = factor.transposed()(rows)
-        return rows
+        return self.scaled(rows.mT, which).mT
+
+    def scaled(self, outputs: Tensor, which: slice = slice(None)) -> Tensor:
+        """Outputs (..., out) of the matmul, of these rows of the weight, with their magnitudes."""
+        for scale in self.scales:
+            magnitude, *rest = scale.operands
+            outputs = scale.op(outputs, magnitude[which], *rest)
+        return outputs
 
     def run(self, into: Tensor | None = None) -> Tensor:
         """Folds, block by block, without waiting for the device.
@@ -75,16 +83,18 @@ class Fold:
         if into is None:
             into = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
         dtype = torch.promote_types(self.wide(), self.dtype)
-        for old, new in self.blocks(into):
-            new.copy_(self.turned(old, dtype))
+        for old, new, which in self.blocks(into):
+            new.copy_(self.turned(old, dtype, which))
         return into
 
-    def blocks(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The weight's rows, (out, in), and beside them a stored weight's."""
+    def blocks(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """The weight's rows, (out, in), beside them a stored weight's, and which they are."""
         pairs = [tensor.detach() for tensor in (self.weight, stored)]
         old, new = (tensor if self.out_in else tensor.mT for tensor in pairs)
         step = max(1, BLOCK * old.shape[0] // max(1, old.numel()))
-        return zip(old.split(step), new.split(step), strict=True)
+        for begin in range(0, old.shape[0], step):
+            which = slice(begin, begin + step)
+            yield old[which], new[which], which
 
     def wide(self) -> torch.dtype:
         """The widest of the weight's dtype and the factors'."""
@@ -92,7 +102,7 @@ class Fold:
         return functools.reduce(torch.promote_types, dtypes, self.weight.dtype)
 
     def _tensors(self) -> Iterator[Tensor]:
-        for factor in self.factors:
+        for factor in (*self.factors, *self.scales):
             yield from (operand for operand in factor.operands if isinstance(operand, Tensor))
 
 

@@ -5,6 +5,7 @@ from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
 from oftfx.ops.norm_rotate import norm_rotate, norm_rotate_grad
 from oftfx.ops.packed import Packed
+from oftfx.ops.parameters import reflections, spectral_norm
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
 from oftfx.ops.rotated_linear import (
@@ -13,6 +14,7 @@ from oftfx.ops.rotated_linear import (
     rotated_linear,
     rotated_linear_grad,
 )
+from oftfx.ops.scale import scale
 from oftfx.ops.subspace import subspace, subspace_grad
 
 __all__ = [
@@ -28,12 +30,15 @@ __all__ = [
     "glu_rotate_grad",
     "norm_rotate",
     "norm_rotate_grad",
+    "reflections",
     "rotate",
     "rotate_grad",
     "rotate_group",
     "rotate_group_grad",
     "rotated_linear",
     "rotated_linear_grad",
+    "scale",
+    "spectral_norm",
     "subspace",
     "subspace_grad",
 ]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from oftfx.ops import givens, rotate, subspace  # noqa: F401  (registers torch.ops.oftfx)
+from oftfx.ops import givens, rotate, scale, subspace  # noqa: F401  (registers torch.ops.oftfx)
 from oftfx.rotations import cayley
 
 AT_ONCE = 2**23
@@ -17,7 +17,7 @@ class Factor(NamedTuple):
     """``I + Pᵀ(T − I)P``, as the op that applies it: ``x·F = op(x, *operands)``.
 
     Attributes:
-        op: One of [`MAPS`][oftfx.ops.factor.MAPS].
+        op: One of [`MAPS`][oftfx.ops.factor.MAPS], or [`SCALE`][oftfx.ops.factor.SCALE].
         operands: What it takes besides x: tensors, or the nodes of a graph that stand for them, and
             constants.
     """
@@ -107,3 +107,6 @@ MAPS: dict[Any, Map] = {
     ),
 }
 """Every op that maps x."""
+
+SCALE = torch.ops.oftfx.scale.default
+"""The op that maps what a matmul gives: ``I + diag(m)``, a factor on the output's side."""

@@ -5,7 +5,8 @@
     …                                       C_1, … C_n = split(C)
     C_n = cayley(theta_n, b, k)
 
-for parameters of one block size, order, dtype and device that the graph reads as inputs.
+for parameters of one block size, order, dtype and device that the graph reads as inputs, in one
+unit: what is done to each of them before, such as the factor of ``unit_rate``, is done to all.
 """
 
 import operator
@@ -15,28 +16,47 @@ import torch
 from torch import fx
 
 CAYLEY = torch.ops.oftfx.cayley.default
+UNITS = (operator.mul, "float")
 
 
 def batch_cores(graph: fx.GraphModule) -> int:
     """Batches every `oftfx::cayley` of inputs; returns how many ops that saved."""
     batches: dict[Any, list[fx.Node]] = {}
     for node in graph.graph.find_nodes(op="call_function", target=CAYLEY):
-        (theta,), (block_size, order) = node.all_input_nodes, node.args[1:]
+        (given,), (block_size, order) = node.all_input_nodes, node.args[1:]
+        theta, units = _parameter(given)
         value = theta.meta.get("example_value")
         if theta.op in ("placeholder", "get_attr") and value is not None and value.dim() == 2:
-            kind = (block_size, order, value.dtype, value.device)
+            kind = (block_size, order, units, value.dtype, value.device)
             batches.setdefault(kind, []).append(node)
     saved = 0
-    for (block_size, order, *_), nodes in batches.items():
+    for (block_size, order, units, *_), nodes in batches.items():
         if len(nodes) > 1:
-            _batch(graph.graph, nodes, block_size, order)
+            _batch(graph.graph, nodes, block_size, order, units)
             saved += len(nodes) - 1
     return saved
 
 
-def _batch(graph: fx.Graph, nodes: list[fx.Node], block_size: int, order: int | None) -> None:
+def _parameter(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
+    """The parameter behind casts and factors, and those, as they are applied."""
+    units: list[Any] = []
+    while node.target in UNITS and len(node.all_input_nodes) == 1:
+        units.insert(0, (node.op, node.target, node.args[1:]))
+        node = node.all_input_nodes[0]
+    return node, tuple(units)
+
+
+def _batch(
+    graph: fx.Graph,
+    nodes: list[fx.Node],
+    block_size: int,
+    order: int | None,
+    units: tuple[Any, ...],
+) -> None:
     # Sites that share a rotation each ask for its core.
-    thetas = list(dict.fromkeys(node.all_input_nodes[0] for node in nodes))
+    given = [node.all_input_nodes[0] for node in nodes]
+    asked = [_parameter(node)[0] for node in given]
+    thetas = list(dict.fromkeys(asked))
     sizes = [theta.meta["example_value"].shape[0] for theta in thetas]
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     for theta in thetas:
@@ -44,12 +64,24 @@ def _batch(graph: fx.Graph, nodes: list[fx.Node], block_size: int, order: int | 
             first.prepend(theta)
     with graph.inserting_before(first):
         stacked = graph.call_function(torch.cat, (thetas,))
+        for op, target, args in units:
+            stacked = graph.create_node(op, target, (stacked, *args))
         core = graph.call_function(CAYLEY, (stacked, block_size, order))
         shares = graph.call_function(torch.split, (core, sizes))
         cores = [graph.call_function(operator.getitem, (shares, i)) for i in range(len(thetas))]
     by_theta = dict(zip(thetas, cores, strict=True))
-    for node in nodes:
-        share = by_theta[node.all_input_nodes[0]]
+    for node, theta in zip(nodes, asked, strict=True):
+        share = by_theta[theta]
         share.meta = node.meta
         node.replace_all_uses_with(share)
         graph.erase_node(node)
+    for node in dict.fromkeys(given):
+        _erase_units(graph, node)
+
+
+def _erase_units(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases the casts and factors that nothing uses any more."""
+    if node.target in UNITS and not node.users:
+        (before,) = node.all_input_nodes
+        graph.erase_node(node)
+        _erase_units(graph, before)

@@ -116,8 +116,16 @@ def is_fixed(parameter: str) -> bool:
     return any(leaf in method.FIXED for method in _METHODS.values())
 
 
+def output_shapes(spec: Spec, out: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a site of this many outputs trains behind its matmul.
+
+    It is the site's own, also where the rotation before the matmul is shared.
+    """
+    return {"magnitude": (out,)} if getattr(spec, "magnitude", False) else {}
+
+
 def num_trainable(spec: Spec, width: int) -> int:
-    """How many numbers a site of this width trains."""
+    """How many numbers a rotation of this width trains."""
     method = method_of(spec)
     shapes = method.shapes(spec, width)
     return sum(math.prod(shape) for name, shape in shapes.items() if name not in method.FIXED)

@@ -41,7 +41,7 @@ def fixed(
 
 def cores(tensors: Mapping[str, Tensor], spec: LOFT) -> tuple[Tensor, Tensor]:
     """The support (…, r, width), and ``T − I`` (…, r, r), at least float32."""
-    return psoft.wide(tensors["support"]), kernel(tensors, spec)
+    return oft.wide(tensors["support"]), kernel(tensors, spec)
 
 
 def factors(cores: Sequence[Any], spec: LOFT) -> tuple[Factor]:
@@ -62,7 +62,11 @@ def health(tensors: Mapping[str, Tensor], spec: LOFT) -> tuple[Tensor, Tensor]:
 
 
 def kernel(tensors: Mapping[str, Tensor], spec: LOFT) -> Tensor:
-    """``T − I``, at least float32: the parameter itself of a free core."""
+    """``T − I``, at least float32: of a free core the parameter itself, or in units of an angle.
+
+    With entries of at most e, ``‖K‖₂ ≤ e·r``, reached by entries of one sign.
+    """
     if spec.core == "free":
-        return psoft.wide(tensors["kernel"])
+        free = oft.wide(tensors["kernel"])
+        return free / spec.rank if spec.unit_rate else free
     return psoft.rotation(tensors["theta"], spec)

@@ -34,6 +34,10 @@ class Blocks(Protocol):
     def guard(self) -> str | None:
         """What to do near ‖Q‖₂ = 1."""
 
+    @property
+    def unit_rate(self) -> bool:
+        """Whether Q is in units of an angle, whatever the block size."""
+
 
 def shapes(spec: OFT, width: int) -> dict[str, tuple[int, ...]]:
     """Shape of a site's parameters: ``(width/b, b(b−1)/2)``, or ``(1, …)`` for all blocks."""
@@ -89,7 +93,7 @@ def projected(tensors: Mapping[str, Tensor], spec: COFT) -> dict[str, Tensor]:
     """
     theta = tensors["theta"]
     wide = theta.to(torch.promote_types(theta.dtype, torch.float32))
-    norm = math.sqrt(2) * torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    norm = math.sqrt(2) * rate(spec) * torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     most = spec.eps / math.sqrt(theta.shape[-2])
     inside = norm <= most * (1 + torch.finfo(theta.dtype).eps)
     return {"theta": torch.where(inside, theta, (wide * (most / norm)).to(theta.dtype))}
@@ -102,13 +106,34 @@ def around_zero(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) 
     return torch.randn(shape, generator=generator, dtype=torch.float64) * spec.init_std
 
 
+def rate(spec: Blocks) -> float:
+    """What a parameter is multiplied by to be an entry of Q.
+
+    With entries of at most e, ``‖Q‖₂ ≤ e(b − 1)``, the largest sum of a row, whatever their signs:
+    R turns by at most ``2e(b − 1)``, which in these units is e. Entries of one sign come near it:
+    their ``‖Q‖₂ = e·cot(π/2b)`` falls from that bound at b = 2 to 2/π of it for wide blocks.
+    """
+    return 0.5 / (spec.block_size - 1) if spec.unit_rate else 1.0
+
+
+def entries(theta: Tensor, spec: Blocks) -> Tensor:
+    """The entries of Q above the diagonal."""
+    return wide(theta) * rate(spec) if spec.unit_rate else theta
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 at least."""
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
 def core(theta: Tensor, spec: Blocks) -> Tensor:
     """The residual blocks ``R_i − I``, ``(…, n, b, b)``, at least float32."""
     b, order = spec.block_size, None if spec.exact else spec.order
+    theta = entries(theta, spec)
     if spec.guard is None or spec.exact:
         return ops.cayley(theta, b, order)
 
-    norm = cayley.spectral_norm(cayley.skew(theta.detach().float(), b))
+    norm = ops.spectral_norm(cayley.skew(theta.detach().float(), b))
     outside = (norm > cayley.DISC)[..., None]
     if spec.guard == "exact":
         return torch.where(
@@ -116,13 +141,13 @@ def core(theta: Tensor, spec: Blocks) -> Tensor:
         )
     # The inner where keeps the norm's gradient finite for the blocks that are not rescaled.
     safe = torch.where(outside, theta, torch.ones_like(theta))
-    scale = cayley.DISC / cayley.spectral_norm(cayley.skew(safe, b))
+    scale = cayley.DISC / ops.spectral_norm(cayley.skew(safe, b))
     return ops.cayley(torch.where(outside, theta * scale[..., None], theta), b, order)
 
 
 def norm(theta: Tensor, spec: Blocks) -> Tensor:
     """``‖Q_i‖₂`` per block, ``(…, n)``, of the skew matrices the core is made from."""
-    value = cayley.spectral_norm(cayley.skew(theta, spec.block_size))
+    value = cayley.spectral_norm(cayley.skew(entries(theta, spec), spec.block_size))
     return value.clamp_max(cayley.DISC) if spec.guard == "rescale" and not spec.exact else value
 
 

@@ -44,7 +44,7 @@ def fixed(
 
 def cores(tensors: Mapping[str, Tensor], spec: PSOFT) -> tuple[Tensor, Tensor]:
     """The support (…, r, width), and ``T − I`` (…, r, r), at least float32."""
-    return wide(tensors["support"]), kernel(tensors, spec)
+    return oft.wide(tensors["support"]), kernel(tensors, spec)
 
 
 def factors(cores: Sequence[Any], spec: Any) -> tuple[Factor]:
@@ -78,8 +78,3 @@ def defect(kernel: Tensor) -> Tensor:
     """``‖TᵀT − I‖₂`` of T = I + K to within 1 %, without waiting for the device."""
     error = kernel + kernel.mT + kernel.mT @ kernel
     return cayley.spectral_norm(error, multiplicity=1)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 at least."""
-    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()

@@ -1,13 +1,15 @@
 """Supports: orthonormal directions of a layer's input, (r, d), within which a rotation turns it.
 
-All work on matrices of at most W's own size, by products with tall thin ones; none is d×d unless
-W is.
+All work is products of W with tall thin matrices: nothing has more than 3(r + 8) columns.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from oftfx.errors import OftfxWarning
 
 Weight = Callable[[], Tensor]
 """Reads the (out, d) weight that a rotation stands before, float32 or float64."""
@@ -17,6 +19,9 @@ OVERSAMPLING = 8
 
 ITERATIONS = 4
 """Subspace iterations, each with W and with Wᵀ."""
+
+STEPS, ROUNDINGS = 300, 64
+"""How long the exact decomposition goes on, and how many roundings of W it may be off."""
 
 
 def principal(weight: Tensor, rank: int, generator: torch.Generator) -> Tensor:
@@ -39,11 +44,44 @@ def principal(weight: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def principal_exact(weight: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """As [`principal`][oftfx.rotations.supports.principal], from W's full decomposition."""
-    _, _, rows = torch.linalg.svd(weight, full_matrices=False)
-    if len(rows) >= rank:
-        return rows[:rank].contiguous()
-    return orthonormal(rows.mT, rank, generator).mT.contiguous()
+    """As [`principal`][oftfx.rotations.supports.principal], as exactly as W's dtype tells.
+
+    By the locally optimal block preconditioned conjugate gradient method (LOBPCG, Knyazev 2001) on
+    WᵀW, without a preconditioner: every step takes the best directions among the last ones, their
+    residuals and the last step, until every residual ``‖Wᵀu − σv‖`` is a rounding of W.
+
+    Warns:
+        OftfxWarning: It is not after many steps.
+    """
+    width = weight.shape[1]
+    columns = min(width, rank + OVERSAMPLING)
+    if min(weight.shape) <= 3 * columns:  # then the whole decomposition is as small
+        _, _, rows = torch.linalg.svd(weight, full_matrices=False)
+        if len(rows) >= rank:
+            return rows[:rank].contiguous()
+        return orthonormal(rows.mT, rank, generator).mT.contiguous()
+
+    basis = found = directions(width, columns, generator, like=weight)
+    enough = ROUNDINGS * torch.finfo(weight.dtype).eps
+    for _ in range(STEPS):
+        left, values, rows = torch.linalg.svd(weight @ basis, full_matrices=False)
+        left, values, last = left[:, :columns], values[:columns], found
+        found = (basis @ rows.mT)[:, :columns]
+        residual = weight.mT @ left - found * values
+        worst = torch.linalg.vector_norm(residual[:, :rank], dim=0).max()
+        if worst <= enough * values[0]:
+            break
+        tried = torch.cat([found, residual, found - last @ (last.mT @ found)], 1)
+        # At length one, or the directions of small residuals would be lost among the others.
+        basis = basis_of(torch.nn.functional.normalize(tried, dim=0))
+    else:
+        warnings.warn(
+            f"svd='full': after {STEPS} steps the singular vectors have a residual of "
+            f"{float(worst / values[0]):.0e}, not of {enough:.0e}. They span nearly as much.",
+            OftfxWarning,
+            stacklevel=2,
+        )
+    return found[:, :rank].mT.contiguous()
 
 
 def random(width: int, rank: int, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import fx
 
-from oftfx.ops.factor import MAPS
+from oftfx.ops.factor import MAPS, SCALE
 from oftfx.sites import gemm_4bit
 
 Layout = Literal["out_in", "in_out"]
@@ -42,17 +42,18 @@ class Operand(NamedTuple):
 
 
 class Spelling(NamedTuple):
-    """One target that multiplies by a weight: its operands, and W's layout there."""
+    """One target that multiplies by a weight: its operands, W's layout there, and what it adds."""
 
     x: Operand
     w: Operand
     out_in: bool
+    bias: Operand | None = None
 
 
-_LINEAR = Spelling(Operand(0, "input"), Operand(1, "weight"), out_in=True)
+_LINEAR = Spelling(Operand(0, "input"), Operand(1, "weight"), True, Operand(2, "bias"))
 _MATMUL = Spelling(Operand(0, "input"), Operand(1, "other"), out_in=False)
 _MM = Spelling(Operand(0, "input"), Operand(1, "mat2"), out_in=False)
-_ADDMM = Spelling(Operand(1, "mat1"), Operand(2, "mat2"), out_in=False)
+_ADDMM = Spelling(Operand(1, "mat1"), Operand(2, "mat2"), False, Operand(0, "input"))
 
 _SPELLINGS: dict[Any, Spelling] = {
     torch.nn.functional.linear: _LINEAR,
@@ -73,7 +74,7 @@ _SPELLINGS: dict[Any, Spelling] = {
 
 # Of libraries that may not be installed, by name. Their weights are packed, in shapes of their own.
 _QUANTISED: dict[str, Spelling] = {
-    gemm_4bit.NAME: Spelling(Operand(0, "A"), Operand(1, "B"), out_in=True),
+    gemm_4bit.NAME: Spelling(Operand(0, "A"), Operand(1, "B"), True, Operand(6, "bias")),
 }
 _UNPACKING = "bitsandbytes.dequantize_4bit.default"  # before 0.50, a matmul reads what it gives
 _SHAPES = {gemm_4bit.NAME: Operand(2, "shapeB"), _UNPACKING: Operand(4, "shape")}
@@ -186,11 +187,11 @@ def tensor_behind(node: fx.Node) -> fx.Node:
 
 
 def is_view_of_weight(node: fx.Node) -> bool:
-    """Whether a node only casts, transposes or unpacks its input."""
+    """Whether a node only casts, transposes, unpacks, rotates or scales its input."""
     if node.target is getattr:
         return node.args[1] in _ATTRIBUTES
-    known = node.target in _CASTS or node.target in _SWAPS or str(node.target) == _UNPACKING
-    return known or _reshapes_packed(node)
+    known = node.target in _CASTS or node.target in _SWAPS or node.target is SCALE
+    return known or str(node.target) == _UNPACKING or _reshapes_packed(node)
 
 
 def _reshapes_packed(node: fx.Node) -> bool:

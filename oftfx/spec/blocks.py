@@ -26,6 +26,12 @@ class OFT(Spec):
         share_blocks: One block's parameters for all blocks of a site.
         dropout: Probability with which a block is the identity in a forward in training mode
             (multiplicative dropout, BOFT 2311.06243).
+        magnitude: A trainable factor for each output of a layer besides, ``y ← diag(1 + m)·y``
+            before the bias (re-scaled OFT, 2306.07280). Each layer has its own, also where layers
+            share a rotation.
+        unit_rate: Measures the parameters in units of an angle: a step of Adam turns no direction
+            by more radians than its learning rate, whatever the block size. Otherwise a parameter
+            is an entry of Q, and the same step may turn ``2(b − 1)`` times as far.
     """
 
     block_size: int = 32
@@ -34,6 +40,8 @@ class OFT(Spec):
     guard: Literal["rescale", "exact"] | None = None
     share_blocks: bool = False
     dropout: float = 0.0
+    magnitude: bool = False
+    unit_rate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +49,7 @@ class OFT(Spec):
         check_series(self)
         check_type(self, "share_blocks", bool)
         check_number(self, "dropout", below=1.0)
+        check_type(self, "magnitude", bool)
 
 
 @dataclass(frozen=True, kw_only=True)

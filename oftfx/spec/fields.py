@@ -44,6 +44,7 @@ def check_series(spec: Any) -> None:
     """The fields that say how a skew matrix becomes a rotation."""
     check_int(spec, "order", minimum=1)
     check_type(spec, "exact", bool)
+    check_type(spec, "unit_rate", bool)
     if spec.guard not in (None, "rescale", "exact"):
         raise SpecError(f"guard={spec.guard!r}: must be None, 'rescale' or 'exact'.")
 

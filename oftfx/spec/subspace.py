@@ -16,6 +16,7 @@ class _Subspace(Spec):
     order: int = 4
     exact: bool = False
     guard: Literal["rescale", "exact"] | None = None
+    unit_rate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,10 +47,11 @@ class PSOFT(_Subspace):
         relaxed: With the vectors α and β. Without them the map is orthogonal, and all angles and
             norms of W's rows are kept.
         svd: "randomized" (seeded, with oversampling; nothing wider than W or than r + 8 is made)
-            or "full".
+            or "full" (iterated until they are exact to W's dtype; nothing wider than 3(r + 8)).
         order: k of the Cayley–Neumann series, as for OFT.
         exact: The exact Cayley transform instead of the series.
         guard: What to do as ‖Q‖₂ nears 1, as for OFT. Of iid entries ‖Q‖₂ grows with √r.
+        unit_rate: A learning rate that is an angle, whatever the rank, as for OFT.
     """
 
     relaxed: bool = True
@@ -80,6 +82,7 @@ class LOFT(_Subspace):
         order: k of the Cayley–Neumann series, as for OFT; of orthogonal cores.
         exact: The exact Cayley transform instead of the series.
         guard: What to do as ‖Q‖₂ nears 1, as for OFT.
+        unit_rate: A learning rate that is an angle, whatever the rank, as for OFT.
     """
 
     support: Literal["skew", "gradient", "principal", "random", "coordinate"] = "skew"

@@ -45,6 +45,9 @@ def cayleys(model, x, on: bool = True) -> int:
         (OFT(block_size=4, overrides={"q": {"dtype": torch.bfloat16}}), 2),
         (OFT(block_size=4, exact=True), 1),
         (OFT(block_size=4, guard="rescale"), 4),  # not of the parameters, but of what they become
+        (OFT(block_size=4, unit_rate=True), 1),
+        (OFT(block_size=4, unit_rate=True, dtype=torch.bfloat16), 1),
+        (OFT(block_size=4, overrides={"q": {"unit_rate": True}, "k": {"unit_rate": True}}), 2),
         (OFT(block_size=4, targets="out"), 1),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else str(value.to_json()),
@@ -54,10 +57,17 @@ def test_cores_of_one_kind_become_one(spec, left):
     assert cayleys(oftfx.adapt(Attention(), spec, example_inputs=x), x) == left
 
 
-@pytest.mark.parametrize("on", [True, False])
-def test_changes_no_value_and_no_gradient(on):
+@pytest.mark.parametrize(
+    ("on", "spec"),
+    [
+        (True, SPEC),
+        (False, SPEC),
+        (True, OFT(block_size=4, unit_rate=True, dtype=torch.bfloat16, init_std=1.0)),
+    ],
+)
+def test_changes_no_value_and_no_gradient(on, spec):
     x = rows(torch.float32)
-    model = oftfx.adapt(Attention(), SPEC, example_inputs=x)
+    model = oftfx.adapt(Attention(), spec, example_inputs=x)
     compiled = torch.compile(model, backend=backend, options={"batch_cores": on}, fullgraph=True)
     testing.assert_same_function(compiled, model, x)
     assert (counters["oftfx"]["batch_cores"] > 0) is on

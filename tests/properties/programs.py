@@ -210,6 +210,8 @@ def specs(
         "exact": draw(st.booleans()),
         "guard": draw(st.sampled_from((None, "rescale", "exact"))),
         "share_blocks": draw(st.booleans()),
+        "magnitude": draw(st.booleans()),
+        "unit_rate": draw(st.booleans()),
     }
     if shared["init_std"] and (own["exact"] or own["guard"]):  # far starts only where it is guarded
         shared["init_std"] *= draw(st.sampled_from((1, 5)))

@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
+from oftfx import OftfxWarning
 from oftfx.rotations import supports
 from oftfx.rotations.supports import OVERSAMPLING
 from oftfx.testing import tolerance
@@ -108,3 +110,42 @@ def test_coordinates_are_distinct_unit_vectors():
     assert torch.equal(support.sum(0), torch.ones(9).double())
     assert torch.equal(support.sum(1), torch.ones(9).double())
     assert supports.coordinate(9, 4, generator()).sum() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "rank", "decay"), [
+    ((160, 160), 9, 0.0), ((160, 160), 9, 1.0), ((120, 200), 20, 0.5), ((200, 120), 4, 3.0)
+])  # fmt: skip
+def test_full_is_the_whole_decomposition(shape, rank, decay, dtype):
+    """Up to what the distance of the next singular value allows to tell."""
+    torch.manual_seed(0)
+    weight = matrix(*shape, decay, dtype) if decay else torch.randn(shape, dtype=dtype)
+    found = supports.principal_exact(weight, rank, generator())
+    _, values, rows = torch.linalg.svd(weight.double())
+    assert is_orthonormal(found)
+    apart = float((values[rank - 1] - values[rank]) / values[0])
+    off = 2 * supports.ROUNDINGS * torch.finfo(dtype).eps
+    assert sine(found.double(), rows[:rank]) <= off / apart
+    kept = torch.linalg.svdvals(weight.double() @ found.double().mT)
+    torch.testing.assert_close(kept, values[:rank], rtol=0, atol=off * float(values[0]))
+
+
+def test_full_of_equal_singular_values_ends():
+    weight = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64)).Q
+    found = supports.principal_exact(weight, 5, generator())
+    assert is_orthonormal(found)
+
+
+def test_full_says_when_it_is_not_done(monkeypatch):
+    monkeypatch.setattr(supports, "STEPS", 2)
+    with pytest.warns(OftfxWarning, match="after 2 steps"):
+        supports.principal_exact(torch.randn(100, 100, dtype=torch.float64), 5, generator())
+
+
+@every_way
+def test_never_a_matrix_as_wide_as_a_square_weight(find):
+    weight = torch.randn(768, 768)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        find(weight, 8, generator())
+    largest = max(event.self_cpu_memory_usage for event in measured.events())
+    assert 0 < largest < weight.nbytes / 4

@@ -71,8 +71,8 @@ def write_lora(
     """
     tensors, sites = {}, []
     for site in tracked(plan.sites, "factoring"):
-        check_layer(site)
         spec = plan.spec_of(site)
+        check_layer(site, spec)
         names = method_of(spec).shapes(spec, site.in_features)
         held = {name: values[f"{site.rotation}.{name}"] for name in names}
         factors = method_of(spec).factors(built(spec, held), spec)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oftfx.errors import CheckpointError
 from oftfx.interop.peft.directory import CONFIG, Directory
-from oftfx.rotations import projection_of
+from oftfx.rotations import oft, projection_of
 from oftfx.rotations.supports import Weight
 from oftfx.spec import COFT, OFT
 
@@ -81,7 +81,7 @@ def ours(
 
 def theirs(spec: OFT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``oft_R.weight``."""
-    return {"oft_R.weight": _signed(spec, tensors["theta"])}
+    return {"oft_R.weight": _signed(spec, oft.entries(tensors["theta"], spec))}
 
 
 def config(specs: Mapping[str, OFT], widths: Mapping[str, int]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from oftfx.errors import CheckpointError
 from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
 from oftfx.interop.peft.formats import WRITES
 from oftfx.plan import Plan, Site
-from oftfx.rotations import method_of
+from oftfx.rotations import method_of, output_shapes
+from oftfx.spec import Spec
 
 PEFT_VERSION = "0.21.2"
 """The version whose files these are; what they mean has not changed since 0.18."""
@@ -33,8 +34,8 @@ def write(plan: Plan, values: Mapping[str, Tensor], base: str | None) -> dict[st
         raise CheckpointError(f"PEFT has no {type(plan.spec).__name__}; save it without format=.")
     tensors = {}
     for site in plan.sites:
-        check_layer(site)
         spec = plan.spec_of(site)
+        check_layer(site, spec)
         held = {
             key: values[f"{site.rotation}.{key}"]
             for key in method_of(spec).shapes(spec, site.in_features)
@@ -48,12 +49,17 @@ def write(plan: Plan, values: Mapping[str, Tensor], base: str | None) -> dict[st
     return files(tensors, config | {"peft_type": name})
 
 
-def check_layer(site: Site) -> None:
-    """That a site is a layer of its own.
+def check_layer(site: Site, spec: Spec) -> None:
+    """That a site is a layer of its own, and only its input is mapped.
 
     Raises:
-        CheckpointError: It is a bare parameter.
+        CheckpointError: It is a bare parameter, or its outputs are scaled.
     """
+    if output_shapes(spec, site.out_features):
+        raise CheckpointError(
+            f"{site.fqn}: magnitude=True scales its outputs, which neither PEFT's OFT nor LoRA can "
+            "express: save it without format=, or merge it."
+        )
     if site.kind == "functional":
         raise CheckpointError(f"{site.fqn} is no layer of its own, which PEFT cannot adapt.")
 
