@@ -20,7 +20,7 @@ from oftfx.ops.packed import Packed
 from oftfx.ops.precision import as_given, exactly
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group_grad
-from oftfx.ops.triton import kernels
+from oftfx.ops.kernels import kernels
 
 PACKED = (
     "Tensor data, Tensor absmax, Tensor code, int[] shape, int block_size, "

@@ -156,7 +156,7 @@ def test_no_rows_give_no_rows_and_zero_gradients(shape, device):
 
 
 def test_many_runs_are_added_the_same_way_every_time(device, monkeypatch):
-    monkeypatch.setattr(kernel.rotate, "processors", lambda device: 20)
+    monkeypatch.setattr(kernel.rotate, "_processors", lambda device: 20)
     kernel._work.cache_clear()
     grads, given = case(3, 64 * 19, 1, 16, device)
     first = kernel.norm_rotate_grad(grads, *given, True, True)[-1]
