@@ -136,8 +136,14 @@ def finetune(
         raise typer.Exit(1)
 
 
+LEARNING_RATES = {"GOFT": 3e-3, "QGOFT": 3e-3, "HRA": 2e-4, "LOFT": 2e-4}
+"""Those that are not OFT's: by the rates at which methods gained the same (docs/methods)."""
+
+
 def _default_lr(spec: Spec) -> float:
-    return 0.02 if getattr(spec, "unit_rate", False) else 3e-4
+    if getattr(spec, "unit_rate", False):
+        return 0.02
+    return LEARNING_RATES.get(type(spec).__name__, 3e-4)
 
 
 def _fraction_or_source(value: str) -> float | str:

@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from oftfx.ops import packed
 from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
 from oftfx.ops.precision import as_given, exactly
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group_grad
-from oftfx.ops.kernels import kernels
 
 PACKED = (
     "Tensor data, Tensor absmax, Tensor code, int[] shape, int block_size, "

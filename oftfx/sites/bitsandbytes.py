@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from oftfx.errors import OftfxWarning
+from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
 from oftfx.ops.rotated_linear import deferred_linear, folds, rotated_linear
-from oftfx.ops.kernels import kernels
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
 
