@@ -335,6 +335,7 @@ def test_under_autocast():
         assert left(model, tokens()) == (4, 4, 0)
 
 
+@pytest.mark.slow
 def test_a_language_model_whole_and_layer_by_layer():
     model = oftfx.adapt(llama(), SPEC)
     compiled = torch.compile(model, backend=backend, fullgraph=True)

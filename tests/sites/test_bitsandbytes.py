@@ -175,7 +175,7 @@ def test_checkpointed(make, reentrant):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @both_widths
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_without_a_graph_break(make, training):
     model = oftfx.adapt(quantised_llama(make), SPEC).train(training)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
