@@ -12,6 +12,7 @@ from oftfx.errors import OftfxWarning
 from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
 from oftfx.ops.rotated_linear import deferred_linear, folds, rotated_linear
+from oftfx.sites import gemm_4bit
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
 
@@ -182,7 +183,7 @@ LINEAR8BIT = Linear8bitLt()
 
 
 OPS = (
-    "bitsandbytes.gemm_4bit.default",
+    gemm_4bit.NAME,
     "bitsandbytes.dequantize_4bit.default",  # before 0.50, with a matmul of torch's after it
     "bitsandbytes.dequantize_blockwise.default",
 )

@@ -8,11 +8,11 @@ from torch import Tensor
 from oftfx.interop.peft import hra, oft, psoft
 from oftfx.interop.peft.directory import Directory
 from oftfx.rotations.supports import Weight
-from oftfx.spec import COFT, HRA, OFT, PSOFT, Spec
+from oftfx.spec import BOFT, COFT, HRA, OFT, PSOFT, Spec
 
 
-class Format(Protocol):
-    """What a method's file defines.
+class Readable(Protocol):
+    """What the file of a method that is read defines.
 
     Attributes:
         SUFFIXES: How the names of one layer's tensors end, after the layer's own name.
@@ -39,6 +39,10 @@ class Format(Protocol):
     ) -> dict[str, Tensor]:
         """A rotation's tensors from PEFT's; ``weight`` is called only where they depend on W."""
 
+
+class Format(Readable, Protocol):
+    """What the file of a method that is written, too, defines."""
+
     def theirs(self, spec: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PEFT's tensors, by suffix, from a rotation's."""
 
@@ -50,10 +54,14 @@ class Format(Protocol):
         """
 
 
-READS: dict[str, Format] = {"OFT": oft, "HRA": hra, "PSOFT": psoft}
+READS: dict[str, Readable] = {"OFT": oft, "HRA": hra, "PSOFT": psoft}
 WRITES: dict[type[Spec], tuple[Format, str]] = {
     OFT: (oft, "OFT"),
     COFT: (oft, "OFT"),
     HRA: (hra, "HRA"),
-    PSOFT: (psoft, "PSOFT"),
 }
+UNWRITTEN: dict[type[Spec], str] = {
+    BOFT: "BOFT is not written for PEFT yet: save it without format=.",
+    PSOFT: psoft.UNWRITTEN,
+}
+"""Why a method that PEFT has is not written."""

@@ -19,6 +19,10 @@ from oftfx.rotations.supports import Weight
 from oftfx.spec import PSOFT
 
 _THETA, _A, _B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
+UNWRITTEN = (
+    "PEFT's files hold no singular vectors: it computes others, with other signs, and the adapter "
+    "would be another. Write format='lora', which is exact for PSOFT."
+)
 SUFFIXES: tuple[str, ...] = (_THETA, _A, _B)
 
 
@@ -62,26 +66,6 @@ def ours(
     if spec.relaxed:
         values |= {"alpha": tensors[_A] - 1, "beta": tensors[_B] - 1}
     return values
-
-
-def theirs(spec: PSOFT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters; the support stays behind."""
-    values = {_THETA: -tensors["theta"]}
-    if spec.relaxed:
-        values |= {_A: 1 + tensors["alpha"], _B: 1 + tensors["beta"]}
-    return values
-
-
-def config(specs: Mapping[str, PSOFT], widths: Mapping[str, int]) -> dict[str, Any]:
-    """PEFT's fields.
-
-    Raises:
-        CheckpointError: Always, but for specs that agree and whose support PEFT recomputes.
-    """
-    raise CheckpointError(
-        "PEFT's files hold no singular vectors: it computes others, with other signs, and the "
-        "adapter would be another. Write format='lora', which is exact for PSOFT."
-    )
 
 
 def _support(found: Directory, spec: PSOFT, weight: Tensor) -> Tensor:

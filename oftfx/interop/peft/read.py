@@ -14,7 +14,7 @@ from oftfx.capture import Model
 from oftfx.errors import CheckpointError, OftfxError
 from oftfx.fingerprint import Fingerprint
 from oftfx.interop.peft.directory import CONFIG, TENSORS, Directory, read_directory
-from oftfx.interop.peft.formats import READS, Format
+from oftfx.interop.peft.formats import READS, Readable
 from oftfx.plan import Plan, plan
 from oftfx.rotations import method_of
 from oftfx.spec import Spec
@@ -38,7 +38,7 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
     found = read_directory(path)
     if found.method not in READS:
         raise CheckpointError(
-            f"{path / CONFIG}: peft_type {found.method!r} is no method of oftfx that PEFT has: "
+            f"{path / CONFIG}: peft_type {found.method!r} is not read; this version reads "
             f"{', '.join(READS)}."
         )
     form = READS[found.method]
@@ -65,7 +65,7 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
     return chosen, values
 
 
-def _layers(found: Directory, form: Format) -> dict[str, dict[str, Tensor]]:
+def _layers(found: Directory, form: Readable) -> dict[str, dict[str, Tensor]]:
     """Each layer's tensors by suffix.
 
     Raises:
@@ -91,7 +91,7 @@ def _layers(found: Directory, form: Format) -> dict[str, dict[str, Tensor]]:
 
 
 def _specs(
-    found: Directory, form: Format, layers: Mapping[str, Mapping[str, Tensor]]
+    found: Directory, form: Readable, layers: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Spec]:
     """The spec of each layer."""
     common = form.fields(found)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from oftfx.errors import CheckpointError
 from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
-from oftfx.interop.peft.formats import WRITES
+from oftfx.interop.peft.formats import UNWRITTEN, WRITES
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, output_shapes
 from oftfx.spec import Spec
@@ -29,9 +29,11 @@ def write(plan: Plan, values: Mapping[str, Tensor], base: str | None) -> dict[st
     Raises:
         CheckpointError: PEFT cannot express the adapter. Says which site or field.
     """
-    form, name = WRITES.get(type(plan.spec), (None, ""))
-    if form is None:
-        raise CheckpointError(f"PEFT has no {type(plan.spec).__name__}; save it without format=.")
+    method = type(plan.spec)
+    if method not in WRITES:
+        unknown = f"PEFT has no {method.__name__}: save it without format=."
+        raise CheckpointError(UNWRITTEN.get(method, unknown))
+    form, name = WRITES[method]
     tensors = {}
     for site in plan.sites:
         spec = plan.spec_of(site)
