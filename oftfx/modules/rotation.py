@@ -1,23 +1,10 @@
-"""Modules that hold the trainable state, and the classes an adapted module takes on.
-
-    Linear                       OFT[Linear]               (a cached subclass of Linear)
-      weight, bias                 weight, bias
-                                   oft: ModuleDict
-                                     default: Rotation
-                                       theta
-
-Only the class changes: the object, its names, its parameters and its place in the model stay, so
-everything that holds on to the module keeps working, compiled graphs included.
-"""
+"""The trainable state of one adapter at one site."""
 
 import dataclasses
-import functools
 import json
-import re
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +13,13 @@ from torch.fx import traceback
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
 from oftfx.outputs import Outputs
-from oftfx.readers import Readers, autocast_dtype, cast, rotated, traceable
+from oftfx.readers import Readers, rotated, traceable
 from oftfx.rotations import Method, block_of, method_of
 from oftfx.rotations.oft import dropped
-from oftfx.sites import fusing
-from oftfx.sites.quantised import Fusing
 from oftfx.spec import ALL_LINEAR, Spec
 
-Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
 NOTE = "oftfx_spec"
 """Where the nodes of an exported module keep the spec of their rotation, as JSON."""
-CHILD = "oft"
-"""Name of the child that holds a module's rotations, by adapter name."""
 
 
 class Given(Protocol):
@@ -238,182 +220,3 @@ class SharedRotation(Outputs):
     def turned(self, rows: Tensor) -> Tensor:
         """``W Mᵀ``."""
         return self.rotation.turned(rows)
-
-
-class Adapted(nn.Module):
-    """What every adapted module is an instance of, besides its own class."""
-
-    oft: nn.ModuleDict
-    oft_base: type[nn.Module]
-    oft_shadowed: tuple[tuple[str, str], ...] = ()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so a pickle names its parts instead.
-        return _rebuild, (self.oft_base, self.oft_shadowed), self.__getstate__()
-
-
-@functools.cache
-def rotating(base: Class) -> type[nn.Module]:
-    """The subclass of a linear layer's class that rotates its input.
-
-    before                after
-    y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
-                          y = base(x)
-                          y = scale(y, magnitude, bias)     where the spec asks for it
-    """
-    layers = fusing(base)
-
-    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if layers is not None and (output := _fused(self, layers, input)) is not None:
-            return output
-        used = [rotation for rotation in self.oft.values() if rotation.enabled]
-        for rotation in used:
-            input = rotation(input)
-        output = base.forward(self, input, *args, **kwargs)
-        for rotation in used:
-            if rotation.outputs:
-                output = rotation.scaled(output, getattr(self, "bias", None))
-        return output
-
-    name = f"OFT[{base.__name__}]"
-    body = {"forward": forward, "oft_base": base, "__module__": base.__module__}
-    return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
-
-
-def _fused(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
-    """A layer's output where it turns its weight instead of x, in a training step; else None."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return None
-    turns = [rotation for rotation in module.oft.values() if rotation.enabled]
-    if len(turns) != 1 or not isinstance(turn := turns[0], Rotation | SharedRotation):
-        return None  # a calibration's probe wants to see x
-    rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
-    readers = turn.readers
-    together = [rotation] if readers is None else readers.turns
-    if turn.outputs or any(each.block is None for each in together):
-        return None
-    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block):
-        return None
-    if readers is not None:
-        return layers.rotated_linear(module, *readers.defer(turn, x), deferred=True)
-    (factor,) = rotation.applied()
-    return layers.rotated_linear(module, cast(x), factor.operands[0], deferred=False)
-
-
-@functools.cache
-def folding(base: Class, shadowed: tuple[tuple[str, str], ...]) -> type[nn.Module]:
-    """The subclass of a module's class whose weights read as ``W Mᵀ``, folded on the fly.
-
-    Right however the owner uses the weight; its gradient needs that of the folded weight, so it
-    costs more than a rotation where the activation is long.
-
-    Args:
-        base: The class.
-        shadowed: Name and layout of each weight.
-    """
-
-    def folded(name: str, layout: str) -> property:
-        def read(self: Any) -> Tensor:
-            try:
-                weight: Tensor = self._parameters[name]
-                for rotations in reversed(self.oft.values()):  # x·R1·R2 folds as W·R2ᵀ·R1ᵀ
-                    if name in rotations and rotations[name].enabled:
-                        weight = rotations[name].fold(weight, layout).to(weight.dtype)
-                return weight
-            except AttributeError as error:
-                # nn.Module would take it for a missing attribute and answer with the raw weight.
-                raise RuntimeError(f"folding {name} failed: {error}") from error
-
-        return property(read)
-
-    name = f"OFT[{base.__name__}]"
-    body: dict[str, Any] = {key: folded(key, layout) for key, layout in shadowed}
-    body |= {"oft_base": base, "oft_shadowed": shadowed, "__module__": base.__module__}
-    return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
-
-
-def _rebuild(base: Class, shadowed: tuple[tuple[str, str], ...]) -> nn.Module:
-    cls = folding(base, shadowed) if shadowed else rotating(base)
-    return cls.__new__(cls)
-
-
-def bare(module: Adapted) -> None:
-    """Gives a module its own class back and drops its rotations."""
-    del module._modules[CHILD]
-    become(module, module.oft_base)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether accelerate wrapped this module's forward, in the way `become` knows."""
-    inner = vars(module).get("_old_forward")
-    return "_hf_hook" in vars(module) and isinstance(inner, types.MethodType)
-
-
-def own_forward(module: nn.Module) -> bool:
-    """Whether an instance's forward is merely its class's, as accelerate's hooks leave behind."""
-    return getattr(vars(module)["forward"], "__func__", None) is type(module).forward
-
-
-def unhook(module: nn.Module) -> None:
-    """Takes accelerate's instance-level forward, or what its hooks left of one, off a module."""
-    if "_hf_hook" in vars(module):
-        for name in ("_hf_hook", "_old_forward", "forward"):
-            vars(module).pop(name, None)
-    if "forward" in vars(module) and own_forward(module):
-        del vars(module)["forward"]
-
-
-def become(module: nn.Module, cls: Class) -> None:
-    """Gives a module another class, and accelerate's instance-level forward that class's."""
-    if "forward" in vars(module) and own_forward(module):
-        del vars(module)["forward"]
-    module.__class__ = cls
-    if hooked(module):
-        vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
-
-
-def parameter_path(weight: str, name: str, functional: bool = False) -> str:
-    """Where a rotation lives: `fc.oft.default` for `fc.weight`, `fc.oft.default.w` for `fc.w`."""
-    owner, _, leaf = weight.rpartition(".")
-    return ".".join(filter(None, (owner, CHILD, name, leaf if functional else "")))
-
-
-def is_rotation(parameter: str, name: str | None = None) -> bool:
-    """Whether a parameter of this name is a rotation's, of one adapter or of any."""
-    which = r"\w+" if name is None else name
-    return re.fullmatch(rf"(.+\.)?{CHILD}\.{which}\.(\w+\.)?\w+", parameter) is not None
-
-
-def site_name(owner: str, parameter: str) -> str:
-    """A site's fqn: its weight's name without a trailing ".weight"."""
-    return (f"{owner}.{parameter}" if owner else parameter).removesuffix(".weight")
-
-
-def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Rotation]]:
-    """Every rotation of a model with its site's fqn; of one adapter, or of all."""
-    for fqn, module in model.named_modules():
-        if not isinstance(module, Adapted):
-            continue
-        for adapter, held in module.oft.items():
-            by_parameter = held.items() if isinstance(held, nn.ModuleDict) else [("weight", held)]
-            for parameter, rotation in by_parameter:
-                if name in (None, adapter) and isinstance(rotation, Rotation):
-                    yield site_name(fqn, parameter), rotation
-
-
-@contextmanager
-def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
-    """Within it, the model computes what its base computes, bit for bit.
-
-    Args:
-        model: An adapted nn.Module, or anything that contains one.
-        name: One adapter; None for all.
-    """
-    held = [(rotation, rotation.enabled) for _, rotation in rotations(model, name)]
-    try:
-        for rotation, _ in held:
-            rotation.enabled = False
-        yield
-    finally:
-        for rotation, enabled in held:
-            rotation.enabled = enabled
