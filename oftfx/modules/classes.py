@@ -6,7 +6,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from oftfx.modules import rows
 from oftfx.modules.fused import fused
+from oftfx.modules.rows import Rows
 from oftfx.sites import fusing
 
 Class: TypeAlias = Any  # a subclass of nn.Module; type checkers take classes for unhashable
@@ -20,10 +22,23 @@ class Adapted(nn.Module):
     oft: nn.ModuleDict
     oft_base: type[nn.Module]
     oft_shadowed: tuple[tuple[str, str], ...] = ()
+    oft_order: tuple[str, ...] = ()
+    """Adapters that come before the others, in the order x meets them."""
+    oft_rows: Rows | None = None
+    """Which adapter each row of a batch goes through, where they differ."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so a pickle names its parts instead.
         return _rebuild, (self.oft_base, self.oft_shadowed), self.__getstate__()
+
+
+def ordered(module: Any) -> list[Any]:
+    """What each adapter holds of an adapted module, in the order x meets them."""
+    held, first = module.oft, module.oft_order
+    if not first:
+        return list(held.values())
+    names = [name for name in first if name in held]
+    return [held[name] for name in (*names, *(name for name in held if name not in names))]
 
 
 @functools.cache
@@ -38,9 +53,11 @@ def rotating(base: Class) -> type[nn.Module]:
     layers = fusing(base)
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.oft_rows is not None:
+            return rows.run(self, base, input, *args, **kwargs)
         if layers is not None and (output := fused(self, layers, input)) is not None:
             return output
-        used = [rotation for rotation in self.oft.values() if rotation.enabled]
+        used = [rotation for rotation in ordered(self) if rotation.enabled]
         for rotation in used:
             input = rotation(input)
         output = base.forward(self, input, *args, **kwargs)
@@ -70,7 +87,7 @@ def folding(base: Class, shadowed: tuple[tuple[str, str], ...]) -> type[nn.Modul
         def read(self: Any) -> Tensor:
             try:
                 weight: Tensor = self._parameters[name]
-                for rotations in reversed(self.oft.values()):  # x·R1·R2 folds as W·R2ᵀ·R1ᵀ
+                for rotations in reversed(ordered(self)):  # x·R1·R2 folds as W·R2ᵀ·R1ᵀ
                     if name in rotations and rotations[name].enabled:
                         weight = rotations[name].fold(weight, layout).to(weight.dtype)
                 return weight
@@ -94,6 +111,8 @@ def _rebuild(base: Class, shadowed: tuple[tuple[str, str], ...]) -> nn.Module:
 def bare(module: Adapted) -> None:
     """Gives a module its own class back and drops its rotations."""
     del module._modules[CHILD]
+    for name in ("oft_order", "oft_rows"):
+        vars(module).pop(name, None)
     become(module, module.oft_base)
 
 

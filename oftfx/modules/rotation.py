@@ -14,7 +14,7 @@ from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
 from oftfx.outputs import Outputs
 from oftfx.readers import Readers, rotated, traceable
-from oftfx.rotations import Method, block_of, method_of
+from oftfx.rotations import Method, block_of, method_of, scaled
 from oftfx.rotations.oft import dropped
 from oftfx.spec import ALL_LINEAR, Spec
 
@@ -90,21 +90,25 @@ class Rotation(Outputs):
         """What the factors are made of; kept between calls while no gradient is wanted."""
         tensors = self.tensors()
         if torch.compiler.is_compiling():
-            return built(self.spec, tensors)
+            return built(self.spec, tensors, self.scale)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
             self._cached = None
             given = None if self.given is None else self.given.take(list(tensors.values()))
-            return given or built(self.spec, tensors)
+            return given or built(self.spec, tensors, self.scale)
         if not all(map(traceable, tensors.values())):
-            return built(self.spec, tensors)
+            return built(self.spec, tensors, self.scale)
         inference = torch.is_inference_mode_enabled()
-        key = (inference, *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()))
+        key = (
+            inference,
+            self.scale,
+            *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()),
+        )
         if self._cached is None or self._cached[0] != key:
             # The storages are kept beside their addresses, which cannot be another's meanwhile.
             held = [tensor.detach() for tensor in tensors.values()]
-            self._cached = (key, held, built(self.spec, tensors))
+            self._cached = (key, held, built(self.spec, tensors, self.scale))
         return self._cached[2]
 
     def factors(self) -> tuple[Factor, ...]:
@@ -162,10 +166,16 @@ class Rotation(Outputs):
         return {**super().__getstate__(), "given": None, "_cached": None}
 
 
-def built(spec: Spec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """A method's cores, in full precision under autocast too, which would halve their digits."""
+def built(spec: Spec, tensors: Mapping[str, Tensor], scale: float = 1.0) -> tuple[Tensor, ...]:
+    """A method's cores, in full precision under autocast too, which would halve their digits.
+
+    Args:
+        spec: Of the method.
+        tensors: The parameters, of one site or stacked.
+        scale: How far along the rotation, as for [`oftfx.scale`][oftfx.scale].
+    """
     with exactly(next(iter(tensors.values())).device):
-        return method_of(spec).cores(tensors, spec)
+        return method_of(spec).cores(scaled(tensors, spec, scale), spec)
 
 
 @contextmanager
@@ -210,6 +220,10 @@ class SharedRotation(Outputs):
     def factors(self) -> tuple[Factor, ...]:
         """The factors of the rotation."""
         return self.rotation.factors()
+
+    def applied(self) -> tuple[Factor, ...]:
+        """The factors that a forward applies."""
+        return self.rotation.applied()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``."""
