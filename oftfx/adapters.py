@@ -49,7 +49,7 @@ def adapters(model: Model) -> dict[str, Adapter]:
     if isinstance(inner, (fx.GraphModule, ExportedProgram)):
         found = dict.fromkeys(rotation.adapter for rotation in inserted(host_of(inner)))
         return dict.fromkeys(found, Adapter(in_use=True, scale=1.0))
-    scales = {name: state.scale for name, _, state in modules.holders(inner)}
+    scales = {name: state.scaling for name, _, state in modules.holders(inner)}
     known = modules.in_order(inner)
     names = [*modules.in_use(inner), *(name for name, used in known.items() if not used)]
     return {name: Adapter(known[name], scales[name]) for name in names}
@@ -115,7 +115,7 @@ def scale(model: Model, scale: float, name: str | None = None) -> None:
                 "of: oftfx.disabled(model) is all of the way back."
             )
     for _, state in found:
-        state.scale = float(scale)
+        state.scaling = float(scale)
 
 
 @torch.no_grad()
@@ -181,8 +181,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     inner = _module(model)
     if isinstance(names, str) or not names:
         raise PlanError(f"names={names!r}: must be one adapter or None for each row of the batch.")
-    given = [name for name in names if name is not None]
-    found = modules.chosen(inner, list(dict.fromkeys(given)))
+    # In one order whoever comes first, so that a compiled model knows them again.
+    found = modules.chosen(inner, sorted({name for name in names if name is not None}))
     for each in found:
         _check_rows(inner, each)
     device = next(inner.parameters()).device
@@ -197,7 +197,9 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             yield
         finally:
             for module, rows in zip(adapted, before, strict=True):
-                module.oft_rows = rows
+                vars(module).pop("oft_rows", None)
+                if rows is not None:
+                    module.oft_rows = rows
 
 
 def _module(model: Model) -> nn.Module:

@@ -56,7 +56,7 @@ class Bank:
             for rotation in members:
                 if rotation.enabled and _ready(rotation):
                     tensors = rotation.tensors().values()
-                    kind = (rotation.scale, *((t.dtype, t.device) for t in tensors))
+                    kind = (rotation.scaling, *((t.dtype, t.device) for t in tensors))
                     batches.setdefault(kind, []).append(rotation)
             for batch in batches.values():
                 if len(batch) > 1:
@@ -137,7 +137,7 @@ def _build(members: list[Rotation]) -> Iterator[Given]:
     """Builds the cores of rotations of one spec, shape and scale, and gives each its share."""
     held = [rotation.tensors() for rotation in members]
     stacked = {name: torch.stack([tensors[name] for tensors in held]) for name in held[0]}
-    cores = built(members[0].spec, stacked, members[0].scale)
+    cores = built(members[0].spec, stacked, members[0].scaling)
     shares = zip(*(core.unbind() for core in cores), strict=True)
     for rotation, tensors, share in zip(members, held, shares, strict=True):
         given = Given(list(tensors.values()), share)

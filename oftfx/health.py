@@ -134,7 +134,7 @@ def rotations_of(model: nn.Module | ExportedProgram, name: str | None = None) ->
         found = [Held(r.site, r.tensors(host), insert.spec_of(r, plans)) for r in once.values()]
     else:
         found = [
-            Held(fqn, dict(rotation.tensors()), rotation.spec, rotation.scale)
+            Held(fqn, dict(rotation.tensors()), rotation.spec, rotation.scaling)
             for fqn, rotation in modules.rotations(model, name)
             if rotation.enabled or name is not None
         ]

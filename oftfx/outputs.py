@@ -24,10 +24,10 @@ class Outputs(nn.Module):
 
     Attributes:
         outputs: Shapes of the parameters, by name.
-        scale: How much of what the parameters do is done, as [`oftfx.scale`][oftfx.scale] sets it.
+        scaling: How much of what the parameters do is done; [`oftfx.scale`][oftfx.scale] sets it.
     """
 
-    scale: float = 1.0
+    scaling: float = 1.0
 
     def __init__(self, spec: Spec, out: int, device: torch.device, seed: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Outputs(nn.Module):
     def magnitudes(self) -> list[Tensor]:
         """What is applied of the parameters."""
         held: list[Tensor] = [getattr(self, name) for name in self.outputs]
-        return held if self.scale == 1 else [value * self.scale for value in held]
+        return held if self.scaling == 1 else [value * self.scaling for value in held]
 
     def scales(self) -> tuple[Factor, ...]:
         """The factors that map the outputs."""

@@ -148,7 +148,7 @@ def chosen(model: nn.Module, names: str | Sequence[str]) -> list[str]:
     known = in_order(model)
     for name in found:
         if name not in known:
-            raise absent(model, name)
+            raise absent(model, str(name))
     if len(set(found)) < len(found):
         raise PlanError(f"{found} names an adapter twice: it has one place in the order.")
     return found

@@ -90,25 +90,25 @@ class Rotation(Outputs):
         """What the factors are made of; kept between calls while no gradient is wanted."""
         tensors = self.tensors()
         if torch.compiler.is_compiling():
-            return built(self.spec, tensors, self.scale)
+            return built(self.spec, tensors, self.scaling)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
             self._cached = None
             given = None if self.given is None else self.given.take(list(tensors.values()))
-            return given or built(self.spec, tensors, self.scale)
+            return given or built(self.spec, tensors, self.scaling)
         if not all(map(traceable, tensors.values())):
-            return built(self.spec, tensors, self.scale)
+            return built(self.spec, tensors, self.scaling)
         inference = torch.is_inference_mode_enabled()
         key = (
             inference,
-            self.scale,
+            self.scaling,
             *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()),
         )
         if self._cached is None or self._cached[0] != key:
             # The storages are kept beside their addresses, which cannot be another's meanwhile.
             held = [tensor.detach() for tensor in tensors.values()]
-            self._cached = (key, held, built(self.spec, tensors, self.scale))
+            self._cached = (key, held, built(self.spec, tensors, self.scaling))
         return self._cached[2]
 
     def factors(self) -> tuple[Factor, ...]:

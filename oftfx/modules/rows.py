@@ -134,7 +134,7 @@ def _rotated(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     blocks = core.expand(-1, width // core.shape[-1], -1, -1)  # one for all, where they share it
     side_by_side = x.movedim(0, -2).flatten(-2)
     y = rotate(side_by_side, blocks.flatten(0, 1), stride)
-    return y.unflatten(-1, (rows, width)).movedim(-2, 0)
+    return y.unflatten(-1, (rows, width)).movedim(-2, 0).contiguous()
 
 
 def _within(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
