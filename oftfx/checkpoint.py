@@ -1,7 +1,7 @@
 """Adapters on disk: safetensors and JSON, no pickle.
 
     adapter/
-      adapter.safetensors   a rotation's tensors, by site
+      adapter.safetensors   a rotation's tensors, by site, and what was trained as it is
       adapter.json          spec, plan, versions, a fingerprint of the base, and checksums
 
 Each file is written under a temporary name and renamed; the JSON comes last and holds the other's
@@ -161,7 +161,7 @@ def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
         path = modules.parameter_path(site.weight, name, site.kind == "functional")
         for tensor in _shapes(plan, site):
             values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
-    return values
+    return values | {tensor.name: held[tensor.name] for tensor in plan.copied}
 
 
 def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
@@ -226,7 +226,7 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
         f"{site.fqn}.{tensor}": shape
         for site in plan.sites
         for tensor, shape in _shapes(plan, site).items()
-    }
+    } | {tensor.name: tensor.shape for tensor in plan.copied}
     for key, shape in expected.items():
         if key not in values:
             raise CheckpointError(f"{file} lacks the tensor {key!r}.")
@@ -256,6 +256,14 @@ def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> N
             raise CheckpointError(
                 f"{path} was trained on another base: the values of {site.weight} differ. Load the "
                 "weights it was trained on (unmerged, and initialised before loading)."
+            )
+
+
+    for tensor in plan.copied:
+        if (shape := weights.shape(tensor.name)) != tensor.shape:
+            raise CheckpointError(
+                f"{path} was trained on another base: {tensor.name} is {shape} here, "
+                f"{tensor.shape} there."
             )
 
 
