@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from oftfx import insert, modules
 from oftfx.adapter import put
-from oftfx.attach import record_holder
+from oftfx.attach import kept_by, record_holder
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
 from oftfx.fingerprint import Fingerprint
@@ -51,9 +51,9 @@ def save(
         directory: Made if missing; an adapter in it is replaced.
         name: Which adapter.
         format: ``"peft"`` writes what HF PEFT's ``from_pretrained`` loads to the same function
-            (OFT, COFT and HRA), ``"lora"`` what anything that knows PEFT's LoRA loads: the same
-            function for PSOFT, LOFT and HRA, for the others the nearest of a rank. Both write each
-            layer that shares a rotation a copy.
+            (OFT, COFT, BOFT, HRA and PSOFT), ``"lora"`` what anything that knows PEFT's LoRA loads:
+            the same function for PSOFT, LOFT and HRA, for the others the nearest of a rank. Both
+            write each layer that shares a rotation a copy.
         rank: Of LoRA's factors; None for that of the method, where it has one.
 
     Returns:
@@ -76,9 +76,10 @@ def save(
         case "oftfx":
             files = _files(inner, plan, values)
         case "peft":
-            files = peft.write(plan, values, base)
+            files = peft.write(plan, values, _own(inner, name), Weights(inner), base)
         case "lora":
-            files, report = peft.write_lora(plan, values, Weights(inner), rank, base)
+            own = _own(inner, name)
+            files, report = peft.write_lora(plan, values, own, Weights(inner), rank, base)
         case _:
             raise ValueError(f"format={format!r}: must be 'oftfx', 'peft' or 'lora'.")
     _write_all(Path(directory), files)
@@ -90,8 +91,8 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
 
     Args:
         model: The base, in any of the three forms.
-        directory: What ``save`` wrote, or PEFT's ``save_pretrained`` (OFT, HRA and PSOFT, by
-            PEFT 0.18 or later).
+        directory: What ``save`` wrote, or PEFT's ``save_pretrained`` (OFT, BOFT, HRA and PSOFT,
+            by PEFT 0.16 or later).
         name: The name the adapter gets in this model.
 
     Returns:
@@ -162,6 +163,17 @@ def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
         for tensor in _shapes(plan, site):
             values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
     return values | {tensor.name: held[tensor.name] for tensor in plan.copied}
+
+
+def _own(model: Model, name: str) -> dict[str, Tensor]:
+    """The base's tensors by name, those besides that an adapter trains copies of."""
+    held: dict[str, Tensor] = {
+        key: value for key, value in parameters_of(model).items() if not modules.is_rotation(key)
+    }
+    if isinstance(model, nn.Module):  # a graph keeps none
+        for _, kept in kept_by(model, name):
+            held |= kept
+    return held
 
 
 def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
@@ -257,7 +269,6 @@ def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> N
                 f"{path} was trained on another base: the values of {site.weight} differ. Load the "
                 "weights it was trained on (unmerged, and initialised before loading)."
             )
-
 
     for tensor in plan.copied:
         if (shape := weights.shape(tensor.name)) != tensor.shape:

@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def num_trainable(self) -> int:
-        """Trainable numbers of all sites together, and of the tensors that are trained as they are."""
+        """Trainable numbers of all sites, and of the tensors that are trained as they are."""
         whole = sum(math.prod(copied.shape) for copied in self.copied)
         return whole + sum(site.num_trainable for site in self.sites)
 
