@@ -75,7 +75,13 @@ def config(specs: Mapping[str, BOFT], widths: Mapping[str, int]) -> dict[str, An
         CheckpointError: A series, blocks that share parameters, or fields that differ between
             sites.
     """
-    one = uniform(specs, "block_size", "factors", "dropout")
+    one = uniform(specs, "factors", "dropout")
+    sizes = {spec.block_size for spec in specs.values()}
+    numbers = {widths[fqn] // spec.block_size for fqn, spec in specs.items()}
+    if len(sizes) > 1 and len(numbers) > 1:
+        raise CheckpointError(
+            f"block sizes {sorted(sizes)}: PEFT has one, or one number of blocks, for all layers."
+        )
     for fqn, spec in specs.items():
         if not spec.exact:
             raise CheckpointError(
@@ -85,8 +91,8 @@ def config(specs: Mapping[str, BOFT], widths: Mapping[str, int]) -> dict[str, An
         if spec.share_blocks:
             raise CheckpointError(f"{fqn}: PEFT's BOFT has no share_blocks=True.")
     return {
-        "boft_block_num": 0,
-        "boft_block_size": one.block_size,
+        "boft_block_num": numbers.pop() if len(sizes) > 1 else 0,
+        "boft_block_size": 0 if len(sizes) > 1 else one.block_size,
         "boft_dropout": one.dropout,
         "boft_n_butterfly_factor": one.factors,
         "fan_in_fan_out": False,

@@ -102,10 +102,7 @@ def config(specs: Mapping[str, OFT], widths: Mapping[str, int]) -> dict[str, Any
         "eps": getattr(one, "eps", 6e-5),
         "fan_in_fan_out": False,
         "module_dropout": one.dropout,
-        "oft_block_size": _requested(
-            {(widths[fqn], spec.block_size) for fqn, spec in specs.items()}
-        ),
-        "r": 0,
+        **_requested({(widths[fqn], spec.block_size) for fqn, spec in specs.items()}),
         **series_fields(one),
     }
 
@@ -135,13 +132,21 @@ def adjusted(width: int, requested: int) -> int:
     return min(divisors, key=lambda b: (abs(b - requested), b))
 
 
-def _requested(sites: Set[tuple[int, int]]) -> int:
-    """A block size that PEFT adjusts, at each site's width, to the one that the site has."""
+def _requested(sites: Set[tuple[int, int]]) -> dict[str, Any]:
+    """A block size that PEFT adjusts, at each site's width, to the one that the site has.
+
+    Or a number of blocks that all sites have.
+    """
     sizes = sorted({b for _, b in sites})
     for requested in (*sizes, *range(2, sizes[-1] + 1)):
         if all(adjusted(width, requested) == b for width, b in sites):
-            return requested
-    raise CheckpointError(f"block sizes {sizes}: PEFT has one for all layers.")
+            return {"oft_block_size": requested, "r": 0}
+    numbers = {width // b for width, b in sites}
+    if len(numbers) == 1:
+        return {"oft_block_size": 0, "r": numbers.pop()}
+    raise CheckpointError(
+        f"block sizes {sizes}: PEFT has one, or one number of blocks, for all layers."
+    )
 
 
 def _signed(spec: OFT, theta: Tensor) -> Tensor:
