@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import fixed, insert, modules
-from oftfx.attach import attach, detach
+from oftfx import copied, fixed, insert, modules
+from oftfx.attach import attach, detach, kept_by
 from oftfx.capture import Model, unwrap
 from oftfx.errors import PlanError
 from oftfx.fixed import Fixed
@@ -78,6 +78,11 @@ def put(model: M, plan: Plan, name: str, fixed: Fixed) -> M:
         raise PlanError(f"name={name!r}: an adapter's name must be a plain identifier.")
     inner = unwrap(model)
     if isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        if plan.copied:
+            raise PlanError(
+                "also_train: a graph has no place to keep the base's own tensors in: adapt the "
+                "nn.Module, and trace that."
+            )
         adapted = insert.insert(inner, plan, name, fixed)
         return adapted if isinstance(model, ExportedProgram) else model  # type: ignore[return-value]
     attach(inner, plan, name, fixed)
@@ -116,7 +121,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     if not isinstance(inner, fx.GraphModule):
         if name is not None and name not in modules.in_order(inner):
             raise modules.absent(inner, name)
-        with modules.kept(inner):
+        with modules.kept(inner), copied.set_aside(kept_by(inner, name)):
             for _, rotation in modules.rotations(inner, name):
                 rotation.enabled = False
             yield
@@ -162,4 +167,9 @@ def named_parameters(model: Model, name: str | None = None) -> dict[str, nn.Para
     for key, parameter in parameters_of(unwrap(model)).items():
         if modules.is_rotation(key, name) and not is_fixed(key):
             found.setdefault(id(parameter), (key, parameter))
+    if isinstance(inner := unwrap(model), nn.Module):
+        for part, kept in kept_by(inner, name):
+            for key in kept:
+                parameter = part.get_parameter(key)
+                found.setdefault(id(parameter), (key, parameter))
     return dict(found.values())

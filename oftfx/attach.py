@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from oftfx import copied
 from oftfx.bank import Bank
 from oftfx.errors import PlanError
 from oftfx.fixed import Fixed
@@ -40,10 +41,12 @@ class Record:
     Attributes:
         plan: The plan it was built from.
         trained: Names of the base's parameters that required a gradient before.
+        kept: The base's own tensors of which the adapter trains copies.
     """
 
     plan: Plan
     trained: frozenset[str]
+    kept: copied.Kept
 
 
 def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
@@ -70,6 +73,8 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
             raise PlanError(f"a part of the model has an adapter {name!r} already.")
     for site in plan.sites:
         _check(model, site)
+    taken = {tensor: other for other, record in records.items() for tensor in record.kept}
+    copied.check(model, plan.copied, taken)
     values = fixed()
 
     if records:  # the first adapter saw the base's own flags
@@ -79,6 +84,7 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
         trained = frozenset(n for n, p in everything if p.requires_grad)
     adapted = (module for module in model.modules() if isinstance(module, Adapted))
     mine = {id(p) for module in adapted for p in module.oft.parameters()}
+    mine |= {id(model.get_parameter(tensor)) for tensor in taken}
     for parameter in model.parameters():
         if id(parameter) not in mine:
             parameter.requires_grad_(False)
@@ -94,13 +100,19 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
             held[site.fqn].fill(values.get(site.fqn, {}))
             place(model, site, name, held[site.fqn])
     _acquaint(model, plan, name)
-    vars(model)[RECORD] = {**records, name: Record(plan, trained)}
+    kept = copied.put(model, plan.copied)
+    vars(model)[RECORD] = {**records, name: Record(plan, trained, kept)}
     _open_bank(model)
     return model
 
 
-def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> nn.Module:
     """Takes adapters off a module and gives its classes and gradient flags back.
+
+    Args:
+        model: An adapted module.
+        name: One adapter; None for all.
+        merged: The weights are folded: what was trained as it is stays, too.
 
     Raises:
         PlanError: There is no such adapter.
@@ -108,7 +120,10 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     records = record_holder(model, name)
     displace(model, None if name is None else [name])
     for adapter in list(records) if name is None else [name]:
-        trained = records.pop(adapter).trained
+        record = records.pop(adapter)
+        trained = record.trained
+        if not merged:
+            copied.give_back(model, record.kept)
         if not records:
             for parameter_name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter_name in trained)
@@ -146,6 +161,16 @@ def record_holder(model: nn.Module, name: str | None = None) -> dict[str, Record
         which = "" if name is None else f" {name!r}"
         raise PlanError(f"{type(model).__name__} has no adapter{which}; {has}.")
     return records
+
+
+def kept_by(model: nn.Module, name: str | None = None) -> list[tuple[nn.Module, copied.Kept]]:
+    """The parts of a model that were adapted, and the tensors that one adapter, or all, copied."""
+    return [
+        (part, record.kept)
+        for part in model.modules()
+        for adapter, record in vars(part).get(RECORD, {}).items()
+        if name in (None, adapter)
+    ]
 
 
 def _open_bank(model: nn.Module) -> None:

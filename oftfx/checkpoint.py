@@ -1,7 +1,7 @@
 """Adapters on disk: safetensors and JSON, no pickle.
 
     adapter/
-      adapter.safetensors   a rotation's tensors, by site
+      adapter.safetensors   a rotation's tensors, by site, and what was trained as it is
       adapter.json          spec, plan, versions, a fingerprint of the base, and checksums
 
 Each file is written under a temporary name and renamed; the JSON comes last and holds the other's
@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from oftfx import insert, modules
 from oftfx.adapter import put
-from oftfx.attach import record_holder
+from oftfx.attach import kept_by, record_holder
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
 from oftfx.fingerprint import Fingerprint
@@ -51,9 +51,9 @@ def save(
         directory: Made if missing; an adapter in it is replaced.
         name: Which adapter.
         format: ``"peft"`` writes what HF PEFT's ``from_pretrained`` loads to the same function
-            (OFT, COFT and HRA), ``"lora"`` what anything that knows PEFT's LoRA loads: the same
-            function for PSOFT, LOFT and HRA, for the others the nearest of a rank. Both write each
-            layer that shares a rotation a copy.
+            (OFT, COFT, BOFT, HRA and PSOFT), ``"lora"`` what anything that knows PEFT's LoRA loads:
+            the same function for PSOFT, LOFT and HRA, for the others the nearest of a rank. Both
+            write each layer that shares a rotation a copy.
         rank: Of LoRA's factors; None for that of the method, where it has one.
 
     Returns:
@@ -76,9 +76,10 @@ def save(
         case "oftfx":
             files = _files(inner, plan, values)
         case "peft":
-            files = peft.write(plan, values, base)
+            files = peft.write(plan, values, _own(inner, name), Weights(inner), base)
         case "lora":
-            files, report = peft.write_lora(plan, values, Weights(inner), rank, base)
+            own = _own(inner, name)
+            files, report = peft.write_lora(plan, values, own, Weights(inner), rank, base)
         case _:
             raise ValueError(f"format={format!r}: must be 'oftfx', 'peft' or 'lora'.")
     _write_all(Path(directory), files)
@@ -90,8 +91,8 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
 
     Args:
         model: The base, in any of the three forms.
-        directory: What ``save`` wrote, or PEFT's ``save_pretrained`` (OFT, HRA and PSOFT, by
-            PEFT 0.18 or later).
+        directory: What ``save`` wrote, or PEFT's ``save_pretrained`` (OFT, BOFT, HRA and PSOFT,
+            by PEFT 0.16 or later).
         name: The name the adapter gets in this model.
 
     Returns:
@@ -161,7 +162,18 @@ def values_of(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
         path = modules.parameter_path(site.weight, name, site.kind == "functional")
         for tensor in _shapes(plan, site):
             values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
-    return values
+    return values | {tensor.name: held[tensor.name] for tensor in plan.copied}
+
+
+def _own(model: Model, name: str) -> dict[str, Tensor]:
+    """The base's tensors by name, those besides that an adapter trains copies of."""
+    held: dict[str, Tensor] = {
+        key: value for key, value in parameters_of(model).items() if not modules.is_rotation(key)
+    }
+    if isinstance(model, nn.Module):  # a graph keeps none
+        for _, kept in kept_by(model, name):
+            held |= kept
+    return held
 
 
 def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
@@ -226,7 +238,7 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
         f"{site.fqn}.{tensor}": shape
         for site in plan.sites
         for tensor, shape in _shapes(plan, site).items()
-    }
+    } | {tensor.name: tensor.shape for tensor in plan.copied}
     for key, shape in expected.items():
         if key not in values:
             raise CheckpointError(f"{file} lacks the tensor {key!r}.")
@@ -256,6 +268,13 @@ def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> N
             raise CheckpointError(
                 f"{path} was trained on another base: the values of {site.weight} differ. Load the "
                 "weights it was trained on (unmerged, and initialised before loading)."
+            )
+
+    for tensor in plan.copied:
+        if (shape := weights.shape(tensor.name)) != tensor.shape:
+            raise CheckpointError(
+                f"{path} was trained on another base: {tensor.name} is {shape} here, "
+                f"{tensor.shape} there."
             )
 
 

@@ -84,6 +84,14 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Copied:
+    """A tensor of the base of which a copy is trained as it is (``also_train``)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which sites a spec adapts in a model.
 
@@ -93,12 +101,14 @@ class Plan:
         skipped: Weights of two or more dimensions that stay as they are.
         capture: "graph" when it was read off a graph; "modules" when off the module tree, which
             knows neither functional matmuls nor shared inputs.
+        copied: Tensors that are trained as they are.
     """
 
     spec: Spec
     sites: tuple[Site, ...]
     skipped: tuple[Skip, ...]
     capture: Literal["graph", "modules"] = "graph"
+    copied: tuple[Copied, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -113,8 +123,9 @@ class Plan:
 
     @property
     def num_trainable(self) -> int:
-        """Trainable numbers of all sites together."""
-        return sum(site.num_trainable for site in self.sites)
+        """Trainable numbers of all sites, and of the tensors that are trained as they are."""
+        whole = sum(math.prod(copied.shape) for copied in self.copied)
+        return whole + sum(site.num_trainable for site in self.sites)
 
     def spec_of(self, site: Site) -> Spec:
         """The spec that holds at a site, overrides applied."""
@@ -135,6 +146,7 @@ class Plan:
                 "capture": self.capture,
                 "sites": [dataclasses.asdict(site) for site in self.sites],
                 "skipped": [dataclasses.asdict(skip) for skip in self.skipped],
+                "copied": [dataclasses.asdict(copied) for copied in self.copied],
             },
             indent=1,
         )
@@ -154,6 +166,10 @@ class Plan:
                 sites=tuple(Site(**site) for site in data["sites"]),
                 skipped=tuple(Skip(**skip) for skip in data["skipped"]),
                 capture=data["capture"],
+                copied=tuple(
+                    Copied(copied["name"], tuple(copied["shape"]))
+                    for copied in data.get("copied", ())
+                ),
             )
         except OftfxError:
             raise
@@ -190,8 +206,9 @@ def plan(
     if capture == "modules":
         if not isinstance(model, nn.Module):
             raise PlanError('capture="modules" walks a module tree; an ExportedProgram has none.')
-        return _choose(_candidates_of_modules(model, spec), spec, "modules")
-    return _choose(_candidates_of_graph(model, example_inputs), spec, "graph")
+        return _choose(_candidates_of_modules(model, spec), spec, _copied(model, spec), "modules")
+    candidates = _candidates_of_graph(model, example_inputs)
+    return _choose(candidates, spec, _copied(model, spec), "graph")
 
 
 def _check_types(model: Any, spec: Any) -> None:
@@ -379,8 +396,53 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
     return candidates
 
 
-def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "modules"]) -> Plan:
+def _copied(model: Model, spec: Spec) -> tuple[Copied, ...]:
+    """The tensors that ``also_train`` names, each under one of its modules' names."""
+    rules = cast("tuple[Target, ...]", spec.also_train)
+    if not rules:
+        return ()
+    if not isinstance(model, nn.Module):
+        raise PlanError("also_train: an ExportedProgram's tensors cannot be told apart by module.")
+    held = {
+        f"{fqn}.{leaf}" if fqn else leaf: parameter
+        for fqn, module in model.named_modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    held = {name: value for name, value in held.items() if not modules.is_rotation(name)}
+    packed = sites.quantised_layers(model)
+    chosen: dict[str, Copied] = {}
+    for rule in rules:
+        named = [name for name in held if _names(rule, name)]
+        if not named:
+            raise PlanError(
+                f"also_train: {getattr(rule, 'pattern', rule)!r} matches no parameter and no module"
+                f" that has any{_near_misses(rule, list(held))}"
+            )
+        for name in named:
+            if name in packed or not held[name].is_floating_point():
+                raise PlanError(
+                    f"also_train: {name} is quantised and cannot be trained as it is: leave its "
+                    "layer out of the quantisation, or rotate it instead."
+                )
+            chosen[name] = Copied(name, tuple(held[name].shape))
+    return tuple(chosen[name] for name in held if name in chosen)
+
+
+def _names(rule: Target, parameter: str) -> bool:
+    """Whether a rule names a parameter or a module that it is in."""
+    path = parameter.split(".")
+    return any(matches(rule, ".".join(path[:end])) for end in range(1, len(path) + 1))
+
+
+def _choose(
+    candidates: list[_Candidate],
+    spec: Spec,
+    copied: tuple[Copied, ...],
+    how: Literal["graph", "modules"],
+) -> Plan:
     """Applies the spec's rules to what was found."""
+    whole = {tensor.name for tensor in copied}
     wanted = _wanted(candidates, spec)
     explicit = spec.targets != ALL_LINEAR
     exclude = cast("tuple[Target, ...]", spec.exclude)  # normalised by Spec
@@ -389,6 +451,8 @@ def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "mod
         site = candidate.site
         if any(matches(rule, site.fqn) for rule in exclude):
             skipped.append(Skip(site.fqn, "excluded"))
+        elif site.weight in whole:
+            skipped.append(Skip(site.fqn, "trained as it is"))
         elif not wanted(candidate) and not candidate.broken:
             default = candidate.role or candidate.why_not
             skipped.append(Skip(site.fqn, "not a target" if explicit else default))
@@ -412,7 +476,7 @@ def _choose(candidates: list[_Candidate], spec: Spec, how: Literal["graph", "mod
             "nothing to adapt: no matmul with a frozen weight is left"
             + (f". Skipped:\n  {reasons}" if reasons else " in this model.")
         )
-    return Plan(spec, _with_parameters(chosen, spec), tuple(skipped), how)
+    return Plan(spec, _with_parameters(chosen, spec), tuple(skipped), how, copied)
 
 
 def _wanted(candidates: list[_Candidate], spec: Spec) -> Callable[[_Candidate], bool]:

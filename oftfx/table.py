@@ -69,6 +69,13 @@ def plan_table(plan: "Plan") -> str:
             gone.setdefault((shape_of(skip.name), skip.reason), []).append(skip.name)
         skipped = [(compact(names), f"{len(names)}", reason) for (_, reason), names in gone.items()]
         text += "\n\n" + table(("skipped", "×", "why"), skipped, right="×")
+    if plan.copied:
+        whole: dict[tuple[str, str], list[str]] = {}
+        for copied in plan.copied:
+            size = "×".join(map(str, copied.shape))
+            whole.setdefault((shape_of(copied.name), size), []).append(copied.name)
+        rows = [(compact(names), f"{len(names)}", size) for (_, size), names in whole.items()]
+        text += "\n\n" + table(("trained as it is", "×", "shape"), rows, right="×")
     total = (
         f"{counted(len(plan.sites), 'site')}, {counted(len(plan.groups), 'input tensor')}, "
         f"{plan.num_trainable:,} trainable parameters, "

@@ -506,5 +506,5 @@ def test_what_is_no_plan_is_refused(text):
 
 def test_a_plan_is_json(plan):
     data = json.loads(plan.to_json())
-    assert set(data) == {"spec", "capture", "sites", "skipped"}
+    assert set(data) == {"spec", "capture", "sites", "skipped", "copied"}
     assert data["capture"] == "graph"

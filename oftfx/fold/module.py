@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oftfx import sites
-from oftfx.attach import detach
+from oftfx.attach import detach, kept_by
 from oftfx.errors import MergeError
 from oftfx.fold.cost import Cost, cost, settled
 from oftfx.fold.options import Options
@@ -89,7 +89,8 @@ def merge_module(
                 names[id(kept.weight)] -= 1
             measured.append(_store(site, kept, untied, report))
     costs = settled([each for each in measured if each is not None])
-    detach(model)
+    any_untied |= any(kept for _, kept in kept_by(model))
+    detach(model, merged=True)
     if any_untied:
         _forget_tie(model)
     if requantize:

@@ -44,7 +44,12 @@ class Rotation(Outputs):
         super().__init__(spec, out, device, seed)
         self.width = width
         self.readers: Readers | None = None
-        rules: dict[str, Any] = {"targets": ALL_LINEAR, "exclude": (), "overrides": {}}
+        rules: dict[str, Any] = {
+            "targets": ALL_LINEAR,
+            "exclude": (),
+            "overrides": {},
+            "also_train": (),
+        }
         self._note = json.dumps(dataclasses.replace(spec, **rules).to_json())
         self.enabled = True
         self.block = block_of(spec)

@@ -49,7 +49,7 @@ def start(spec: BOFT, width: int, generator: torch.Generator) -> dict[str, Tenso
 
 def cores(tensors: Mapping[str, Tensor], spec: BOFT) -> tuple[Tensor, ...]:
     """The residual blocks of every factor, ``F_0`` first, each ``(…, n, b, b)``."""
-    core = oft.core(tensors["theta"], spec)
+    core = oft.blocks(tensors["theta"], spec)
     return tuple(core.select(-4, level) for level in range(spec.factors))
 
 

@@ -147,6 +147,19 @@ def orthogonality_error(norm: Tensor, order: int | None) -> Tensor:
     return error.where(power <= 1, error.clamp_min(1))
 
 
+def doubled_error(norm: Tensor, order: int) -> Tensor:
+    """``‖RᵀR − I‖₂`` from ``‖Q‖₂`` where the series ends with ``2Q^{k+1}``, as an equality.
+
+    With n = k+2, ``(I − Q)R = I + Q − 2Q^n``. An eigenvalue iθ of Q gives
+    ``|r|² − 1 = 4(θ^{2n} − Re((1 − iθ)(iθ)^n)) / (1 + θ²)``.
+    """
+    n = order + 2
+    odd = n % 2
+    sign = -1 if (n + odd) % 4 else 1
+    real = (-sign if odd else sign) * norm ** (n + odd)
+    return 4 * (norm ** (2 * n) - real).abs() / (1 + norm**2)
+
+
 def _horner(q: Tensor, order: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Q², the repeated chunk 2Q + 2Q² (None for k = 1), and Horner's values but the last."""
     square = q @ q

@@ -62,7 +62,7 @@ def start(spec: OFT, width: int, generator: torch.Generator) -> dict[str, Tensor
 
 def cores(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor]:
     """The residual blocks ``R_i − I``, ``(…, n, b, b)``, at least float32."""
-    return (core(tensors["theta"], spec),)
+    return (blocks(tensors["theta"], spec),)
 
 
 def factors(cores: Sequence[Any], spec: OFT) -> tuple[Factor]:
@@ -73,6 +73,8 @@ def factors(cores: Sequence[Any], spec: OFT) -> tuple[Factor]:
 def health(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor, Tensor]:
     """‖Q‖₂ and, by the error law, ‖RᵀR − I‖₂ of the worst block."""
     norms = norm(tensors["theta"], spec)
+    if spec.doubled:
+        return norms.amax(-1), cayley.doubled_error(norms, spec.order).amax(-1)
     return norms.amax(-1), orthogonality_error(norms, spec).amax(-1)
 
 
@@ -143,6 +145,14 @@ def core(theta: Tensor, spec: Blocks) -> Tensor:
     safe = torch.where(outside, theta, torch.ones_like(theta))
     scale = cayley.DISC / ops.spectral_norm(cayley.skew(safe, b))
     return ops.cayley(torch.where(outside, theta * scale[..., None], theta), b, order)
+
+
+def blocks(theta: Tensor, spec: OFT) -> Tensor:
+    """[`core`][oftfx.rotations.oft.core], with the series' last power once more where asked for."""
+    if not spec.doubled:
+        return core(theta, spec)
+    q = cayley.skew(wide(entries(theta, spec)), spec.block_size)
+    return core(theta, spec) + torch.linalg.matrix_power(q, spec.order + 1)
 
 
 def norm(theta: Tensor, spec: Blocks) -> Tensor:

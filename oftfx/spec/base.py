@@ -34,6 +34,10 @@ class Spec:
         exclude: Names and regexes that are left out; they win over ``targets``.
         overrides: ``{name or regex: {field: value}}``; the last match wins. Only fields of the
             method can be overridden, not these rules.
+        also_train: Names and regexes of further tensors of the base that are trained as they are, a
+            new head or the biases: a rule names a parameter, or a module with all parameters in it.
+            They win over ``targets``. The base's own are kept beside the trained copies, for
+            [`oftfx.disabled`][oftfx.disabled] and [`oftfx.remove`][oftfx.remove].
         share_inputs: One rotation per input tensor, so that q/k/v (and gate/up) share theirs.
         dtype: Floating dtype of the trainable parameters.
         seed: Seeds the initial values, per site, independent of device and order.
@@ -47,6 +51,7 @@ class Spec:
     targets: Targets = ALL_LINEAR
     exclude: Target | Sequence[Target] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    also_train: Target | Sequence[Target] = ()
     share_inputs: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -57,7 +62,8 @@ class Spec:
             object.__setattr__(self, "targets", checked_rules("targets", self.targets))
             if not self.targets:
                 raise SpecError(f"targets is empty: name at least one site, or use {ALL_LINEAR!r}.")
-        object.__setattr__(self, "exclude", checked_rules("exclude", self.exclude))
+        for field in ("exclude", "also_train"):
+            object.__setattr__(self, field, checked_rules(field, getattr(self, field)))
         object.__setattr__(self, "overrides", self._checked_overrides())
         check_type(self, "share_inputs", bool)
         floating = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
@@ -92,7 +98,7 @@ class Spec:
     @classmethod
     def method_fields(cls) -> frozenset[str]:
         """Names of the fields that may differ per layer."""
-        rules = {"targets", "exclude", "overrides", "share_inputs", "seed"}
+        rules = {"targets", "exclude", "overrides", "also_train", "share_inputs", "seed"}
         return frozenset(f.name for f in dataclasses.fields(cls)) - rules
 
     def at(self, fqn: str) -> Self:

@@ -32,6 +32,8 @@ class OFT(Spec):
         unit_rate: Measures the parameters in units of an angle: a step of Adam turns no direction
             by more radians than its learning rate, whatever the block size. Otherwise a parameter
             is an entry of Q, and the same step may turn ``2(b − 1)`` times as far.
+        doubled: The series ends with ``2Q^{k+1}`` instead of ``Q^{k+1}``, as HF PEFT 0.16 and 0.17
+            computed it: for adapters that were trained so, as it is less near to orthogonal.
     """
 
     block_size: int = 32
@@ -42,11 +44,15 @@ class OFT(Spec):
     dropout: float = 0.0
     magnitude: bool = False
     unit_rate: bool = False
+    doubled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int(self, "block_size", minimum=2)
         check_series(self)
+        check_type(self, "doubled", bool)
+        if self.doubled and (self.exact or self.guard):
+            raise SpecError("doubled=True is the bare series: leave exact and guard out.")
         check_type(self, "share_blocks", bool)
         check_number(self, "dropout", below=1.0)
         check_type(self, "magnitude", bool)

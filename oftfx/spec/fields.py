@@ -83,7 +83,7 @@ def value_from_json(key: str, value: Any) -> Any:
     match key, value:
         case "dtype", str():
             return getattr(torch, value, value)
-        case (("targets" | "exclude"), list()):
+        case (("targets" | "exclude" | "also_train"), list()):
             return [value_from_json("rule", rule) for rule in value]
         case "rule", {"regex": str(pattern)}:
             try:

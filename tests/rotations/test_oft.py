@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oftfx import OFT
+from oftfx import OFT, SpecError
 from oftfx.rotations import cayley, oft
 
 
@@ -131,3 +131,25 @@ def test_reported_norm_and_error_are_those_of_the_core():
         error = oft.orthogonality_error(norm, spec)
         assert (error >= defects(oft.core(theta, spec)) - 1e-14).all()
         assert (error <= cayley.orthogonality_error(1.01 * real, order)).all()
+
+
+@pytest.mark.parametrize("order", range(1, 7))
+def test_doubled_has_the_last_power_twice(order):
+    """PEFT 0.17's I + 2Q + … + 2Q^{t−1} for t = k + 2 terms."""
+    theta = theta_of_norm(6, 0.4)
+    q = cayley.skew(theta, 6)
+    expected = 2 * sum(torch.linalg.matrix_power(q, power) for power in range(1, order + 2))
+    spec = OFT(block_size=6, order=order, doubled=True)
+    torch.testing.assert_close(oft.blocks(theta, spec), expected, rtol=0, atol=1e-14)
+    norm, error = oft.health({"theta": theta}, spec)
+    torch.testing.assert_close(norm, torch.tensor(0.4, dtype=torch.float64), rtol=0.01, atol=0)
+    # ‖Q‖₂ is known to 0.7 %, of which the error is a power.
+    exact = cayley.doubled_error(torch.tensor([0.4], dtype=torch.float64), order)
+    torch.testing.assert_close(exact, defects(expected), rtol=1e-9, atol=0)
+    assert exact <= error * (1 + 1e-9) <= 1.01 ** (order + 4) * exact
+
+
+def test_doubled_is_the_bare_series():
+    for field in ({"exact": True}, {"guard": "rescale"}):
+        with pytest.raises(SpecError, match="doubled"):
+            OFT(doubled=True, **field)

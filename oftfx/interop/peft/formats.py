@@ -5,20 +5,23 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from oftfx.interop.peft import hra, oft, psoft
+from oftfx.interop.peft import boft, hra, oft, psoft
 from oftfx.interop.peft.directory import Directory
 from oftfx.rotations.supports import Weight
 from oftfx.spec import BOFT, COFT, HRA, OFT, PSOFT, Spec
 
 
-class Readable(Protocol):
-    """What the file of a method that is read defines.
+class Format(Protocol):
+    """What the file of a method defines.
 
     Attributes:
         SUFFIXES: How the names of one layer's tensors end, after the layer's own name.
+        OUTPUTS: What a layer trains behind its matmul there, as its spec's
+            [`output_shapes`][oftfx.rotations.output_shapes] name it.
     """
 
     SUFFIXES: tuple[str, ...]
+    OUTPUTS: tuple[str, ...]
 
     def fields(self, found: Directory) -> dict[str, Any]:
         """The spec's fields that hold at every layer.
@@ -37,14 +40,14 @@ class Readable(Protocol):
     def ours(
         self, found: Directory, spec: Any, tensors: Mapping[str, Tensor], weight: Weight
     ) -> dict[str, Tensor]:
-        """A rotation's tensors from PEFT's; ``weight`` is called only where they depend on W."""
+        """A site's tensors from PEFT's; ``weight`` is called only where they depend on W."""
 
+    def theirs(self, spec: Any, tensors: Mapping[str, Tensor], weight: Weight) -> dict[str, Tensor]:
+        """PEFT's tensors, by suffix, from a site's.
 
-class Format(Readable, Protocol):
-    """What the file of a method that is written, too, defines."""
-
-    def theirs(self, spec: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT's tensors, by suffix, from a rotation's."""
+        Raises:
+            CheckpointError: They are not what PEFT would compute from the weight.
+        """
 
     def config(self, specs: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Any]:
         """The method's part of the config, from each site's spec and width.
@@ -54,14 +57,12 @@ class Format(Readable, Protocol):
         """
 
 
-READS: dict[str, Readable] = {"OFT": oft, "HRA": hra, "PSOFT": psoft}
-WRITES: dict[type[Spec], tuple[Format, str]] = {
-    OFT: (oft, "OFT"),
-    COFT: (oft, "OFT"),
-    HRA: (hra, "HRA"),
+FORMATS: dict[str, Format] = {"OFT": oft, "BOFT": boft, "HRA": hra, "PSOFT": psoft}
+NAMES: dict[type[Spec], str] = {
+    OFT: "OFT",
+    COFT: "OFT",
+    BOFT: "BOFT",
+    HRA: "HRA",
+    PSOFT: "PSOFT",
 }
-UNWRITTEN: dict[type[Spec], str] = {
-    BOFT: "BOFT is not written for PEFT yet: save it without format=.",
-    PSOFT: psoft.UNWRITTEN,
-}
-"""Why a method that PEFT has is not written."""
+"""What PEFT calls a spec's method."""

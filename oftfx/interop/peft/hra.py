@@ -7,10 +7,12 @@ from torch import Tensor
 
 from oftfx.errors import CheckpointError
 from oftfx.interop.peft.directory import CONFIG, Directory
+from oftfx.interop.peft.uniform import uniform
 from oftfx.rotations.supports import Weight
 from oftfx.spec import HRA
 
 SUFFIXES: tuple[str, ...] = ("hra_u",)
+OUTPUTS: tuple[str, ...] = ()
 
 
 def fields(found: Directory) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def ours(
     return {"u": tensors["hra_u"].flip(1).mT.contiguous()}
 
 
-def theirs(spec: HRA, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def theirs(spec: HRA, tensors: Mapping[str, Tensor], weight: Weight) -> dict[str, Tensor]:
     """``hra_u``."""
     return {"hra_u": tensors["u"].mT.flip(1).contiguous()}
 
@@ -60,7 +62,4 @@ def config(specs: Mapping[str, HRA], widths: Mapping[str, int]) -> dict[str, Any
     Raises:
         CheckpointError: Ranks that differ between sites.
     """
-    ranks = {spec.rank for spec in specs.values()}
-    if len(ranks) > 1:
-        raise CheckpointError(f"ranks {sorted(ranks)}: PEFT has one for all layers.")
-    return {"apply_GS": False, "r": ranks.pop()}
+    return {"apply_GS": False, "r": uniform(specs, "rank").rank}

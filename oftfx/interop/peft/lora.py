@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oftfx.errors import CheckpointError
-from oftfx.interop.peft.directory import PREFIX
+from oftfx.interop.peft.copied import write_copied
 from oftfx.interop.peft.write import check_layer, files, header
 from oftfx.modules import built
 from oftfx.ops.factor import Factor
@@ -54,13 +54,19 @@ class LoraReport:
 
 @torch.no_grad()
 def write_lora(
-    plan: Plan, values: Mapping[str, Tensor], weights: Weights, rank: int | None, base: str | None
+    plan: Plan,
+    values: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    weights: Weights,
+    rank: int | None,
+    base: str | None,
 ) -> tuple[dict[str, bytes], LoraReport]:
     """The contents of a LoRA directory's files, and what they lack.
 
     Args:
         plan: What is adapted.
-        values: The rotations' tensors by site, as [`save`][oftfx.save] names them.
+        values: The adapter's tensors, as [`save`][oftfx.save] names them.
+        own: All tensors of the base by name.
         weights: Of the base; one at a time is in floats.
         rank: Of the factors; None for that of the map, where it has one.
         base: Where the base came from, for the reader's own use.
@@ -77,25 +83,30 @@ def write_lora(
         held = {name: values[f"{site.rotation}.{name}"] for name in names}
         factors = method_of(spec).factors(built(spec, held), spec)
         a, b, error = factored(weights.floats(site), factors, rank, site.fqn)
-        tensors[f"{PREFIX}{site.fqn}.lora_A.weight"] = a
-        tensors[f"{PREFIX}{site.fqn}.lora_B.weight"] = b
+        tensors[f"{site.fqn}.lora_A.weight"] = a
+        tensors[f"{site.fqn}.lora_B.weight"] = b
         sites.append(LoraSite(site.fqn, len(a), error))
     ranks = {site.fqn: site.rank for site in sites}
     usual = max(ranks.values())
     others = {fqn: r for fqn, r in ranks.items() if r != usual}
-    config = header(plan, base) | {
-        "alpha_pattern": others,  # alpha = r everywhere: B·A as it is
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "lora_alpha": usual,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": usual,
-        "rank_pattern": others,
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    return files(tensors, config), LoraReport(tuple(sites))
+    copied, fields = write_copied(plan, "LORA", values, own)
+    config = (
+        header(plan, base)
+        | fields
+        | {
+            "alpha_pattern": others,  # alpha = r everywhere: B·A as it is
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "lora_alpha": usual,
+            "lora_dropout": 0.0,
+            "peft_type": "LORA",
+            "r": usual,
+            "rank_pattern": others,
+            "use_dora": False,
+            "use_rslora": False,
+        }
+    )
+    return files(tensors | copied, config), LoraReport(tuple(sites))
 
 
 def factored(

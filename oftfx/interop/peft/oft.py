@@ -2,8 +2,8 @@
 
 What its number of terms t means depends on the version that computes with it. From 0.18 on, t ≥ 4
 is ``I + 2Q + … + 2Q^{t−2} + Q^{t−1}``, the series of order t − 2, and t = 3 is computed as t = 4.
-Before, it was a series without the last term, which has no order. ``use_cayley_neumann=False`` is
-``(I − Q)(I + Q)⁻¹``: our exact transform of −Q.
+Before, it ended with ``2Q^{t−1}``, which is our ``doubled`` of order t − 2.
+``use_cayley_neumann=False`` is ``(I − Q)(I + Q)⁻¹``: our exact transform of −Q.
 """
 
 import math
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from oftfx.errors import CheckpointError
 from oftfx.interop.peft.directory import CONFIG, Directory
+from oftfx.interop.peft.uniform import uniform
 from oftfx.rotations import oft, projection_of
 from oftfx.rotations.supports import Weight
 from oftfx.spec import COFT, OFT
 
 SUFFIXES: tuple[str, ...] = ("oft_R.weight",)
+OUTPUTS: tuple[str, ...] = ()
 
 
 def fields(found: Directory) -> dict[str, Any]:
@@ -46,16 +48,13 @@ def series(found: Directory) -> dict[str, Any]:
         return {"exact": True}
     terms = found.value("num_cayley_neumann_terms", 5, int)
     where = found.path / CONFIG
-    if found.version < (0, 18):
-        raise CheckpointError(
-            f"{where}: written by PEFT {found.config.get('peft_version') or '0.17 or earlier'}, "
-            f"whose {terms} terms are a series without its last power, as only PEFT < 0.18 has it."
-        )
     if terms < 3:
         raise CheckpointError(
             f"{where}: num_cayley_neumann_terms={terms} is I{' + 2Q' * (terms == 2)}, no series "
             "of an order ≥ 1."
         )
+    if found.version < (0, 18):
+        return {"order": terms - 2, "doubled": True}
     return {"order": max(terms - 2, 2)}
 
 
@@ -79,7 +78,7 @@ def ours(
     return projection(values, spec) if projection else values
 
 
-def theirs(spec: OFT, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def theirs(spec: OFT, tensors: Mapping[str, Tensor], weight: Weight) -> dict[str, Tensor]:
     """``oft_R.weight``."""
     return {"oft_R.weight": _signed(spec, oft.entries(tensors["theta"], spec))}
 
@@ -91,30 +90,34 @@ def config(specs: Mapping[str, OFT], widths: Mapping[str, int]) -> dict[str, Any
         CheckpointError: A guard, an order PEFT has no number of terms for, fields that differ
             between sites, or block sizes that no requested one leads to.
     """
-    one = next(iter(specs.values()))
+    one = uniform(specs, "order", "exact", "share_blocks", "dropout", "eps")
     for fqn, spec in specs.items():
-        for field in ("order", "exact", "share_blocks", "dropout", "eps"):
-            here, there = getattr(spec, field, None), getattr(one, field, None)
-            if here != there and not (field == "order" and one.exact):
-                raise CheckpointError(
-                    f"{fqn}: {field}={here!r} here, {there!r} elsewhere; PEFT has one for all."
-                )
-        if spec.guard:
-            raise CheckpointError(f"{fqn}: PEFT has no guard={spec.guard!r}.")
-    if not one.exact and one.order < 2:
-        raise CheckpointError(f"PEFT has no number of terms for order={one.order}; it has ≥ 2.")
+        if spec.doubled:
+            raise CheckpointError(
+                f"{fqn}: doubled=True is the series of PEFT 0.16 and 0.17, which no later one has."
+            )
     return {
         "block_share": one.share_blocks,
         "coft": isinstance(one, COFT),
         "eps": getattr(one, "eps", 6e-5),
         "fan_in_fan_out": False,
         "module_dropout": one.dropout,
-        "num_cayley_neumann_terms": 5 if one.exact else one.order + 2,
-        "oft_block_size": _requested(
-            {(widths[fqn], spec.block_size) for fqn, spec in specs.items()}
-        ),
-        "r": 0,
-        "use_cayley_neumann": not one.exact,
+        **_requested({(widths[fqn], spec.block_size) for fqn, spec in specs.items()}),
+        **series_fields(one),
+    }
+
+
+def series_fields(spec: oft.Blocks) -> dict[str, Any]:
+    """PEFT's fields for a series or the exact transform.
+
+    Raises:
+        CheckpointError: It has no number of terms for the order.
+    """
+    if not spec.exact and spec.order < 2:
+        raise CheckpointError(f"PEFT has no number of terms for order={spec.order}; it has ≥ 2.")
+    return {
+        "num_cayley_neumann_terms": 5 if spec.exact else spec.order + 2,
+        "use_cayley_neumann": not spec.exact,
     }
 
 
@@ -129,13 +132,21 @@ def adjusted(width: int, requested: int) -> int:
     return min(divisors, key=lambda b: (abs(b - requested), b))
 
 
-def _requested(sites: Set[tuple[int, int]]) -> int:
-    """A block size that PEFT adjusts, at each site's width, to the one that the site has."""
+def _requested(sites: Set[tuple[int, int]]) -> dict[str, Any]:
+    """A block size that PEFT adjusts, at each site's width, to the one that the site has.
+
+    Or a number of blocks that all sites have.
+    """
     sizes = sorted({b for _, b in sites})
     for requested in (*sizes, *range(2, sizes[-1] + 1)):
         if all(adjusted(width, requested) == b for width, b in sites):
-            return requested
-    raise CheckpointError(f"block sizes {sizes}: PEFT has one for all layers.")
+            return {"oft_block_size": requested, "r": 0}
+    numbers = {width // b for width, b in sites}
+    if len(numbers) == 1:
+        return {"oft_block_size": 0, "r": numbers.pop()}
+    raise CheckpointError(
+        f"block sizes {sizes}: PEFT has one, or one number of blocks, for all layers."
+    )
 
 
 def _signed(spec: OFT, theta: Tensor) -> Tensor:

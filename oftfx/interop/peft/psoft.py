@@ -15,15 +15,17 @@ from torch import Tensor
 from oftfx.errors import CheckpointError, OftfxWarning
 from oftfx.interop.peft import oft
 from oftfx.interop.peft.directory import CONFIG, Directory
+from oftfx.interop.peft.uniform import uniform
+from oftfx.rotations import oft as blocks
 from oftfx.rotations.supports import Weight
 from oftfx.spec import PSOFT
 
 _THETA, _A, _B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
-UNWRITTEN = (
-    "PEFT's files hold no singular vectors: it computes others, with other signs, and the adapter "
-    "would be another. Write format='lora', which is exact for PSOFT."
-)
+_SAME = 1e-4
+"""How far apart directions may be, as unit vectors, to be the same."""
+
 SUFFIXES: tuple[str, ...] = (_THETA, _A, _B)
+OUTPUTS: tuple[str, ...] = ()
 
 
 def fields(found: Directory) -> dict[str, Any]:
@@ -68,6 +70,54 @@ def ours(
     return values
 
 
+def theirs(spec: PSOFT, tensors: Mapping[str, Tensor], weight: Weight) -> dict[str, Tensor]:
+    """``psoft_R.weight``, and with scales ``psoft_R.vector_a`` and ``_b``, for PEFT's own vectors.
+
+    A direction and its opposite are the same plane's, turned the other way.
+
+    Raises:
+        CheckpointError: The directions are not those that PEFT computes from this weight.
+    """
+    support = tensors["support"]
+    peft = _vectors(weight().float(), spec.rank).to(support)
+    signs = (support * peft).sum(-1).sign()
+    apart = float((signs[:, None] * peft - support).norm(dim=-1).max())
+    if not apart <= _SAME:
+        raise CheckpointError(
+            f"its directions differ by up to {apart:.1e} from the singular vectors that PEFT will "
+            f"compute of this weight (svd='full' and a rotation of its own give the same); "
+            "format='lora' is exact whatever they are."
+        )
+    rows, columns = torch.triu_indices(spec.rank, spec.rank, 1)
+    out = {_THETA: -blocks.entries(tensors["theta"], spec) * signs[rows] * signs[columns]}
+    if spec.relaxed:
+        out |= {_A: 1 + tensors["alpha"], _B: 1 + tensors["beta"]}
+    return out
+
+
+def config(specs: Mapping[str, PSOFT], widths: Mapping[str, int]) -> dict[str, Any]:
+    """PEFT's fields.
+
+    Raises:
+        CheckpointError: A guard, an order PEFT has no number of terms for, or fields that differ
+            between sites.
+    """
+    one = uniform(specs, "rank", "order", "exact", "relaxed")
+    return {
+        "ab_svd_init": "psoft_init",
+        "cayley_neumann_eps": None,
+        "fan_in_fan_out": False,
+        "psoft_alpha": one.rank,  # over r, it scales nothing
+        "psoft_dropout": 0.0,
+        "psoft_mag_a": one.relaxed,
+        "psoft_mag_b": one.relaxed,
+        "psoft_orth": True,
+        "psoft_svd": "full",
+        "r": one.rank,
+        **oft.series_fields(one),
+    }
+
+
 def _support(found: Directory, spec: PSOFT, weight: Tensor) -> Tensor:
     warnings.warn(
         f"{found.path}: PEFT stores no singular vectors with PSOFT; they are computed anew from "
@@ -76,4 +126,9 @@ def _support(found: Directory, spec: PSOFT, weight: Tensor) -> Tensor:
         OftfxWarning,
         stacklevel=2,
     )
-    return torch.linalg.svd(weight, full_matrices=False)[2][: spec.rank].contiguous()
+    return _vectors(weight, spec.rank)
+
+
+def _vectors(weight: Tensor, rank: int) -> Tensor:
+    """The singular vectors, by the call that PEFT makes."""
+    return torch.linalg.svd(weight, full_matrices=False)[2][:rank].contiguous()

@@ -8,15 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from oftfx.capture import Model
 from oftfx.errors import CheckpointError, OftfxError
 from oftfx.fingerprint import Fingerprint
+from oftfx.interop.peft.copied import read_copied, rules
 from oftfx.interop.peft.directory import CONFIG, TENSORS, Directory, read_directory
-from oftfx.interop.peft.formats import READS, Readable
+from oftfx.interop.peft.formats import FORMATS, Format
 from oftfx.plan import Plan, plan
-from oftfx.rotations import method_of
+from oftfx.rotations import method_of, output_shapes
 from oftfx.spec import Spec
 from oftfx.weights import Weights
 
@@ -26,36 +28,37 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
 
     Args:
         model: The base, in any of the three forms.
-        path: What PEFT's ``save_pretrained`` wrote, from 0.18 on.
+        path: What PEFT's ``save_pretrained`` wrote, from 0.16 on.
 
     Returns:
-        The plan, and the rotations' tensors by site, as [`save`][oftfx.save] names them.
+        The plan, and the adapter's tensors, as [`save`][oftfx.save] names them.
 
     Raises:
         CheckpointError: The directory is damaged, of a method or variant that no spec stands for,
             or belongs to another base.
     """
     found = read_directory(path)
-    if found.method not in READS:
+    if found.method not in FORMATS:
         raise CheckpointError(
             f"{path / CONFIG}: peft_type {found.method!r} is not read; this version reads "
-            f"{', '.join(READS)}."
+            f"{', '.join(FORMATS)}."
         )
-    form = READS[found.method]
-    layers = _layers(found, form)
+    form = FORMATS[found.method]
+    layers, rest = _layers(found, form)
     specs = _specs(found, form, layers)
     _check_base(model, found, layers)
+    values = read_copied(found, rest, layers, model)
     try:
-        chosen = plan(model, _together(specs))
+        chosen = plan(model, _together(specs, rules(values)))
     except OftfxError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
     weights = Weights(model)
-    values = {}
     for site in chosen.sites:
         spec = chosen.spec_of(site)
         weight = partial(weights.stacked, [site])
         converted = form.ours(found, spec, layers[site.fqn], weight)
-        for name, shape in method_of(spec).shapes(spec, site.in_features).items():
+        shapes = method_of(spec).shapes(spec, site.in_features)
+        for name, shape in {**shapes, **output_shapes(spec, site.out_features)}.items():
             if tuple(converted[name].shape) != shape:
                 raise CheckpointError(
                     f"{path / TENSORS}: the tensors of {site.fqn} make a {name} of shape "
@@ -65,33 +68,35 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
     return chosen, values
 
 
-def _layers(found: Directory, form: Readable) -> dict[str, dict[str, Tensor]]:
-    """Each layer's tensors by suffix.
+def _layers(
+    found: Directory, form: Format
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Each layer's tensors by suffix, and those that are no rotation's.
 
     Raises:
-        CheckpointError: A tensor that is no rotation's, or one that is missing.
+        CheckpointError: There is no rotation; or a tensor is damaged.
     """
     layers: dict[str, dict[str, Tensor]] = {}
-    foreign = []
+    rest = {}
+    file = found.path / TENSORS
     for key, tensor in found.tensors.items():
         suffix = next((s for s in form.SUFFIXES if key.endswith(f".{s}")), None)
         if suffix is None:
-            foreign.append(key)
+            rest[key] = tensor
         else:
             layers.setdefault(key.removesuffix(f".{suffix}"), {})[suffix] = tensor
-    file = found.path / TENSORS
-    if foreign:
-        raise CheckpointError(
-            f"{file} holds more than rotations of linear layers, which this version does not "
-            f"load: {', '.join(sorted(foreign))}."
-        )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{file}: {key} is {tensor.dtype}, not floating point.")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file}: {key} holds numbers that are not finite.")
     if not layers:
-        raise CheckpointError(f"{file} holds no tensor of {found.method}.")
-    return layers
+        listed = ", ".join(sorted(rest)[:3])
+        raise CheckpointError(f"{file} holds no tensor of {found.method}, but {listed or 'none'}.")
+    return layers, rest
 
 
 def _specs(
-    found: Directory, form: Readable, layers: Mapping[str, Mapping[str, Tensor]]
+    found: Directory, form: Format, layers: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Spec]:
     """The spec of each layer."""
     common = form.fields(found)
@@ -109,7 +114,7 @@ def _specs(
     return out
 
 
-def _together(specs: Mapping[str, Spec]) -> Spec:
+def _together(specs: Mapping[str, Spec], also_train: tuple[str, ...]) -> Spec:
     """One spec for all layers: the most frequent, and overrides where one differs."""
     usual = Counter(specs.values()).most_common(1)[0][0]
     overrides: dict[str, dict[str, Any]] = {}
@@ -121,7 +126,8 @@ def _together(specs: Mapping[str, Spec]) -> Spec:
         }
         if changed:
             overrides[re.escape(fqn)] = changed
-    return replace(usual, targets=tuple(map(re.escape, specs)), overrides=overrides)
+    targets = tuple(map(re.escape, specs))
+    return replace(usual, targets=targets, overrides=overrides, also_train=also_train)
 
 
 def _check_base(model: Model, found: Directory, layers: Mapping[str, Any]) -> None:

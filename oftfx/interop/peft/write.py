@@ -1,63 +1,90 @@
 """From a plan and its rotations' tensors to a PEFT directory."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from oftfx.errors import CheckpointError
+from oftfx.errors import CheckpointError, OftfxError
+from oftfx.interop.peft.copied import beside, write_copied
 from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
-from oftfx.interop.peft.formats import UNWRITTEN, WRITES
+from oftfx.interop.peft.formats import FORMATS, NAMES
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, output_shapes
 from oftfx.spec import Spec
+from oftfx.weights import Weights
 
 PEFT_VERSION = "0.21.2"
 """The version whose files these are; what they mean has not changed since 0.18."""
 
 
-def write(plan: Plan, values: Mapping[str, Tensor], base: str | None) -> dict[str, bytes]:
+def write(
+    plan: Plan,
+    values: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    weights: Weights,
+    base: str | None,
+) -> dict[str, bytes]:
     """The contents of a PEFT directory's files.
 
     Args:
         plan: What is adapted.
-        values: The rotations' tensors by site, as [`save`][oftfx.save] names them. A rotation that
-            several sites share is written to each of them.
+        values: The adapter's tensors, as [`save`][oftfx.save] names them. A rotation that several
+            sites share is written to each of them.
+        own: All tensors of the base by name.
+        weights: Of the base; one at a time is in floats, where a method depends on them.
         base: Where the base came from, for PEFT's own use.
 
     Raises:
         CheckpointError: PEFT cannot express the adapter. Says which site or field.
     """
     method = type(plan.spec)
-    if method not in WRITES:
-        unknown = f"PEFT has no {method.__name__}: save it without format=."
-        raise CheckpointError(UNWRITTEN.get(method, unknown))
-    form, name = WRITES[method]
-    tensors = {}
+    if method not in NAMES:
+        raise CheckpointError(f"PEFT has no {method.__name__}: save it without format=.")
+    name = NAMES[method]
+    form = FORMATS[name]
+    tensors: dict[str, Tensor] = {}
     for site in plan.sites:
         spec = plan.spec_of(site)
-        check_layer(site, spec)
+        check_layer(site, spec, form.OUTPUTS)
         held = {
             key: values[f"{site.rotation}.{key}"]
             for key in method_of(spec).shapes(spec, site.in_features)
         }
-        for suffix, tensor in form.theirs(spec, held).items():
-            tensors[f"{PREFIX}{site.fqn}.{suffix}"] = tensor
+        for key in form.OUTPUTS:
+            held[key] = values.get(f"{site.fqn}.{key}", torch.zeros(site.out_features))
+        weight = partial(weights.floats, site)
+        try:
+            converted = form.theirs(spec, held, weight)
+        except OftfxError as error:
+            raise CheckpointError(f"{site.fqn}: {error}") from error
+        tensors |= {f"{site.fqn}.{suffix}": tensor for suffix, tensor in converted.items()}
+    copied, fields = write_copied(plan, name, values, own)
     config = header(plan, base) | form.config(
         {site.fqn: plan.spec_of(site) for site in plan.sites},
         {site.fqn: site.in_features for site in plan.sites},
     )
-    return files(tensors, config | {"peft_type": name})
+    return files(
+        beside(plan, own) | tensors | copied,
+        config | fields | {"init_weights": True, "peft_type": name},
+    )
 
 
-def check_layer(site: Site, spec: Spec) -> None:
+def check_layer(site: Site, spec: Spec, outputs: Collection[str] = ()) -> None:
     """That a site is a layer of its own, and only its input is mapped.
+
+    Args:
+        site: The site.
+        spec: Its spec.
+        outputs: What may be trained behind its matmul.
 
     Raises:
         CheckpointError: It is a bare parameter, or its outputs are scaled.
     """
-    if output_shapes(spec, site.out_features):
+    if not output_shapes(spec, site.out_features).keys() <= set(outputs):
         raise CheckpointError(
             f"{site.fqn}: magnitude=True scales its outputs, which neither PEFT's OFT nor LoRA can "
             "express: save it without format=, or merge it."
@@ -74,7 +101,6 @@ def header(plan: Plan, base: str | None) -> dict[str, Any]:
         "bias": "none",
         "exclude_modules": None,
         "inference_mode": True,
-        "init_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
         "modules_to_save": None,
@@ -90,7 +116,9 @@ def files(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
     from safetensors.torch import save
 
     # Copies, since safetensors refuses names of one tensor, as shared rotations have.
-    own = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    own = {
+        PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()
+    }
     return {
         TENSORS: save(own, metadata={"format": "pt"}),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
