@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -122,12 +123,11 @@ def _mean_angle(held: Held, width: int) -> float:
     first = next(iter(held.tensors.values()))
     wide = torch.promote_types(first.dtype, torch.float32)
     x = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0))
-    x = torch.nn.functional.normalize(x.to(first.device, wide), dim=-1)
-    y = x
+    before = x = x.to(first.device, wide)
     for factor in factors:
-        y = factor(y)
-    y = torch.nn.functional.normalize(y, dim=-1)
-    return float(2 * torch.arcsin((x - y).norm(dim=-1).div(2).clamp_max(1)).mean())
+        x = factor(x)
+    chord = F.normalize(x, dim=-1) - F.normalize(before, dim=-1)
+    return float(2 * torch.arcsin(chord.norm(dim=-1).div(2).clamp_max(1)).mean())
 
 
 def _method(spec: Spec) -> str:

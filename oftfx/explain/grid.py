@@ -19,7 +19,7 @@ def grid(names: Iterable[str]) -> dict[str, Cell]:
     """
     names = list(names)
     first, last = ({name: _cut(name, which) for name in names} for which in (0, -1))
-    return min(first, last, key=_area)
+    return min(last, first, key=_area)
 
 
 def leaves(columns: Iterable[str]) -> dict[str, str]:

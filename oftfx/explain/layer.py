@@ -126,13 +126,20 @@ def _units(graph: fx.Graph, layer: str) -> list[_Unit]:
             else:
                 units[node] = _Unit([*made, node], "", inserted=True)
             claimed.update(made, [node])
-    for node in _calls(graph.nodes):
-        if node not in claimed:
+    moving = _moving(graph)
+    for node in reversed(_calls(graph.nodes)):
+        if node in claimed:
+            continue
+        users = [units[user] for user in sorted(node.users) if user in units]
+        if users and node not in moving and not users[0].inserted:
+            users[0].nodes.insert(0, node)  # a weight that its reader casts or transposes first
+            units[node] = users[0]
+        else:
             units[node] = _Unit([node], _owner(node))
-    for node in reversed([*units]):  # graphs with inserted nodes do not say whose those are
+    for node in sorted(units, reverse=True):  # not every graph says whose inserted nodes are
         if units[node].inserted:
-            users = (units[user].owner for user in node.users if user in units)
-            units[node].owner = _owner(node) or next(users, "")
+            owners = (units[user].owner for user in node.users if user in units)
+            units[node].owner = _owner(node) or next(owners, "")
     inside = (u for _, u in sorted(units.items()) if _within(u.owner, layer))
     return list(dict.fromkeys(inside))
 
@@ -229,6 +236,16 @@ def _calls(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes if node.op in kinds and (node.users or not node.is_impure())]
 
 
+def _moving(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the model's input."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        behind = any(source in found for source in node.all_input_nodes)
+        if behind or (node.op == "placeholder" and _is_activation(node)):
+            found.add(node)
+    return found
+
+
 def _is_activation(source: fx.Node) -> bool:
     """Whether it is computed, or an input; a tracer tells what the model holds by its name."""
     held = r"^[pbc]_|_parameters_|_buffers_"
@@ -237,12 +254,16 @@ def _is_activation(source: fx.Node) -> bool:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"^l_(kwargs_|args_)?|_$", "", name)
+    """The name of an input without what Dynamo wraps around it."""
+    name = re.sub(r"^l_(kwargs_|args_)?|_$", "", name)
+    return f"input {name}" if name.isdigit() else name
 
 
 def _op(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target.rpartition(".")[2]
+    if node.op == "call_module" and isinstance(module := node.graph.owning_module, fx.GraphModule):
+        return type(module.get_submodule(str(node.target))).__name__
+    if node.target is getattr:
+        return str(node.args[1])
     name = getattr(node.target, "__name__", str(node.target))
     return name.partition(".")[0]
 
