@@ -24,6 +24,7 @@ from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
 from oftfx.modules import CHILD, Adapted, Class, bare, become, rotating, unhook
+from oftfx.progress import waiting
 from oftfx.regions import closed, differentiable
 from oftfx.sites import matmul, quantiser_of
 from oftfx.sites.quantised import stand_in
@@ -130,7 +131,13 @@ def _trace(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     # A new code object per capture: Dynamo's cache entry hangs on it and dies with it, instead of
     # counting towards the recompile limit of the model's own forward.
     frame = types.FunctionType(_call.__code__.replace(), _call.__globals__)
-    with torch.enable_grad(), _Recorder(found), warnings.catch_warnings():
+    title = f"tracing {type(shadow).__name__}"
+    with (
+        waiting(title),
+        torch.enable_grad(),
+        _Recorder(found),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # Dynamo's advice on the user's code, not on planning
         torch.compile(frame, backend=_collect, dynamic=False)(shadow, args, kwargs)
     return found

@@ -94,10 +94,14 @@ class Explanation:
     def save_html(self, file: str | os.PathLike[str]) -> None:
         """Writes [`to_html`][oftfx.Explanation.to_html]; the file appears whole or not at all.
 
+        Args:
+            file: Replaced if it is there; its folder is made if missing.
+
         Raises:
             OSError: It cannot be written.
         """
         path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             fresh.write_text(self.to_html(), "utf-8")
