@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from oftfx.modules import Rotation, built
 from oftfx.readers import plain
+from oftfx.rotations.oft import wide
 
 
 class Bank:
@@ -24,17 +25,17 @@ class Bank:
 
     Args:
         root: The model whose forward opens the bank.
-        rotations: Its rotations; those with fixed tensors build their cores themselves.
+        rotations: Its rotations.
     """
 
     def __init__(self, root: nn.Module, rotations: Iterable[Rotation]) -> None:
         self.root = root
-        # What is never trained would be stacked in every forward, only to be handed through.
-        self.rotations = [r for r in rotations if not r.method.FIXED]
+        self.rotations = list(rotations)
         self.useful = True
         alike: dict[Any, list[Rotation]] = {}
         for rotation in self.rotations:
-            alike.setdefault((rotation.spec, *rotation.shapes.items()), []).append(rotation)
+            trained = {n: s for n, s in rotation.shapes.items() if n not in rotation.method.FIXED}
+            alike.setdefault((rotation.spec, *trained.items()), []).append(rotation)
         self.alike = list(alike.values())
         self.handed: list[Given] = []
         self.handles: tuple[RemovableHandle, ...] = (
@@ -135,10 +136,16 @@ def _ready(rotation: Rotation) -> bool:
 def _build(members: list[Rotation]) -> Iterator[Given]:
     """Builds the cores of rotations of one spec, shape and scale, and gives each its share."""
     held = [rotation.tensors() for rotation in members]
-    stacked = {name: torch.stack([tensors[name] for tensors in held]) for name in held[0]}
-    cores = built(members[0].spec, stacked, members[0].scaling)
+    fixed = members[0].method.FIXED
+    # What is never trained would be stacked in every forward, only to be handed through.
+    stacked = {
+        name: tensor if name in fixed else torch.stack([tensors[name] for tensors in held])
+        for name, tensor in held[0].items()
+    }
+    cores = built(members[0].spec, stacked, members[0].scaling)[len(fixed) :]
     shares = zip(*(core.unbind() for core in cores), strict=True)
     for rotation, tensors, share in zip(members, held, shares, strict=True):
-        given = Given(list(tensors.values()), share)
+        own = (wide(tensors[name]) for name in rotation.shapes if name in fixed)
+        given = Given(list(tensors.values()), (*own, *share))
         vars(rotation)["given"] = given
         yield given

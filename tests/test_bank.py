@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import oftfx
-from oftfx import OFT, testing
+from oftfx import LOFT, OFT, PSOFT, testing
 from oftfx.modules import rotations
 from tests.small import llama, rows, small, tokens
 from tests.test_modules import ran
@@ -36,6 +36,8 @@ def alone(model):
         OFT(block_size=4, init_std=0.5, guard="exact"),
         OFT(block_size=4, init_std=0.2, overrides={"q_proj": {"block_size": 8, "order": 3}}),
         OFT(block_size=4, init_std=0.2, overrides={"up_proj": {"dtype": torch.bfloat16}}),
+        PSOFT(rank=4, init_std=0.2),
+        LOFT(rank=4, init_std=0.2, support="random", core="free"),
     ],
     ids=lambda spec: str(spec.to_json()),
 )
@@ -47,6 +49,13 @@ def test_gives_what_each_layer_would_build(spec):
 def test_builds_one_core_for_every_width(model):
     assert ran(model, tokens()["input_ids"]) == (2, 14)  # of 14 layers, two read 96 features
     assert ran(alone(model), tokens()["input_ids"]) == (14, 14)
+
+
+def test_builds_one_core_for_every_rank():
+    model = oftfx.adapt(llama(torch.float64), PSOFT(rank=4, init_std=0.2))
+    ids = tokens()["input_ids"]
+    assert ran(model, ids)[0] == 1  # the widths of the supports do not matter
+    assert ran(alone(model), ids)[0] == 14
 
 
 def test_a_layer_called_by_itself_builds_its_own(model):

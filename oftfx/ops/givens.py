@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.kernels import kernels
+from oftfx.ops.precision import as_given
 
-@torch.library.custom_op("oftfx::givens", mutates_args=())
+
 def givens(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
     """``x·S_1·S_2 …``, each stage a block-diagonal matrix of 2×2 blocks ``I + C``.
 
@@ -27,22 +30,34 @@ def givens(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
         transposed: The transpose of the whole map.
 
     Returns:
-        (..., d) in x's dtype, contiguous; every stage is computed in at least float32.
+        (..., d) in x's dtype, contiguous; the stages are computed in at least float32.
 
     Raises:
         RuntimeError: The width of x is not one more than the number of blocks.
     """
+    result: Tensor = GIVENS(x, core, transposed)
+    return result
+
+
+def _givens(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
     _check(x, core)
-    return _run(x, core, transposed)
+    fast = kernels("givens", x.device)
+    if fast is None or not fast.fits(x, core):
+        return _run(x, core, transposed)
+    with torch.cuda.device_of(x):
+        result: Tensor = fast.givens(x, core, transposed)
+    return result
 
 
-@givens.register_fake
+GIVENS = define("givens(Tensor x, Tensor core, bool transposed=False) -> Tensor", _givens)
+
+
+@torch.library.register_fake("oftfx::givens", lib=LIBRARY)
 def _(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
-    _check(x, core)
+    torch._check(_fits(x, core), lambda: _misfit(x, core))
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("oftfx::givens_grad", mutates_args=())
 def givens_grad(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -59,13 +74,36 @@ def givens_grad(
     Returns:
         (..., d) in x's dtype and (d − 1, 2, 2) in the core's.
     """
+    result: tuple[Tensor, Tensor] = GIVENS_GRAD(grad, x, core, need_x, need_core, transposed)
+    return result
+
+
+@as_given
+def _givens_grad(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    fast = kernels("givens", x.device)
+    if fast is not None and fast.fits(x, core):
+        with torch.cuda.device_of(x):
+            result: tuple[Tensor, Tensor] = fast.givens_grad(
+                grad, x, core, need_x, need_core, transposed
+            )
+        return result
     if need_core:
         grad_x, grad_core = _gradients(grad, x, core, transposed)
         return grad_x if need_x else grad.new_empty(0), grad_core
-    return givens(grad, core, not transposed) if need_x else grad.new_empty(0), core.new_empty(0)
+    grad_x = _run(grad, core, not transposed) if need_x else grad.new_empty(0)
+    return grad_x, core.new_empty(0)
 
 
-@givens_grad.register_fake
+GIVENS_GRAD = define(
+    "givens_grad(Tensor grad, Tensor x, Tensor core, bool need_x, bool need_core, "
+    "bool transposed=False) -> (Tensor, Tensor)",
+    _givens_grad,
+)
+
+
+@torch.library.register_fake("oftfx::givens_grad", lib=LIBRARY)
 def _(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -128,44 +166,70 @@ def _by_pair(pairs: Tensor) -> Tensor:
     return pairs.reshape(-1, *pairs.shape[-2:]).transpose(0, 1)
 
 
-def _check(x: Tensor, core: Tensor) -> None:
-    torch._check(
-        core.shape[1:] == (2, 2) and x.shape[-1] == core.shape[0] + 1,
-        lambda: (
-            f"oftfx::givens: x of shape {tuple(x.shape)} does not fit a core of shape "
-            f"{tuple(core.shape)}: they must be (..., d) and (d − 1, 2, 2)."
-        ),
+def _fits(x: Tensor, core: Tensor) -> bool:
+    return core.shape[1:] == (2, 2) and x.shape[-1] == core.shape[0] + 1
+
+
+def _misfit(x: Tensor, core: Tensor) -> str:
+    return (
+        f"oftfx::givens: x of shape {tuple(x.shape)} does not fit a core of shape "
+        f"{tuple(core.shape)}: they must be (..., d) and (d − 1, 2, 2)."
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, core, *ctx.transposed = inputs  # a trailing argument that has its default is left out
-    ctx.save_for_backward(x, core)
+def _check(x: Tensor, core: Tensor) -> None:
+    """In every launch's way, so without `torch._check`, which costs more than a launch."""
+    if not _fits(x, core):
+        raise RuntimeError(_misfit(x, core))
 
 
-def _givens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, core = ctx.saved_tensors
-    need_x, need_core, *_ = ctx.needs_input_grad
-    grad_x, grad_core = givens_grad(grad, x, core, need_x, need_core, *ctx.transposed)
-    grads = grad_x if need_x else None, grad_core if need_core else None
-    return (*grads, *(None for _ in ctx.transposed))
+class _Givens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
+        ctx.save_for_backward(x, core)
+        ctx.transposed = transposed
+        result: Tensor = below(GIVENS, x, core, transposed)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, core = ctx.saved_tensors
+        need_x, need_core = ctx.needs_input_grad[:2]
+        grad_x, grad_core = GIVENS_GRAD(grad, x, core, need_x, need_core, ctx.transposed)
+        return grad_x if need_x else None, grad_core if need_core else None, None
 
 
-def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad, x, core, ctx.need_x, ctx.need_core, *ctx.transposed = inputs
-    ctx.save_for_backward(grad, x, core)
+class _GivensGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        x: Tensor,
+        core: Tensor,
+        need_x: bool,
+        need_core: bool,
+        transposed: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(grad, x, core)
+        ctx.needs = need_x, need_core
+        ctx.transposed = transposed
+        result: tuple[Tensor, Tensor] = below(
+            GIVENS_GRAD, grad, x, core, need_x, need_core, transposed
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
+        """Second order, by differentiating the gradients' own formula."""
+        operands = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        need_x, need_core = ctx.needs
+        with torch.enable_grad():
+            values = _gradients(*operands, ctx.transposed)
+            wanted = [(values[0], grad_x)] * need_x + [(values[1], grad_core)] * need_core
+            outputs, cotangents = zip(*wanted, strict=True)
+            second = torch.autograd.grad(outputs, operands, cotangents, allow_unused=True)
+        return (*second, None, None, None)
 
 
-def _givens_grad_backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
-    """Second order, by differentiating the gradients' own formula."""
-    operands = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-    with torch.enable_grad():
-        values = _gradients(*operands, *ctx.transposed)
-        wanted = [(values[0], grad_x)] * ctx.need_x + [(values[1], grad_core)] * ctx.need_core
-        outputs, cotangents = zip(*wanted, strict=True)
-        second = torch.autograd.grad(outputs, operands, cotangents, allow_unused=True)
-    return (*second, None, None, *(None for _ in ctx.transposed))
-
-
-givens.register_autograd(_givens_backward, setup_context=_save)
-givens_grad.register_autograd(_givens_grad_backward, setup_context=_save_grad)
+differentiate(GIVENS, _Givens.apply)
+differentiate(GIVENS_GRAD, _GivensGrad.apply)

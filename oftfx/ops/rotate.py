@@ -48,10 +48,10 @@ def _rotate(x: Tensor, core: Tensor, stride: int) -> Tensor:
 def _rotate_anywhere(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     _check(x, core, stride)
     fast = kernels("rotate", x.device)
-    if stride > 1 or fast is None or not fast.fits(x, core):
+    if fast is None or not fast.fits(x, core, stride):
         return _rotate(x, core, stride)
     with torch.cuda.device_of(x):
-        result: Tensor = fast.rotate(x, core)
+        result: Tensor = fast.rotate(x, core, stride)
     return result
 
 
@@ -98,10 +98,10 @@ def _rotate_grad_anywhere(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     fast = kernels("rotate", x.device)
-    if stride > 1 or fast is None or not fast.fits(x, core):
+    if fast is None or not fast.fits(x, core, stride):
         return _rotate_grad(grad, x, core, need_x, need_core, stride)
     with torch.cuda.device_of(x):
-        result: tuple[Tensor, Tensor] = fast.rotate_grad(grad, x, core, need_x, need_core)
+        result: tuple[Tensor, Tensor] = fast.rotate_grad(grad, x, core, need_x, need_core, stride)
     return result
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.ops.define import LIBRARY, below, define, differentiate
 from oftfx.ops.precision import as_given
 
 
-@torch.library.custom_op("oftfx::subspace", mutates_args=())
-@as_given
 def subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
     """``x·(I + PᵀKP) = x + (x·Pᵀ)·K·P``, in residual form.
 
@@ -29,18 +28,27 @@ def subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
     Raises:
         RuntimeError: The shapes do not fit.
     """
-    _check(x, support, kernel)
+    result: Tensor = SUBSPACE(x, support, kernel)
+    return result
+
+
+@as_given
+def _subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
+    if not _fits(x, support, kernel):
+        raise RuntimeError(_misfit(x, support, kernel))
     rows, p = x.reshape(-1, x.shape[-1]), support.to(x.dtype)
     return torch.addmm(rows, (rows @ p.mT) @ kernel.to(x.dtype), p).view(x.shape)
 
 
-@subspace.register_fake
+SUBSPACE = define("subspace(Tensor x, Tensor support, Tensor kernel) -> Tensor", _subspace)
+
+
+@torch.library.register_fake("oftfx::subspace", lib=LIBRARY)
 def _(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
-    _check(x, support, kernel)
+    torch._check(_fits(x, support, kernel), lambda: _misfit(x, support, kernel))
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("oftfx::subspace_grad", mutates_args=())
 def subspace_grad(
     grad: Tensor,
     x: Tensor,
@@ -64,19 +72,46 @@ def subspace_grad(
     Returns:
         (..., d), (r, d) and (r, r), each in its operand's dtype.
     """
-    # `subspace` here is an eager kernel within a kernel: no autograd is recorded below an op.
-    grad_x = subspace(grad, support, kernel.mT) if need_x else grad.new_empty(0)
-    grad_support, grad_kernel = support.new_empty(0), kernel.new_empty(0)
+    operands = (grad, x, support, kernel, need_x, need_support, need_kernel)
+    result: tuple[Tensor, Tensor, Tensor] = SUBSPACE_GRAD(*operands)
+    return result
+
+
+@as_given
+def _subspace_grad(
+    grad: Tensor,
+    x: Tensor,
+    support: Tensor,
+    kernel: Tensor,
+    need_x: bool,
+    need_support: bool,
+    need_kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+    p, k = support.to(x.dtype), kernel.to(x.dtype)
+    grad_x, grad_support, grad_kernel = (each.new_empty(0) for each in (grad, support, kernel))
+    grads_inside = grads @ p.mT
+    if need_x or need_support:
+        back = grads_inside @ k.mT
+    if need_x:
+        grad_x = torch.addmm(grads, back, p).view(x.shape)
     if need_support or need_kernel:
-        of_support, of_kernel = _grams(grad, x, support, kernel, need_support)
-        if of_support is not None:
-            grad_support = of_support.to(support.dtype)
-        if need_kernel:
-            grad_kernel = of_kernel.to(kernel.dtype)
+        inside = rows @ p.mT
+    if need_support:  # P reads x and writes the result
+        grad_support = torch.addmm(back.mT @ rows, (inside @ k).mT, grads).to(support.dtype)
+    if need_kernel:
+        grad_kernel = (inside.mT @ grads_inside).to(kernel.dtype)
     return grad_x, grad_support, grad_kernel
 
 
-@subspace_grad.register_fake
+SUBSPACE_GRAD = define(
+    "subspace_grad(Tensor grad, Tensor x, Tensor support, Tensor kernel, bool need_x, "
+    "bool need_support, bool need_kernel) -> (Tensor, Tensor, Tensor)",
+    _subspace_grad,
+)
+
+
+@torch.library.register_fake("oftfx::subspace_grad", lib=LIBRARY)
 def _(
     grad: Tensor,
     x: Tensor,
@@ -93,67 +128,65 @@ def _(
     )
 
 
-def _grams(
-    grad: Tensor, x: Tensor, support: Tensor, kernel: Tensor, need_support: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the support and of the kernel, in x's dtype: sums over all rows."""
-    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-    p, k = support.to(x.dtype), kernel.to(x.dtype)
-    inside, grads_inside = rows @ p.mT, grads @ p.mT
-    grad_support = None
-    if need_support:  # P reads x and writes the result
-        grad_support = (inside @ k).mT @ grads + (grads_inside @ k.mT).mT @ rows
-    return grad_support, inside.mT @ grads_inside
-
-
-def _check(x: Tensor, support: Tensor, kernel: Tensor) -> None:
+def _fits(x: Tensor, support: Tensor, kernel: Tensor) -> bool:
     r, d = support.shape
-    torch._check(
-        x.shape[-1] == d and tuple(kernel.shape) == (r, r),
-        lambda: (
-            f"oftfx::subspace: x of shape {tuple(x.shape)}, a support of shape "
-            f"{tuple(support.shape)} and a kernel of shape {tuple(kernel.shape)} do not fit: they "
-            f"must be (..., d), (r, d) and (r, r)."
-        ),
+    return x.shape[-1] == d and tuple(kernel.shape) == (r, r)
+
+
+def _misfit(x: Tensor, support: Tensor, kernel: Tensor) -> str:
+    return (
+        f"oftfx::subspace: x of shape {tuple(x.shape)}, a support of shape "
+        f"{tuple(support.shape)} and a kernel of shape {tuple(kernel.shape)} do not fit: they "
+        f"must be (..., d), (r, d) and (r, r)."
     )
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class _Subspace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(x, support, kernel)
+        result: Tensor = below(SUBSPACE, x, support, kernel)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        grads = SUBSPACE_GRAD(grad, *ctx.saved_tensors, *needed)
+        return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
-def _subspace_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    grads = subspace_grad(grad, *ctx.saved_tensors, *needed)
-    return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
+class _SubspaceGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        x: Tensor,
+        support: Tensor,
+        kernel: Tensor,
+        *needed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(grad, x, support, kernel)
+        ctx.needed = needed
+        result: tuple[Tensor, Tensor, Tensor] = below(
+            SUBSPACE_GRAD, grad, x, support, kernel, *needed
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """Second order, by differentiating the gradients' own formula."""
+        operands = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        with torch.enable_grad():
+            values = _subspace_grad(*operands, *ctx.needed)
+            wanted = [
+                pair
+                for pair, need in zip(zip(values, cotangents, strict=True), ctx.needed, strict=True)
+                if need
+            ]
+            outputs, given = zip(*wanted, strict=True)
+            second = torch.autograd.grad(outputs, operands, given, allow_unused=True)
+        return (*second, None, None, None)
 
 
-def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *operands, ctx.need_x, ctx.need_support, ctx.need_kernel = inputs
-    ctx.save_for_backward(*operands)
-
-
-def _subspace_grad_backward(
-    ctx: Any, grad_x: Tensor, grad_support: Tensor, grad_kernel: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Second order, by differentiating the gradients' own formulas."""
-    operands = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-    grad, x, support, kernel = operands
-    values, cotangents = [], []
-    with torch.enable_grad():
-        if ctx.need_x:
-            values.append(subspace(grad, support, kernel.mT))
-            cotangents.append(grad_x)
-        of_support, of_kernel = _grams(grad, x, support, kernel, ctx.need_support)
-        if of_support is not None:
-            values.append(of_support.to(support.dtype))
-            cotangents.append(grad_support)
-        if ctx.need_kernel:
-            values.append(of_kernel.to(kernel.dtype))
-            cotangents.append(grad_kernel)
-        second = torch.autograd.grad(values, operands, cotangents, allow_unused=True)
-    return (*second, None, None, None)
-
-
-subspace.register_autograd(_subspace_backward, setup_context=_save)
-subspace_grad.register_autograd(_subspace_grad_backward, setup_context=_save_grad)
+differentiate(SUBSPACE, _Subspace.apply)
+differentiate(SUBSPACE_GRAD, _SubspaceGrad.apply)

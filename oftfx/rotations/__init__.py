@@ -39,7 +39,10 @@ class Method(Protocol):
         """Initial values of the trained parameters, on the CPU."""
 
     def cores(self, tensors: Mapping[str, Tensor], spec: Any) -> tuple[Tensor, ...]:
-        """The tensors that the factors take, at least float32: all the work on parameters."""
+        """The tensors that the factors take, at least float32: all the work on parameters.
+
+        FIXED ones come first, merely widened.
+        """
 
     def factors(self, cores: Sequence[Any], spec: Any) -> tuple[Factor, ...]:
         """The factors of one site in the order x meets them; ``cores`` may be graph nodes."""

@@ -116,6 +116,22 @@ def store_gram(
     tl.store(slot + entry, total, same)
 
 
+@triton.jit
+def _place(column: tl.tensor, first: tl.tensor, B: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
+    """Where the pack's columns are, counted from those of block ``first``.
+
+    Of blocks that are two runs of B/2 coordinates, STRIDE runs apart.
+    """
+    place = column
+    if STRIDE > 1:
+        HALF: tl.constexpr = B // 2
+        run = 2 * first + column // HALF
+        group = run // (2 * STRIDE) * (2 * STRIDE)
+        run = group + run % 2 * STRIDE + (run - group) // 2
+        place = (run - 2 * first) * HALF + column % HALF
+    return place
+
+
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
 def _pass(
     source: tl.tensor,
@@ -142,6 +158,7 @@ def _pass(
     GRAM: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
+    STRIDE: tl.constexpr,
 ) -> None:
     """One part of a pack's columns, over ``tiles`` tiles of rows."""
     split, first, begin, end = locate(rows, n, tiles, PACK, WIDE // PART, TILE)
@@ -150,9 +167,11 @@ def _pass(
     source += first.to(tl.int64) * B
     other += first.to(tl.int64) * B
     out += first.to(tl.int64) * B
+    whole_at = _place(whole, first, B, STRIDE)
+    part_at = _place(part, first, B, STRIDE)
     lane = tl.arange(0, TILE)
     if AHEAD:  # asked for before the core, so that the two wait for memory together
-        x = load_rows(source, begin + lane, end, source_stride, whole, whole_in)
+        x = load_rows(source, begin + lane, end, source_stride, whole_at, whole_in)
     if ROTATE:
         turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
     if GRAM:
@@ -161,17 +180,19 @@ def _pass(
     for start in range(begin, end, TILE):
         row = start + lane
         if AHEAD:
-            following = load_rows(source, row + TILE, end, source_stride, whole, whole_in)
+            following = load_rows(source, row + TILE, end, source_stride, whole_at, whole_in)
         else:  # Triton's pipeline asks for it some tiles before
-            x = load_rows(source, row, end, source_stride, whole, whole_in)
+            x = load_rows(source, row, end, source_stride, whole_at, whole_in)
         if ROTATE:
-            plain = x if PART == WIDE else load_rows(source, row, end, source_stride, part, part_in)
+            plain = (
+                x if PART == WIDE else load_rows(source, row, end, source_stride, part_at, part_in)
+            )
             # The residual form: x itself never passes through a product.
             turned = plain.to(tl.float32) + tl.dot(x, turn, input_precision=PRECISION)
-            place = out + row[:, None] * width + part[None, :]
+            place = out + row[:, None] * width + part_at[None, :]
             tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
         if GRAM:
-            y = load_rows(other, row, end, other_stride, part, part_in)
+            y = load_rows(other, row, end, other_stride, part_at, part_in)
             total = tl.dot(tl.trans(y.to(dtype)), x, total, input_precision=PRECISION)
         if AHEAD:
             x = following
@@ -186,7 +207,7 @@ PRECISION = "tf32x3"
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 
-def fits(x: Tensor, core: Tensor) -> bool:
+def fits(x: Tensor, core: Tensor, stride: int = 1) -> bool:
     """Whether the kernel takes these: 16- and 32-bit activations, blocks that fit the device.
 
     And a core for every block: one that all blocks share is left to PyTorch.
@@ -205,35 +226,33 @@ def largest(device: torch.device) -> int:
     return LARGEST if room >= 227 * 1024 else LARGEST_ELSEWHERE
 
 
-def rotate(x: Tensor, core: Tensor) -> Tensor:
+def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     """`oftfx::rotate`: x (..., n·b) of any strides and core (n, b, b) to a contiguous result."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, stride = rows_of(x)
+    rows, step = rows_of(x)
     n, b, _ = core.shape
     count = x.numel() // (n * b) if n else 0
-    work = _work(
-        count, n, b, x.dtype, core.dtype, stride, stride, core.stride(), True, False, x.device
-    )
+    sizes, steps = (count, n, b, stride), (step, step)
+    work = _work(sizes, x.dtype, core.dtype, steps, core.stride(), True, False, x.device)
     work.launch(rows, rows, core, out, out)
     return out
 
 
 def rotate_grad(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     """`oftfx::rotate_grad`: both gradients from one reading of ``grad`` and ``x``."""
     grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
-    grad_rows, grad_stride = rows_of(grad)
-    x_rows, x_stride = rows_of(x)
+    grad_rows, grad_step = rows_of(grad)
+    x_rows, x_step = rows_of(x)
     n, b, _ = core.shape
     count = x.numel() // (n * b) if n else 0
     block, row, col = core.stride()
     turned = (block, col, row)  # of Cᵀ
-    work = _work(
-        count, n, b, x.dtype, core.dtype, grad_stride, x_stride, turned, need_x, need_core, x.device
-    )
+    sizes, steps = (count, n, b, stride), (grad_step, x_step)
+    work = _work(sizes, x.dtype, core.dtype, steps, turned, need_x, need_core, x.device)
     shape = (work.splits, n, b, b) if need_core else (0,)
     gram = torch.empty(shape, dtype=torch.float32, device=grad.device)
     work.launch(grad_rows, x_rows, core, grad_x, gram)
@@ -293,23 +312,24 @@ class Work(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _work(
-    rows: int,
-    n: int,
-    b: int,
+    sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     core_dtype: torch.dtype,
-    source_stride: int,
-    other_stride: int,
+    row_strides: tuple[int, int],
     core_strides: tuple[int, int, int],
     rotate: bool,
     gram: bool,
     device: torch.device,
 ) -> Work:
-    """Chooses tiles, and runs of rows that make enough programs to keep the memory busy."""
+    """Chooses tiles, and runs of rows that make enough programs to keep the memory busy.
+
+    Sizes are the rows, the number of blocks, their width and their stride.
+    """
+    rows, n, b, stride = sizes
     chosen = tiles(b, dtype.itemsize, gram)
     programs, run, splits = cut(rows, n, chosen, device)
-    last: tuple[int | str, ...] = (rotate, gram, PRECISION, chosen.stages == 0)
-    numbers = (rows, n, run, n * b, source_stride, other_stride, *core_strides)
+    last: tuple[int | str, ...] = (rotate, gram, PRECISION, chosen.stages == 0, stride)
+    numbers = (rows, n, run, n * b, *row_strides, *core_strides)
     constants = (*layout(n, b, chosen), *last)
     launch = Launch(_pass, programs, numbers, constants, **options(chosen))
     return Work(launch, splits)

@@ -55,6 +55,44 @@ def test_values_and_gradients_are_those_of_float64(b, dtype):
         assert torch.equal(ops.rotate(x, torch.zeros_like(core)), x)
 
 
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [2, 8, 16, 32, 64, 128])
+def test_distant_blocks_and_their_gradients_are_those_of_float64(b, dtype, stride):
+    for rows, blocks in ((4096, 32), (33, 3 * stride)):
+        grad, x, core = operands(rows, blocks * b, b, dtype)
+        exact = ops.rotate(x.double(), core.double(), stride)
+        exact_x, exact_core = ops.rotate_grad(
+            grad.double(), x.double(), core.double(), True, True, stride
+        )
+        assert error(ops.rotate(x, core, stride), exact) < ROUNDING[dtype]
+        grad_x, grad_core = ops.rotate_grad(grad, x, core, True, True, stride)
+        assert error(grad_x, exact_x) < ROUNDING[dtype]
+        bound = 5e-6 if dtype is not torch.float64 else 5 * ROUNDING[dtype]
+        assert error(grad_core, exact_core) < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 100, 192, 576, 1536, 3584, 4096, 11008, 18944])
+def test_givens_stages_and_their_gradients_are_those_of_float64(width, dtype):
+    for rows, transposed in ((2048, False), (77, True)):
+        grad, x = torch.randn(2, rows, width, device=CUDA).to(dtype).unbind()
+        core = 0.1 * torch.randn(width - 1, 2, 2, device=CUDA)
+        core = core.to(torch.promote_types(dtype, torch.float32))
+        exact = ops.givens(x.double(), core.double(), transposed)
+        args = (grad.double(), x.double(), core.double(), True, True, transposed)
+        exact_x, exact_core = ops.givens_grad(*args)
+        assert error(ops.givens(x, core, transposed), exact) < ROUNDING[dtype]
+        grad_x, grad_core = ops.givens_grad(grad, x, core, True, True, transposed)
+        assert error(grad_x, exact_x) < ROUNDING[dtype]
+        # Sums of products with a matrix, and with heads, that are as exact as x.
+        assert error(grad_core, exact_core) < max(ROUNDING[dtype], 5e-6)
+        again = ops.givens_grad(grad, x, core, True, True, transposed)
+        assert torch.equal(again[0], grad_x)
+        assert torch.equal(again[1], grad_core)
+        assert torch.equal(ops.givens(x, torch.zeros_like(core), transposed), x)
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("b", [2, 7, 16, 24, 32, 64, 128])
@@ -129,7 +167,7 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
 
 
 def test_triton_serves_this_device():
-    for family in ("rotate", "rotate_group", "glu_rotate", "cayley"):
+    for family in ("rotate", "rotate_group", "glu_rotate", "cayley", "givens"):
         assert kernels(family, torch.device(CUDA)) is not None
     core = torch.zeros(2, 32, 32, device=CUDA)
     for dtype, expected in zip(DTYPES, (True, True, False, False), strict=True):

@@ -38,7 +38,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from oftfx.ops.triton import cayley, dequantise, divide, glu_rotate, rotate, rotate_group
+from oftfx.ops.triton import cayley, dequantise, divide, givens, glu_rotate, rotate, rotate_group
 
 cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -53,8 +53,11 @@ def check(launch, *tensors):
     source = ASTSource(kernel, signature, {(place(n),): values[n] for n in constants})
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch._options)
 
-for b, dtype, name in ((32, bf16, "*bf16"), (4, f32, "*fp32"), (33, bf16, "*bf16")):
-    work = rotate._work(99, 3, b, dtype, f32, 3 * b, 3 * b, (b * b, b, 1), True, True, cpu)
+for b, stride, dtype, name in (
+    (32, 1, bf16, "*bf16"), (4, 3, f32, "*fp32"), (33, 1, bf16, "*bf16"), (16, 3, bf16, "*bf16")
+):
+    strides = (3 * b, 3 * b), (b * b, b, 1)
+    work = rotate._work((99, 3, b, stride), dtype, f32, *strides, True, True, cpu)
     check(work.launch, name, name, "*fp32", name, "*fp32")
 for count in (2, 3):
     sizes, strides, name = (count, 99, 3, 32, bf16, f32, 96), (1024, 1, 32), "*bf16"
@@ -83,6 +86,12 @@ for b, nested, dtype, core, name in (
     launch = dequantise._launch(99, 3584, b, 64, nested, dtype, core, (b * b, b, 1), cpu)
     scales = ["*u8" if nested else "*fp32", *["*fp32"] * 4]
     check(launch, "*u8", *scales, "*fp32" if core else name, name)
+for level, dtype, name in zip(givens._levels(576), (bf16, f32), ("*bf16", "*fp32"), strict=True):
+    launch = givens._forward_work(99, 576, level, 576, True, (dtype, f32, dtype), cpu)
+    check(launch, name, "*fp32", name, "*fp32")
+    dtypes = (dtype, dtype, f32, dtype)
+    launch = givens._backward_work(99, 576, level, (576, 576), (True, True), dtypes, cpu)
+    check(launch, name, name, "*fp32", name, "*fp32", "*fp32")
 check(divide._launch(3, 16, f32, (256, 16, 1), cpu), "*fp32", "*fp32", "*fp32")
 """
 

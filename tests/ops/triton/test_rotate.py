@@ -63,6 +63,16 @@ def test_gradients_are_the_references(rows, n, b, dtype, device):
     assert error(grad_core, exact_core) < 1e-6  # summed in float32, whatever x is
 
 
+@pytest.mark.parametrize(("n", "b", "stride"), [(6, 16, 3), (8, 16, 2), (40, 2, 20), (4, 128, 2)])
+def test_blocks_of_distant_coordinates(n, b, stride, device):
+    grad, x, core = case(70, n, b, torch.float32, device)
+    exact = ops.rotate(x.double(), core.double(), stride)
+    assert error(kernel.rotate(x, core, stride), exact) < 1e-6
+    exacts = ops.rotate_grad(grad.double(), x.double(), core.double(), True, True, stride)
+    ours = kernel.rotate_grad(grad, x, core, True, True, stride)
+    assert all(error(*pair) < 1e-6 for pair in zip(ours, exacts, strict=True))
+
+
 @pytest.mark.parametrize(("rows", "n", "b"), [(65, 33, 4), (200, 5, 32), (33, 1, 33), (17, 1, 256)])
 def test_a_zero_core_is_the_identity_to_the_last_bit(rows, n, b, device):
     for dtype in (torch.float16, torch.float32, torch.bfloat16)[: 2 if device.type == "cpu" else 3]:
