@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from oftfx.modules import Rotation, built
+from oftfx.ops.kept import watched
 from oftfx.readers import plain
 from oftfx.rotations.oft import wide
 
@@ -122,7 +123,7 @@ def _running_again() -> bool:
     region again while a backward runs, but for a graph of its own, and watches no saved tensors.
     """
     in_backward = torch._C._current_graph_task_id() != -1
-    return in_backward and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return in_backward and watched()
 
 
 def _ready(rotation: Rotation) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.kept import again, kept
 from oftfx.ops.kernels import kernels
 from oftfx.ops.precision import as_given
 
@@ -170,16 +171,16 @@ def _blocks(x: Tensor, core: Tensor) -> Tensor:
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
-        ctx.save_for_backward(x, core)
+        ctx.save_for_backward(core, *kept(x))
         ctx.stride = stride
         result: Tensor = below(ROTATE, x, core, stride)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, core = ctx.saved_tensors
+        core, *saved = ctx.saved_tensors
         need_x, need_core = ctx.needs_input_grad[:2]
-        grad_x, grad_core = ROTATE_GRAD(grad, x, core, need_x, need_core, ctx.stride)
+        grad_x, grad_core = ROTATE_GRAD(grad, again(saved), core, need_x, need_core, ctx.stride)
         return grad_x if need_x else None, grad_core if need_core else None, None
 
 

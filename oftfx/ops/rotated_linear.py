@@ -18,6 +18,7 @@ from oftfx.ops import packed
 from oftfx.ops.cost import folds_packed
 from oftfx.ops.define import LIBRARY, below, define, differentiate
 from oftfx.ops.fold import core_grad, fits, misfit
+from oftfx.ops.kept import again, kept
 from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
 from oftfx.ops.precision import as_given, exactly
@@ -200,7 +201,9 @@ class _DeferredLinear(torch.autograd.Function):
 class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
-        ctx.save_for_backward(x, core, *(t for t in stored if isinstance(t, Tensor)))
+        saved = kept(x)
+        ctx.kept = len(saved)
+        ctx.save_for_backward(*saved, core, *(t for t in stored if isinstance(t, Tensor)))
         ctx.rest = [None if isinstance(t, Tensor) else t for t in stored]
         ctx.tensors = [isinstance(t, Tensor) for t in stored]
         result: Tensor = below(ROTATED_LINEAR, x, core, bias, *stored)
@@ -208,8 +211,8 @@ class _RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, core, *tensors = ctx.saved_tensors
-        held = iter(tensors)
+        saved = ctx.saved_tensors
+        x, core, held = again(saved[: ctx.kept]), saved[ctx.kept], iter(saved[ctx.kept + 1 :])
         stored = [
             next(held) if is_tensor else other
             for is_tensor, other in zip(ctx.tensors, ctx.rest, strict=True)
