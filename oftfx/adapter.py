@@ -154,8 +154,8 @@ def parameters(model: Model, name: str | None = None) -> list[nn.Parameter]:
     if isinstance(inner := unwrap(model), (fx.GraphModule, ExportedProgram)):
         check_differentiable(inner)
     elif name is None:
-        used = modules.in_use(inner)
-        found = {k: p for k, p in found.items() if any(modules.is_rotation(k, n) for n in used)}
+        used = (named_parameters(model, each) for each in modules.in_use(inner))
+        found = {key: parameter for each in used for key, parameter in each.items()}
     if not found:
         raise modules.absent(inner, name)
     return list(found.values())

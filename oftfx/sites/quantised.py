@@ -58,7 +58,7 @@ class Quantiser(Protocol):
 
 
 class Fusing(Protocol):
-    """A [`Provider`][oftfx.sites.Provider] of layers that one op can both rotate and multiply for."""
+    """A [`Provider`][oftfx.sites.Provider] of layers whose rotation and matmul one op can do."""
 
     CLASS: str
     DEFERS: bool
