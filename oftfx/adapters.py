@@ -165,7 +165,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     Every layer multiplies the whole batch by its weight at once. A row's result is that of its
     adapter alone, whatever the others are; gradients reach every adapter that requires them. It
     works in eager mode, compiled, and in ``generate``. A new assignment of the same adapters needs
-    no new compilation.
+    no new compilation. A checkpointed region is run again by ``backward``, which belongs inside.
 
     Args:
         model: An adapted nn.Module, which is called with as many rows as there are names, batch

@@ -89,7 +89,7 @@ class Health:
 
 @torch.no_grad()
 def health(model: Model, name: str | None = None) -> Health:
-    """The health of every rotation of a model, without waiting for the device.
+    """The health of every rotation of a model at its scale, without waiting for the device.
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
