@@ -259,7 +259,7 @@ class Adapted(nn.Module):
 
 @functools.cache
 def rotating(base: Class) -> type[nn.Module]:
-    """The subclass of a linear layer's class that rotates its input.
+    """The subclass of a linear layer's class that rotates its input; an embedding's, its output.
 
     before                after
     y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
@@ -280,6 +280,15 @@ def rotating(base: Class) -> type[nn.Module]:
                 output = rotation.scaled(output, getattr(self, "bias", None))
         return output
 
+    def looked_up(self: Any, input: Tensor) -> Tensor:
+        rows: Tensor = base.forward(self, input)
+        for rotation in self.oft.values():
+            if rotation.enabled:
+                rows = rotation(rows)
+        return rows
+
+    if issubclass(base, nn.Embedding):
+        forward = looked_up
     name = f"OFT[{base.__name__}]"
     body = {"forward": forward, "oft_base": base, "__module__": base.__module__}
     return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})

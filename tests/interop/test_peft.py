@@ -40,6 +40,9 @@ CONFIGS = {
     "oft, own biases": oft(bias="oft_only"),
     "oft, modules": oft(modules_to_save=["norm", "lm_head"]),
     "oft, modules and biases": oft(modules_to_save=["o_proj"], bias="all"),
+    "oft, embedding": lambda: OFTConfig(
+        oft_block_size=8, r=0, target_modules=["embed_tokens", "lm_head", "q_proj"]
+    ),
     "coft": oft(coft=True, eps=0.1),
     "boft": on(BOFTConfig, boft_block_size=8),
     "boft, 3 factors": on(BOFTConfig, boft_block_size=4, boft_n_butterfly_factor=3),
@@ -156,6 +159,7 @@ def turned(model, spec):
         oftfx.OFT(block_size=8, exact=True),
         oftfx.OFT(block_size=8, share_blocks=True),
         oftfx.COFT(block_size=8, eps=0.1),
+        oftfx.OFT(block_size=8, targets=["embed_tokens", "q_proj"], exact=True),
         oftfx.BOFT(block_size=8, factors=2, exact=True),
         oftfx.BOFT(block_size=8, factors=1, exact=True, magnitude=True, also_train="bias"),
         oftfx.HRA(rank=4, init_std=0.1),
@@ -202,6 +206,7 @@ def test_the_block_size_that_peft_would_take():
         (oftfx.BOFT(block_size=8, exact=True, share_blocks=True), "share_blocks"),
         (oftfx.PSOFT(rank=4, share_inputs=True), "singular vectors"),
         (oftfx.PSOFT(rank=4, svd="full", also_train="bias"), "no bias"),
+        (oftfx.HRA(rank=4, targets="embed_tokens"), "no embeddings"),
         (oftfx.OFT(block_size=8, also_train="v_proj.bias"), "not some"),
         (oftfx.OFT(block_size=8, targets="q_proj", also_train="o_proj.weight"), "whole modules"),
     ],

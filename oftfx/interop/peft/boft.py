@@ -20,6 +20,7 @@ from oftfx.spec import BOFT
 
 _R, _SCALE = "boft_R", "boft_s"
 SUFFIXES: tuple[str, ...] = (_R, _SCALE)
+EMBEDDED: Mapping[str, str] = {}
 OUTPUTS: tuple[str, ...] = ("magnitude",)
 
 

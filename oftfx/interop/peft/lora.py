@@ -19,6 +19,7 @@ from oftfx.ops.factor import Factor
 from oftfx.plan import Plan
 from oftfx.progress import tracked
 from oftfx.rotations import method_of, supports
+from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.table import table
 from oftfx.weights import Weights
 
@@ -79,6 +80,11 @@ def write_lora(
     for site in tracked(plan.sites, "factoring"):
         spec = plan.spec_of(site)
         check_layer(site, spec)
+        if site.kind == EMBEDDING:
+            raise CheckpointError(
+                f"{site.fqn} is an embedding, whose rows are rotated; as LoRA only matmuls are "
+                "written: serve the merged model, or exclude it."
+            )
         names = method_of(spec).shapes(spec, site.in_features)
         held = {name: values[f"{site.rotation}.{name}"] for name in names}
         factors = method_of(spec).factors(built(spec, held), spec)

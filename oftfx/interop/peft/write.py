@@ -14,6 +14,7 @@ from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
 from oftfx.interop.peft.formats import FORMATS, NAMES
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, output_shapes
+from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.spec import Spec
 from oftfx.weights import Weights
 
@@ -61,6 +62,10 @@ def write(
             converted = form.theirs(spec, held, weight)
         except OftfxError as error:
             raise CheckpointError(f"{site.fqn}: {error}") from error
+        if site.kind == EMBEDDING:
+            if not form.EMBEDDED:
+                raise CheckpointError(f"{site.fqn}: PEFT's {name} has no embeddings.")
+            converted = {form.EMBEDDED[suffix]: tensor for suffix, tensor in converted.items()}
         tensors |= {f"{site.fqn}.{suffix}": tensor for suffix, tensor in converted.items()}
     copied, fields = write_copied(plan, name, values, own)
     config = header(plan, base) | form.config(
