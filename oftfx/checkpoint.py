@@ -76,7 +76,7 @@ def save(
         case "oftfx":
             files = _files(inner, plan, values)
         case "peft":
-            files = peft.write(plan, values, _own(inner, name), Weights(inner), base)
+            files = peft.write(inner, plan, values, _own(inner, name), base)
         case "lora":
             own = _own(inner, name)
             files, report = peft.write_lora(plan, values, own, Weights(inner), rank, base)

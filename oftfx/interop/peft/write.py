@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.capture import Model
 from oftfx.errors import CheckpointError, OftfxError
 from oftfx.interop.peft.copied import beside, write_copied
 from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
@@ -23,20 +24,20 @@ PEFT_VERSION = "0.21.2"
 
 
 def write(
+    model: Model,
     plan: Plan,
     values: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
-    weights: Weights,
     base: str | None,
 ) -> dict[str, bytes]:
     """The contents of a PEFT directory's files.
 
     Args:
+        model: The adapted model.
         plan: What is adapted.
         values: The adapter's tensors, as [`save`][oftfx.save] names them. A rotation that several
             sites share is written to each of them.
         own: All tensors of the base by name.
-        weights: Of the base; one at a time is in floats, where a method depends on them.
         base: Where the base came from, for PEFT's own use.
 
     Raises:
@@ -47,6 +48,7 @@ def write(
         raise CheckpointError(f"PEFT has no {method.__name__}: save it without format=.")
     name = NAMES[method]
     form = FORMATS[name]
+    weights = Weights(model)
     tensors: dict[str, Tensor] = {}
     for site in plan.sites:
         spec = plan.spec_of(site)
@@ -73,7 +75,7 @@ def write(
         {site.fqn: site.in_features for site in plan.sites},
     )
     return files(
-        beside(plan, own) | tensors | copied,
+        beside(model, plan, own) | tensors | copied,
         config | fields | {"init_weights": True, "peft_type": name},
     )
 
