@@ -5,7 +5,8 @@
 
 writes ``recorded/<version>.json``: for each case the two files of the directory, and the logits of
 the model it was saved from. 0.16 and 0.17 were run with transformers 4.53.3, the others with the
-pinned one, and 0.20 without torchao. All numbers are made by a formula, so that no random generator has to agree.
+pinned one, and 0.20 without torchao. All numbers are made by a formula, so that no random generator
+has to agree.
 """
 
 import base64

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import oftfx
 from oftfx import CheckpointError
+from tests.quantised import linear4bit, linear8bit, quantised
 from tests.small import VOCABULARY, llama, tokens
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -72,13 +73,13 @@ def extension(monkeypatch):
     monkeypatch.setattr(layer, "FastBlockDiag", Blocks)
 
 
-def model():
+def model(width=32):
     """Always the same one, with biases."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2 if width < 64 else 2 * width,
         num_hidden_layers=1,
         num_attention_heads=2,
         initializer_range=0.2,
@@ -129,6 +130,24 @@ def test_reads_the_same_function(written):
     base, theirs, path = written
     ours = oftfx.load(base, path).eval()
     agree(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "kind", ["oft", "oft, all biases", "oft, modules", "oft, embedding", "boft, own biases"]
+)
+@pytest.mark.parametrize("make", [linear4bit, linear8bit])
+def test_reads_the_same_function_on_a_quantised_base(make, kind, tmp_path):
+    def base():
+        return quantised(model(64), make)
+
+    _, theirs = trained(CONFIGS[kind](), base())
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = oftfx.load(base(), tmp_path / "peft").eval()
+    agree(ours, theirs)
+    oftfx.save(ours, tmp_path / "again", format="peft")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
+    again = PeftModel.from_pretrained(base(), tmp_path / "again").eval()
+    agree(ours, again)
 
 
 @pytest.mark.filterwarnings("ignore:.*singular vectors")
