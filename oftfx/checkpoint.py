@@ -197,7 +197,7 @@ def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory; oftfx.save writes one.")
     if not (path / MANIFEST).is_file():
-        hint = "."
+        hint = f", nor an {peft.CONFIG} of PEFT's."
         if nested := sorted(path.glob(f"*/{MANIFEST}")):
             hint = f"; did you mean {nested[0].parent}?"
         raise CheckpointError(f"{path} holds no {MANIFEST}{hint}")

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,8 +266,18 @@ def rename(tensors, old, new):
     tensors[key.replace(old, new)] = tensors.pop(key)
 
 
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
 def as_pickle(path):
-    torch.save(load_file(path / FILE), path / "adapter_model.bin")
+    (path / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(path / "executed")))
     (path / FILE).unlink()
 
 
@@ -273,7 +285,25 @@ def cut(path):
     (path / FILE).write_bytes((path / FILE).read_bytes()[:-7])
 
 
+def each(change):
+    return changed(lambda tensors: tensors.update({k: change(v) for k, v in tensors.items()}))
+
+
 DAMAGE = {
+    "no config": (lambda path: (path / CONFIG).unlink(), "nor an adapter_config.json"),
+    "not finite": (each(lambda v: v / 0), "not finite"),
+    "integers": (each(lambda v: v.int()), "int32, not floating"),
+    "8 bits": (each(lambda v: v.to(torch.float8_e4m3fn)), "16 bits"),
+    "one more dimension": (each(lambda v: v[None].clone()), "b\\(b−1\\)/2"),
+    "an unknown bias": (changed(lambda t: t.update(one("q_proj.base_layer.zias"))), "nor a tensor"),
+    "a bias of another shape": (
+        changed(lambda t: t.update(one("q_proj.base_layer.bias"))),
+        r"q_proj.bias is \(32,\) here, \(3,\) there",
+    ),
+    "another kind of layer": (
+        changed(lambda t: rename(t, "oft_R.weight", "oft_embedding_R.weight")),
+        "embedding there or here",
+    ),
     "another method": (edited(peft_type="LORA"), "LORA"),
     "no method": (lambda path: (path / CONFIG).write_text("{}"), "peft_type"),
     "no JSON": (lambda path: (path / CONFIG).write_text("{"), "damaged"),
@@ -297,6 +327,10 @@ DAMAGE = {
 }
 
 
+def one(leaf):
+    return {f"base_model.model.model.layers.0.self_attn.{leaf}": torch.zeros(3)}
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_directory_is_refused(damage, tmp_path):
     edit, why = DAMAGE[damage]
@@ -306,9 +340,27 @@ def test_a_damaged_directory_is_refused(damage, tmp_path):
     before = {key: value.clone() for key, value in base.state_dict().items()}
     with pytest.raises(CheckpointError, match=why):
         oftfx.load(base, tmp_path)
+    assert not (tmp_path / "executed").exists()
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor"), [("boft", "boft_s"), ("psoft", "vector_b"), ("oft, modules", None)]
+)
+@pytest.mark.filterwarnings("ignore:.*singular vectors")
+def test_another_base_or_a_missing_tensor_is_refused(kind, tensor, tmp_path):
+    _, theirs = trained(CONFIGS[kind]())
+    theirs.save_pretrained(tmp_path)
+    base, why = model(), "lacks"
+    if tensor is None:
+        base, why = model(64), "another base"
+    else:
+        changed(lambda t: t.pop(next(key for key in t if tensor in key)))(tmp_path)
+    with pytest.raises(CheckpointError, match=why):
+        oftfx.load(base, tmp_path)
+    assert not any(".oft." in key for key in base.state_dict())
 
 
 @pytest.mark.parametrize(

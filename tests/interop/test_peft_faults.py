@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
-from peft import HRAConfig, OFTConfig, PeftModel, get_peft_model
+from peft import BOFTConfig, HRAConfig, OFTConfig, PeftModel, get_peft_model
 from torch import nn
 
 import oftfx
 from tests.quantised import dequantised, linear8bit, quantised
+from tests.small import llama, tokens
 
 X = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
 OFT = {"oft_block_size": 8, "r": 0, "init_weights": False}
@@ -81,6 +82,28 @@ def test_dropout_drops(tmp_path):
     ours = oftfx.load(base(), tmp_path)
     assert torch.equal(ours.eval()(X), ours(X))
     assert not torch.equal(ours.train()(X), ours(X))
+
+
+@torch.no_grad()
+def test_boft_of_several_factors_without_the_extension(tmp_path):
+    """It trains one; the file tells, its config does not."""
+    fields = {"boft_block_size": 8, "boft_n_butterfly_factor": 2, "init_weights": False}
+    theirs = written(tmp_path, base(), BOFTConfig(target_modules=["0", "2"], **fields))
+    assert theirs.base_model.model[0].boft_R["default"].shape[0] == 1
+    with pytest.warns(oftfx.OftfxWarning, match="asks for 2 butterfly factors"):
+        ours = oftfx.load(base(), tmp_path)
+    assert apart(ours(X), theirs(X)) < 1e-5
+
+
+@torch.no_grad()
+def test_merging_a_tied_embedding_leaves_the_head(tmp_path):
+    model = llama()
+    config = OFTConfig(target_modules=["embed_tokens"], **OFT)
+    theirs = written(tmp_path, model, config)
+    expected = theirs(**tokens()).logits
+    ours = oftfx.load(model, tmp_path)
+    assert apart(oftfx.merge(ours)(**tokens()).logits, expected) < 1e-5
+    assert apart(theirs.merge_and_unload()(**tokens()).logits, expected) > 0.1
 
 
 @torch.no_grad()

@@ -59,7 +59,10 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
     for site in chosen.sites:
         spec = chosen.spec_of(site)
         weight = partial(weights.stacked, [site])
-        converted = form.ours(found, spec, layers[site.fqn], weight)
+        try:
+            converted = form.ours(found, spec, layers[site.fqn], weight)
+        except KeyError as error:
+            raise CheckpointError(f"{path / TENSORS}: {site.fqn} lacks {error}.") from error
         shapes = method_of(spec).shapes(spec, site.in_features)
         for name, shape in {**shapes, **output_shapes(spec, site.out_features)}.items():
             if tuple(converted[name].shape) != shape:
@@ -99,8 +102,10 @@ def _layers(
             layers.setdefault(fqn, {})[endings[ending]] = tensor
             if ending not in form.SUFFIXES:
                 embedded.add(fqn)
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{file}: {key} is {tensor.dtype}, not floating point.")
+        if not (tensor.is_floating_point() and tensor.itemsize > 1):
+            raise CheckpointError(
+                f"{file}: {key} is {tensor.dtype}, not floating point of 16 bits or more."
+            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: {key} holds numbers that are not finite.")
     if not layers:
