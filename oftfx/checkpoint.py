@@ -77,7 +77,7 @@ def save(
         case "oftfx":
             files = _files(inner, plan, values)
         case "peft":
-            files = peft.write(plan, values, _own(inner, name), Weights(inner), base)
+            files = peft.write(inner, plan, values, _own(inner, name), base)
         case "lora":
             own = _own(inner, name)
             files, report = peft.write_lora(plan, values, own, Weights(inner), rank, base)
@@ -199,7 +199,7 @@ def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory; oftfx.save writes one.")
     if not (path / MANIFEST).is_file():
-        hint = "."
+        hint = f", nor an {peft.CONFIG} of PEFT's."
         if nested := sorted(path.glob(f"*/{MANIFEST}")):
             hint = f"; did you mean {nested[0].parent}?"
         raise CheckpointError(f"{path} holds no {MANIFEST}{hint}")

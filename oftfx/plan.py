@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
-from torch import nn
+from torch import fx, nn
 
 from oftfx import match, modules, sites
 from oftfx.capture import Capture, Model, capture, unwrap
 from oftfx.errors import OftfxError, PlanError, SpecError
 from oftfx.match import Use
 from oftfx.rotations import method_of, num_trainable, output_shapes
+from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.sites.matmul import Layout
 from oftfx.sites.quantised import Quantiser
 from oftfx.spec import ALL_LINEAR, Spec, Target, matches
@@ -30,11 +31,11 @@ class Site:
 
     Attributes:
         fqn: Name of the weight without a trailing ".weight": for a layer, the layer's own name.
-        kind: "functional" folds on the fly; all others ("linear", "conv1d", "linear4bit", …) rotate
-            the layer's input.
+        kind: "functional" folds on the fly; "embedding" rotates what is looked up; all others
+            ("linear", "conv1d", "linear4bit", …) rotate the layer's input.
         weight: Full name of the parameter.
-        in_features: Width of the input, which is rotated.
-        out_features: Width of the output.
+        in_features: Width of the input, or of an embedding, which is rotated.
+        out_features: Width of the output, or the number of an embedding's rows.
         layout: How the weight is stored, "out_in" or "in_out".
         group: Number of the input tensor; sites that read the same tensor have the same group.
         rotation: fqn of the site that holds this site's parameters: itself, unless shared.
@@ -257,6 +258,8 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
             role = "output head"
         elif any(use.node in routers for use in fitting):
             role = "MoE router"
+        elif not fitting and _is_embedding(model, weight):
+            role, why_not = EMBEDDING, ""
         layout: Layout = fitting[0].layout if fitting else "out_in"
         out, width = tensor.shape[-2:] if layout == "out_in" else reversed(tensor.shape[-2:])
         sources = {(use.source, width) for use in fitting}
@@ -264,7 +267,7 @@ def _candidates_of_graph(model: Model, example_inputs: Any) -> list[_Candidate]:
         fqn = weight.removesuffix(".weight")
         site = Site(
             fqn=fqn,
-            kind=_kind(model, fqn, weight, fitting),
+            kind=role if role == EMBEDDING else _kind(model, fqn, weight, fitting),
             weight=weight,
             in_features=width,
             out_features=out,
@@ -298,6 +301,14 @@ def _why_not(found: Capture, weight: str, reads: list[Use]) -> str:
     if len({use.layout for use in reads}) > 1:
         return "it is used both as x·Wᵀ and as x·W, which no one rotation serves"
     return ""
+
+
+def _is_embedding(model: Model, weight: str) -> bool:
+    """Whether a weight is that of an embedding that an nn.Module, no graph, looks up."""
+    owner, _, parameter = weight.rpartition(".")
+    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
+        return False
+    return parameter == "weight" and sites.is_embedding(model.get_submodule(owner))
 
 
 def _fault(model: Model, weight: str) -> str:
@@ -389,9 +400,11 @@ def _candidates_of_modules(model: nn.Module, spec: Spec) -> list[_Candidate]:
             why_not = "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
         out, width = shape[-2:] if layout == "out_in" else reversed(shape[-2:])
         kind = provider.KIND if provider else "module"
+        role = "output head" if module is named else ""
+        if sites.is_embedding(module):
+            kind, role, why_not = EMBEDDING, EMBEDDING, ""
         tied = names[id(weight)] > 1
         site = Site(fqn, kind, f"{fqn}.weight", width, out, layout, index, fqn, 0, tied)
-        role = "output head" if module is named else ""
         candidates.append(_Candidate(site, role, why_not, broken=bool(fault)))
     return candidates
 
@@ -460,7 +473,7 @@ def _choose(
             errors.append(f"{site.fqn}: {candidate.why_not}")
         else:
             at = spec.at(site.fqn)
-            misfit = method_of(at).misfit(at, site.in_features)
+            misfit = method_of(at).misfit(at, site.in_features) or _no_matmul(at, site)
             if misfit:
                 errors.append(f"{site.fqn}: {misfit}")
             chosen.append(site)
@@ -477,6 +490,17 @@ def _choose(
             + (f". Skipped:\n  {reasons}" if reasons else " in this model.")
         )
     return Plan(spec, _with_parameters(chosen, spec), tuple(skipped), how, copied)
+
+
+def _no_matmul(spec: Spec, site: Site) -> str | None:
+    """Why a spec does not fit an embedding; None when it does, or when the site is none."""
+    if site.kind != EMBEDDING:
+        return None
+    if output_shapes(spec, site.out_features):
+        return "magnitude=True scales the outputs of a matmul, and an embedding has none"
+    if method_of(spec).FIXED:
+        return f"{type(spec).__name__}'s directions are those of a matmul's input, not an embedding"
+    return None
 
 
 def _wanted(candidates: list[_Candidate], spec: Spec) -> Callable[[_Candidate], bool]:
@@ -498,7 +522,9 @@ def _wanted(candidates: list[_Candidate], spec: Spec) -> Callable[[_Candidate], 
     if by_rule:
         return lambda candidate: any(matches(rule, candidate.site.fqn) for rule in targets)
     if callable(targets):
-        return lambda candidate: not candidate.why_not and bool(targets(candidate.site))
+        return lambda candidate: (
+            not candidate.why_not and candidate.role != EMBEDDING and bool(targets(candidate.site))
+        )
     return lambda candidate: not candidate.role and not candidate.why_not
 
 

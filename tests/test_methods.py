@@ -25,6 +25,7 @@ SPECS: dict[str, Spec] = {
     "OFT": OFT(block_size=4),
     "OFT, shared blocks": OFT(block_size=4, share_blocks=True),
     "OFT, magnitudes": OFT(block_size=4, magnitude=True, unit_rate=True),
+    "OFT, doubled": OFT(block_size=4, order=3, doubled=True),
     "COFT": COFT(block_size=4, eps=0.1),
     "BOFT": BOFT(block_size=4, factors=2),
     "BOFT, dense": BOFT(block_size=2, factors=3, exact=True),

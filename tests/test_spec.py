@@ -257,7 +257,7 @@ def test_overrides_apply_in_order_and_to_their_layers_alone():
 
 def test_fields_that_may_differ_per_layer():
     own = {"block_size", "order", "exact", "guard", "share_blocks", "dropout"}
-    own |= {"magnitude", "unit_rate"}
+    own |= {"magnitude", "unit_rate", "doubled"}
     assert OFT.method_fields() == own | {"dtype", "init_std"}
 
 
@@ -265,6 +265,7 @@ METHOD_INVALID = [
     (OFT, "share_blocks", 1, "bool"),
     (OFT, "magnitude", 1, "bool"),
     (OFT, "unit_rate", 1, "bool"),
+    (OFT, "doubled", 1, "bool"),
     (OFT, "dropout", 1.0, "< 1"),
     (OFT, "dropout", -0.1, "≥ 0"),
     (OFT, "dropout", True, "number"),

@@ -163,6 +163,13 @@ def rotations(
             "Without it, every linear layer but the output head.",
         ),
     ] = None,
+    also_train: Annotated[
+        list[str] | None,
+        _turning(
+            "A layer or tensor that is trained as it is besides, such as norm or bias, or a regex; "
+            "repeat it for more.",
+        ),
+    ] = None,
     share_inputs: Annotated[
         bool,
         _turning(

@@ -35,6 +35,8 @@ class _Site:
     def fold(self, dtype: torch.dtype = torch.bfloat16) -> Fold:
         """Its fold; ``dtype`` is for a quantised weight, a float one keeps its own."""
         factors = [factor for rotation in self.rotations for factor in rotation.factors()]
+        if sites.is_embedding(self.module):  # its rows fold as W·M
+            factors = [factor.transposed() for factor in reversed(factors)]
         scales = [scale for rotation in self.rotations for scale in rotation.scales()]
         if self.quantiser is not None:
             weight = _dequantised(self.fqn, self.module, self.quantiser)
@@ -179,6 +181,8 @@ def _module_sites(model: nn.Module) -> Iterator[_Site]:
         if not isinstance(module, Adapted):
             continue
         layouts = dict(module.oft_shadowed)
+        if not layouts and sites.is_embedding(module):
+            layouts = {"weight": "out_in"}
         if not layouts:
             provider = sites.provider_of(module)
             assert provider is not None

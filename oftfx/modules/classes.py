@@ -43,7 +43,7 @@ def ordered(module: Any) -> list[Any]:
 
 @functools.cache
 def rotating(base: Class) -> type[nn.Module]:
-    """The subclass of a linear layer's class that rotates its input.
+    """The subclass of a linear layer's class that rotates its input; an embedding's, its output.
 
     before                after
     y = base(x)           x = rotate(x, cayley(theta))      per adapter and factor, in order
@@ -66,6 +66,17 @@ def rotating(base: Class) -> type[nn.Module]:
                 output = rotation.scaled(output, getattr(self, "bias", None))
         return output
 
+    def looked_up(self: Any, input: Tensor) -> Tensor:
+        found: Tensor = base.forward(self, input)
+        if self.oft_rows is not None:
+            return rows.looked_up(self, found)
+        for rotation in ordered(self):
+            if rotation.enabled:
+                found = rotation(found)
+        return found
+
+    if issubclass(base, nn.Embedding):
+        forward = looked_up
     name = f"OFT[{base.__name__}]"
     body = {"forward": forward, "oft_base": base, "__module__": base.__module__}
     return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})

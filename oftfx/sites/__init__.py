@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import fx, nn
 
-from oftfx.sites import bitsandbytes, conv1d, hqq, linear, packed, torchao
+from oftfx.sites import bitsandbytes, conv1d, embedding, hqq, linear, packed, torchao
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_in
 from oftfx.sites.quantised import Fusing, Quantiser
@@ -46,6 +46,11 @@ PROVIDERS: tuple[Provider, ...] = (
 def provider_of(module: nn.Module) -> Provider | None:
     """The provider that knows this module, if any."""
     return next((provider for provider in PROVIDERS if provider.owns(module)), None)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether the module is an embedding whose rows can be rotated."""
+    return embedding.owns(module)
 
 
 def quantiser_of(module: nn.Module) -> Quantiser | None:

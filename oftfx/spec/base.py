@@ -29,6 +29,7 @@ class Spec:
     Attributes:
         targets: ``"all-linear"`` (every matmul with a frozen weight but the output head and the
             MoE routers), or one or several names and regexes, or a callable ``Site -> bool``.
+            An embedding is one only when it is named: what it looks up is rotated.
             A name matches a site when it equals the site's fqn or its last components; a regex
             must match the whole fqn.
         exclude: Names and regexes that are left out; they win over ``targets``.

@@ -12,6 +12,7 @@ from oftfx import CheckpointError, testing
 from oftfx.interop.peft.lora import factored
 from oftfx.modules import built
 from oftfx.rotations import method_of
+from tests.quantised import linear4bit, quantised_llama
 from tests.small import llama, tokens
 
 
@@ -75,6 +76,43 @@ def test_all_directions_are_the_nearest_of_a_rank(spec):
         best = singular[rank:].norm() / singular.norm()
         assert best * (1 - 1e-9) <= error <= best * 1.02 + 1e-9
     assert factored(weight, factors, 99)[2] < 1e-9
+
+
+FULL = [
+    oftfx.OFT(block_size=8),
+    oftfx.COFT(block_size=8, eps=0.5),
+    oftfx.BOFT(block_size=8, factors=3, exact=True, magnitude=True),
+    oftfx.GOFT(scale=True),
+    oftfx.QGOFT(),
+    oftfx.OFT(block_size=8, also_train=["lm_head", "norm"]),
+]
+
+
+@pytest.mark.parametrize("spec", FULL, ids=lambda spec: type(spec).__name__)
+@torch.no_grad()
+def test_at_full_rank_every_method_is_lora_exactly(spec, tmp_path):
+    base, ours = adapted(spec)
+    report = oftfx.save(ours, tmp_path, format="lora", rank=99)
+    assert max(site.error for site in report.sites) < 1e-5
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    one, other = ours(**tokens()).logits, theirs(**tokens()).logits
+    assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+@pytest.mark.parametrize("rank", [4, 99])
+@torch.no_grad()
+def test_on_a_4_bit_base_it_is_as_near(rank, tmp_path):
+    base = quantised_llama(linear4bit)
+    ours = oftfx.adapt(copy.deepcopy(base), oftfx.OFT(block_size=8, init_std=0.05)).eval()
+    report = oftfx.save(ours, tmp_path, format="lora", rank=rank)
+    start, one = base(**tokens()).logits, ours(**tokens()).logits
+    other = PeftModel.from_pretrained(base, tmp_path).eval()(**tokens()).logits
+    if rank == 99:
+        assert max(site.error for site in report.sites) < 1e-5
+        assert (one - other).norm() <= 1e-5 * one.norm()
+    else:
+        assert all(0 < site.error < 1 for site in report.sites)
+        assert (one - other).norm() < (one - start).norm()
 
 
 def test_the_report_states_what_is_lost(tmp_path):

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import oftfx
 from oftfx import CheckpointError
+from tests.quantised import linear4bit, linear8bit, quantised
 from tests.small import VOCABULARY, llama, tokens
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -40,6 +43,9 @@ CONFIGS = {
     "oft, own biases": oft(bias="oft_only"),
     "oft, modules": oft(modules_to_save=["norm", "lm_head"]),
     "oft, modules and biases": oft(modules_to_save=["o_proj"], bias="all"),
+    "oft, embedding": lambda: OFTConfig(
+        oft_block_size=8, r=0, target_modules=["embed_tokens", "lm_head", "q_proj"]
+    ),
     "coft": oft(coft=True, eps=0.1),
     "boft": on(BOFTConfig, boft_block_size=8),
     "boft, 3 factors": on(BOFTConfig, boft_block_size=4, boft_n_butterfly_factor=3),
@@ -69,13 +75,13 @@ def extension(monkeypatch):
     monkeypatch.setattr(layer, "FastBlockDiag", Blocks)
 
 
-def model():
+def model(width=32):
     """Always the same one, with biases."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2 if width < 64 else 2 * width,
         num_hidden_layers=1,
         num_attention_heads=2,
         initializer_range=0.2,
@@ -128,6 +134,24 @@ def test_reads_the_same_function(written):
     agree(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "kind", ["oft", "oft, all biases", "oft, modules", "oft, embedding", "boft, own biases"]
+)
+@pytest.mark.parametrize("make", [linear4bit, linear8bit])
+def test_reads_the_same_function_on_a_quantised_base(make, kind, tmp_path):
+    def base():
+        return quantised(model(64), make)
+
+    _, theirs = trained(CONFIGS[kind](), base())
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = oftfx.load(base(), tmp_path / "peft").eval()
+    agree(ours, theirs)
+    oftfx.save(ours, tmp_path / "again", format="peft")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
+    again = PeftModel.from_pretrained(base(), tmp_path / "again").eval()
+    agree(ours, again)
+
+
 @pytest.mark.filterwarnings("ignore:.*singular vectors")
 def test_read_then_written_is_the_same_file(written, tmp_path):
     base, theirs, path = written
@@ -156,6 +180,7 @@ def turned(model, spec):
         oftfx.OFT(block_size=8, exact=True),
         oftfx.OFT(block_size=8, share_blocks=True),
         oftfx.COFT(block_size=8, eps=0.1),
+        oftfx.OFT(block_size=8, targets=["embed_tokens", "q_proj"], exact=True),
         oftfx.BOFT(block_size=8, factors=2, exact=True),
         oftfx.BOFT(block_size=8, factors=1, exact=True, magnitude=True, also_train="bias"),
         oftfx.HRA(rank=4, init_std=0.1),
@@ -202,6 +227,7 @@ def test_the_block_size_that_peft_would_take():
         (oftfx.BOFT(block_size=8, exact=True, share_blocks=True), "share_blocks"),
         (oftfx.PSOFT(rank=4, share_inputs=True), "singular vectors"),
         (oftfx.PSOFT(rank=4, svd="full", also_train="bias"), "no bias"),
+        (oftfx.HRA(rank=4, targets="embed_tokens"), "no embeddings"),
         (oftfx.OFT(block_size=8, also_train="v_proj.bias"), "not some"),
         (oftfx.OFT(block_size=8, targets="q_proj", also_train="o_proj.weight"), "whole modules"),
     ],
@@ -240,8 +266,18 @@ def rename(tensors, old, new):
     tensors[key.replace(old, new)] = tensors.pop(key)
 
 
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
 def as_pickle(path):
-    torch.save(load_file(path / FILE), path / "adapter_model.bin")
+    (path / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(path / "executed")))
     (path / FILE).unlink()
 
 
@@ -249,7 +285,25 @@ def cut(path):
     (path / FILE).write_bytes((path / FILE).read_bytes()[:-7])
 
 
+def each(change):
+    return changed(lambda tensors: tensors.update({k: change(v) for k, v in tensors.items()}))
+
+
 DAMAGE = {
+    "no config": (lambda path: (path / CONFIG).unlink(), "nor an adapter_config.json"),
+    "not finite": (each(lambda v: v / 0), "not finite"),
+    "integers": (each(lambda v: v.int()), "int32, not floating"),
+    "8 bits": (each(lambda v: v.to(torch.float8_e4m3fn)), "16 bits"),
+    "one more dimension": (each(lambda v: v[None].clone()), "b\\(b−1\\)/2"),
+    "an unknown bias": (changed(lambda t: t.update(one("q_proj.base_layer.zias"))), "nor a tensor"),
+    "a bias of another shape": (
+        changed(lambda t: t.update(one("q_proj.base_layer.bias"))),
+        r"q_proj.bias is \(32,\) here, \(3,\) there",
+    ),
+    "another kind of layer": (
+        changed(lambda t: rename(t, "oft_R.weight", "oft_embedding_R.weight")),
+        "embedding there or here",
+    ),
     "another method": (edited(peft_type="LORA"), "LORA"),
     "no method": (lambda path: (path / CONFIG).write_text("{}"), "peft_type"),
     "no JSON": (lambda path: (path / CONFIG).write_text("{"), "damaged"),
@@ -273,6 +327,10 @@ DAMAGE = {
 }
 
 
+def one(leaf):
+    return {f"base_model.model.model.layers.0.self_attn.{leaf}": torch.zeros(3)}
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_directory_is_refused(damage, tmp_path):
     edit, why = DAMAGE[damage]
@@ -282,9 +340,27 @@ def test_a_damaged_directory_is_refused(damage, tmp_path):
     before = {key: value.clone() for key, value in base.state_dict().items()}
     with pytest.raises(CheckpointError, match=why):
         oftfx.load(base, tmp_path)
+    assert not (tmp_path / "executed").exists()
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor"), [("boft", "boft_s"), ("psoft", "vector_b"), ("oft, modules", None)]
+)
+@pytest.mark.filterwarnings("ignore:.*singular vectors")
+def test_another_base_or_a_missing_tensor_is_refused(kind, tensor, tmp_path):
+    _, theirs = trained(CONFIGS[kind]())
+    theirs.save_pretrained(tmp_path)
+    base, why = model(), "lacks"
+    if tensor is None:
+        base, why = model(64), "another base"
+    else:
+        changed(lambda t: t.pop(next(key for key in t if tensor in key)))(tmp_path)
+    with pytest.raises(CheckpointError, match=why):
+        oftfx.load(base, tmp_path)
+    assert not any(".oft." in key for key in base.state_dict())
 
 
 @pytest.mark.parametrize(

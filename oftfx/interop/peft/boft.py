@@ -6,13 +6,14 @@ written as zero. Where PEFT cannot compile its CUDA extension it trains one fact
 config asks for, so the tensor tells how many there are.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from oftfx.errors import CheckpointError
-from oftfx.interop.peft.directory import Directory
+from oftfx.errors import CheckpointError, OftfxWarning
+from oftfx.interop.peft.directory import CONFIG, TENSORS, Directory
 from oftfx.interop.peft.uniform import uniform
 from oftfx.rotations import cayley, oft
 from oftfx.rotations.supports import Weight
@@ -20,11 +21,25 @@ from oftfx.spec import BOFT
 
 _R, _SCALE = "boft_R", "boft_s"
 SUFFIXES: tuple[str, ...] = (_R, _SCALE)
+EMBEDDED: Mapping[str, str] = {}
 OUTPUTS: tuple[str, ...] = ("magnitude",)
 
 
 def fields(found: Directory) -> dict[str, Any]:
-    """The dropout."""
+    """The dropout.
+
+    Warns:
+        OftfxWarning: Fewer factors were trained than the config asks for.
+    """
+    wanted = found.value("boft_n_butterfly_factor", 1, int)
+    trained = min((len(t) for key, t in found.tensors.items() if key.endswith(f".{_R}")), default=1)
+    if trained < wanted:
+        warnings.warn(
+            f"{found.path / CONFIG} asks for {wanted} butterfly factors, and {TENSORS} holds "
+            f"{trained}: without its CUDA extension PEFT trains one. It is read as it was trained.",
+            OftfxWarning,
+            stacklevel=2,
+        )
     return {
         "method": BOFT,
         "exact": True,

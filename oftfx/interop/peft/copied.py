@@ -134,8 +134,10 @@ def write_copied(
     return tensors, {"bias": kind, "modules_to_save": sorted(owners) or None}
 
 
-def beside(plan: Plan, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base's own tensors that PEFT writes beside rotated embeddings and heads."""
+def beside(model: Model, plan: Plan, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base's own tensors that PEFT writes beside rotated embeddings of a transformers model."""
+    if not hasattr(model, "get_input_embeddings"):
+        return {}
     adapted = {site.fqn for site in plan.sites if site.fqn.rpartition(".")[2] in EMBEDDINGS}
     names = (name for name in own if name.rpartition(".")[0] in adapted)
     return {_theirs(name, adapted): own[name] for name in names}

@@ -90,7 +90,7 @@ def read_directory(path: Path) -> Directory:
         raise CheckpointError(f"{file} is missing{hint if pickle else ''}.")
     try:
         tensors = load(file.read_bytes())
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} is truncated or no safetensors file: {error}.") from error
     if foreign := sorted(key for key in tensors if not key.startswith(PREFIX)):
         raise CheckpointError(f"{file} holds tensors PEFT does not write: {', '.join(foreign)}.")

@@ -12,6 +12,7 @@ from oftfx.rotations.supports import Weight
 from oftfx.spec import HRA
 
 SUFFIXES: tuple[str, ...] = ("hra_u",)
+EMBEDDED: Mapping[str, str] = {}
 OUTPUTS: tuple[str, ...] = ()
 
 

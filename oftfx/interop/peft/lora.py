@@ -18,7 +18,8 @@ from oftfx.modules import built
 from oftfx.ops.factor import Factor
 from oftfx.plan import Plan
 from oftfx.progress import tracked
-from oftfx.rotations import method_of, supports
+from oftfx.rotations import method_of, output_shapes, supports
+from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.table import table
 from oftfx.weights import Weights
 
@@ -78,11 +79,18 @@ def write_lora(
     tensors, sites = {}, []
     for site in tracked(plan.sites, "factoring"):
         spec = plan.spec_of(site)
-        check_layer(site, spec)
+        outputs = output_shapes(spec, site.out_features)
+        check_layer(site, spec, outputs)
+        if site.kind == EMBEDDING:
+            raise CheckpointError(
+                f"{site.fqn} is an embedding, whose rows are rotated; as LoRA only matmuls are "
+                "written: serve the merged model, or exclude it."
+            )
         names = method_of(spec).shapes(spec, site.in_features)
         held = {name: values[f"{site.rotation}.{name}"] for name in names}
         factors = method_of(spec).factors(built(spec, held), spec)
-        a, b, error = factored(weights.floats(site), factors, rank, site.fqn)
+        magnitude = values[f"{site.fqn}.magnitude"] if outputs else None
+        a, b, error = factored(weights.floats(site), factors, rank, site.fqn, magnitude)
         tensors[f"{site.fqn}.lora_A.weight"] = a
         tensors[f"{site.fqn}.lora_B.weight"] = b
         sites.append(LoraSite(site.fqn, len(a), error))
@@ -110,7 +118,11 @@ def write_lora(
 
 
 def factored(
-    weight: Tensor, factors: tuple[Factor, ...], rank: int | None, fqn: str = "this site"
+    weight: Tensor,
+    factors: tuple[Factor, ...],
+    rank: int | None,
+    fqn: str = "this site",
+    magnitude: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """``(A, B, error)``, A (r, in) and B (out, r), of the change a map makes to a weight.
 
@@ -119,11 +131,12 @@ def factored(
         factors: Of the map, in the order x meets them.
         rank: r, or None for that of the map.
         fqn: For messages.
+        magnitude: (out,), what each output is scaled by besides, less one.
 
     Raises:
         CheckpointError: The map has no rank of its own, and none is given.
     """
-    if len(factors) == 1 and factors[0].op is SUBSPACE:
+    if len(factors) == 1 and factors[0].op is SUBSPACE and magnitude is None:
         support, kernel = (operand.to(weight) for operand in factors[0].operands)
         if rank is None or rank >= len(support):
             return support, weight @ support.mT @ kernel.mT, 0.0
@@ -135,6 +148,8 @@ def factored(
     folded = weight
     for factor in reversed(factors):
         folded = factor.transposed()(folded)
+    if magnitude is not None:
+        folded = (1 + magnitude.to(folded)).unsqueeze(-1) * folded
     change = folded - weight
     rank = min(rank or 0, *weight.shape)
     a = supports.principal(change, rank, torch.Generator().manual_seed(0))

@@ -19,7 +19,9 @@ from oftfx.rotations import oft, projection_of
 from oftfx.rotations.supports import Weight
 from oftfx.spec import COFT, OFT
 
-SUFFIXES: tuple[str, ...] = ("oft_R.weight",)
+_R = "oft_R.weight"
+SUFFIXES: tuple[str, ...] = (_R,)
+EMBEDDED: Mapping[str, str] = {_R: "oft_embedding_R.weight"}
 OUTPUTS: tuple[str, ...] = ()
 
 
@@ -60,7 +62,7 @@ def series(found: Directory) -> dict[str, Any]:
 
 def fields_at(found: Directory, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The block size, which a layer's tensor tells."""
-    theta = tensors["oft_R.weight"]
+    theta = tensors[_R]
     if theta.dim() != 2:
         raise CheckpointError(f"oft_R.weight has shape {tuple(theta.shape)}, not (n, b(b−1)/2)")
     b = (1 + math.isqrt(1 + 8 * theta.shape[1])) // 2
@@ -73,14 +75,14 @@ def ours(
     found: Directory, spec: OFT, tensors: Mapping[str, Tensor], weight: Weight
 ) -> dict[str, Tensor]:
     """``theta``."""
-    values = {"theta": _signed(spec, tensors["oft_R.weight"])}
+    values = {"theta": _signed(spec, tensors[_R])}
     projection = projection_of(spec)
     return projection(values, spec) if projection else values
 
 
 def theirs(spec: OFT, tensors: Mapping[str, Tensor], weight: Weight) -> dict[str, Tensor]:
     """``oft_R.weight``."""
-    return {"oft_R.weight": _signed(spec, oft.entries(tensors["theta"], spec))}
+    return {_R: _signed(spec, oft.entries(tensors["theta"], spec))}
 
 
 def config(specs: Mapping[str, OFT], widths: Mapping[str, int]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _SAME = 1e-4
 """How far apart directions may be, as unit vectors, to be the same."""
 
 SUFFIXES: tuple[str, ...] = (_THETA, _A, _B)
+EMBEDDED: Mapping[str, str] = {}
 OUTPUTS: tuple[str, ...] = ()
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from oftfx.capture import Model
-from oftfx.errors import CheckpointError, OftfxError
+from oftfx.errors import CaptureError, CheckpointError, OftfxError
 from oftfx.fingerprint import Fingerprint
 from oftfx.interop.peft.copied import read_copied, rules
 from oftfx.interop.peft.directory import CONFIG, TENSORS, Directory, read_directory
 from oftfx.interop.peft.formats import FORMATS, Format
 from oftfx.plan import Plan, plan
 from oftfx.rotations import method_of, output_shapes
+from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.spec import Spec
 from oftfx.weights import Weights
 
@@ -44,19 +45,24 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
             f"{', '.join(FORMATS)}."
         )
     form = FORMATS[found.method]
-    layers, rest = _layers(found, form)
+    layers, embedded, rest = _layers(found, form)
     specs = _specs(found, form, layers)
     _check_base(model, found, layers)
     values = read_copied(found, rest, layers, model)
     try:
-        chosen = plan(model, _together(specs, rules(values)))
+        chosen = _planned(model, _together(specs, rules(values)))
     except OftfxError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
+    if odd := {site.fqn for site in chosen.sites if site.kind == EMBEDDING} ^ embedded:
+        raise CheckpointError(f"{path / TENSORS}: {min(odd)} is an embedding there or here alone.")
     weights = Weights(model)
     for site in chosen.sites:
         spec = chosen.spec_of(site)
         weight = partial(weights.stacked, [site])
-        converted = form.ours(found, spec, layers[site.fqn], weight)
+        try:
+            converted = form.ours(found, spec, layers[site.fqn], weight)
+        except KeyError as error:
+            raise CheckpointError(f"{path / TENSORS}: {site.fqn} lacks {error}.") from error
         shapes = method_of(spec).shapes(spec, site.in_features)
         for name, shape in {**shapes, **output_shapes(spec, site.out_features)}.items():
             if tuple(converted[name].shape) != shape:
@@ -68,31 +74,44 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
     return chosen, values
 
 
+def _planned(model: Model, spec: Spec) -> Plan:
+    try:
+        return plan(model, spec)
+    except CaptureError:  # the names of layers are all that PEFT goes by
+        return plan(model, spec, capture="modules")
+
+
 def _layers(
     found: Directory, form: Format
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Each layer's tensors by suffix, and those that are no rotation's.
+) -> tuple[dict[str, dict[str, Tensor]], set[str], dict[str, Tensor]]:
+    """Each layer's tensors by suffix, which are embeddings, and the tensors of no rotation.
 
     Raises:
         CheckpointError: There is no rotation; or a tensor is damaged.
     """
     layers: dict[str, dict[str, Tensor]] = {}
-    rest = {}
+    embedded, rest = set(), {}
     file = found.path / TENSORS
+    endings = {s: s for s in form.SUFFIXES} | {e: s for s, e in form.EMBEDDED.items()}
     for key, tensor in found.tensors.items():
-        suffix = next((s for s in form.SUFFIXES if key.endswith(f".{s}")), None)
-        if suffix is None:
+        ending = next((e for e in endings if key.endswith(f".{e}")), None)
+        if ending is None:
             rest[key] = tensor
         else:
-            layers.setdefault(key.removesuffix(f".{suffix}"), {})[suffix] = tensor
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{file}: {key} is {tensor.dtype}, not floating point.")
+            fqn = key.removesuffix(f".{ending}")
+            layers.setdefault(fqn, {})[endings[ending]] = tensor
+            if ending not in form.SUFFIXES:
+                embedded.add(fqn)
+        if not (tensor.is_floating_point() and tensor.itemsize > 1):
+            raise CheckpointError(
+                f"{file}: {key} is {tensor.dtype}, not floating point of 16 bits or more."
+            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: {key} holds numbers that are not finite.")
     if not layers:
         listed = ", ".join(sorted(rest)[:3])
         raise CheckpointError(f"{file} holds no tensor of {found.method}, but {listed or 'none'}.")
-    return layers, rest
+    return layers, embedded, rest
 
 
 def _specs(

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.capture import Model
 from oftfx.errors import CheckpointError, OftfxError
 from oftfx.interop.peft.copied import beside, write_copied
 from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
 from oftfx.interop.peft.formats import FORMATS, NAMES
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, output_shapes
+from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.spec import Spec
 from oftfx.weights import Weights
 
@@ -22,20 +24,20 @@ PEFT_VERSION = "0.21.2"
 
 
 def write(
+    model: Model,
     plan: Plan,
     values: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
-    weights: Weights,
     base: str | None,
 ) -> dict[str, bytes]:
     """The contents of a PEFT directory's files.
 
     Args:
+        model: The adapted model.
         plan: What is adapted.
         values: The adapter's tensors, as [`save`][oftfx.save] names them. A rotation that several
             sites share is written to each of them.
         own: All tensors of the base by name.
-        weights: Of the base; one at a time is in floats, where a method depends on them.
         base: Where the base came from, for PEFT's own use.
 
     Raises:
@@ -46,6 +48,7 @@ def write(
         raise CheckpointError(f"PEFT has no {method.__name__}: save it without format=.")
     name = NAMES[method]
     form = FORMATS[name]
+    weights = Weights(model)
     tensors: dict[str, Tensor] = {}
     for site in plan.sites:
         spec = plan.spec_of(site)
@@ -61,6 +64,10 @@ def write(
             converted = form.theirs(spec, held, weight)
         except OftfxError as error:
             raise CheckpointError(f"{site.fqn}: {error}") from error
+        if site.kind == EMBEDDING:
+            if not form.EMBEDDED:
+                raise CheckpointError(f"{site.fqn}: PEFT's {name} has no embeddings.")
+            converted = {form.EMBEDDED[suffix]: tensor for suffix, tensor in converted.items()}
         tensors |= {f"{site.fqn}.{suffix}": tensor for suffix, tensor in converted.items()}
     copied, fields = write_copied(plan, name, values, own)
     config = header(plan, base) | form.config(
@@ -68,7 +75,7 @@ def write(
         {site.fqn: site.in_features for site in plan.sites},
     )
     return files(
-        beside(plan, own) | tensors | copied,
+        beside(model, plan, own) | tensors | copied,
         config | fields | {"init_weights": True, "peft_type": name},
     )
 
