@@ -13,7 +13,6 @@ from oftfx.ops.precision import as_given
 
 
 @torch.library.custom_op("oftfx::subspace", mutates_args=())
-@as_given
 def subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
     """``x·(I + PᵀKP) = x + (x·Pᵀ)·K·P``, in residual form.
 
@@ -29,6 +28,12 @@ def subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
     Raises:
         RuntimeError: The shapes do not fit.
     """
+    return of_aten(x, support, kernel)
+
+
+@as_given
+def of_aten(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
+    """[`subspace`][oftfx.ops.subspace] of PyTorch's own ops."""
     _check(x, support, kernel)
     rows, p = x.reshape(-1, x.shape[-1]), support.to(x.dtype)
     return torch.addmm(rows, (rows @ p.mT) @ kernel.to(x.dtype), p).view(x.shape)
