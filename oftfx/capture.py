@@ -19,6 +19,7 @@ import optree
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn.parallel import DistributedDataParallel
 
 from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
@@ -49,8 +50,10 @@ class Capture:
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside the wrapper that torch.compile puts around it."""
-    return getattr(model, "_orig_mod", model)
+    """The model inside the wrappers of torch.compile and DistributedDataParallel."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def capture(model: Model, example_inputs: Any = None) -> Capture:

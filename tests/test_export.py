@@ -173,7 +173,7 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path):
 
     with pytest.raises(oftfx.CaptureError, match="Fixed cannot be exported"):
         oftfx.export(Fixed(), tmp_path / "model.pt2")
-    with pytest.raises(oftfx.CaptureError, match="Fixed cannot be .* with a static cache"):
+    with pytest.raises(oftfx.CaptureError, match=r"Fixed cannot be .* with a static cache"):
         oftfx.export(Fixed(), tmp_path / "model.pt2", cache=8)
     assert not [*tmp_path.iterdir()]
 
