@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from tiny import WORDS, language_model
 
 import oftfx
+from oftfx.train import checkpoint_adapter
 
 STEPS, ACCUMULATED = 6, 2
 
@@ -20,28 +21,25 @@ STEPS, ACCUMULATED = 6, 2
 def train(directory: str, first: int, last: int) -> list[float]:
     """Trains from step ``first`` to ``last``, from and into a checkpoint; the losses."""
     set_seed(0)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
-    model = language_model(len(WORDS))
-    if first:
-        oftfx.load(model, f"{directory}/adapter")  # the adapter alone: the base is where it was
-    else:
-        oftfx.adapt(model, oftfx.OFT(block_size=16))
+    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED)
+    checkpoint_adapter(accelerator)  # the adapter alone: the base is where it was
+    model = oftfx.adapt(language_model(len(WORDS)), oftfx.OFT(block_size=16))
     optimizer = torch.optim.AdamW(oftfx.parameters(model), lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     if first:
-        optimizer.load_state_dict(torch.load(f"{directory}/optimizer.pt"))
-    model, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.load_state(directory)
     losses = []
     for step in range(first * ACCUMULATED, last * ACCUMULATED):
-        ids = torch.arange(2, 10).roll(step % 3).expand(2, -1)
+        ids = torch.arange(2, 10).roll(step % 3).expand(2, -1).to(accelerator.device)
         with accelerator.accumulate(model):
-            loss = model(input_ids=ids.to(accelerator.device), labels=ids).loss
+            loss = model(input_ids=ids, labels=ids).loss
             accelerator.backward(loss)
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-    if accelerator.is_main_process:
-        oftfx.save(accelerator.unwrap_model(model), f"{directory}/adapter")
-        torch.save(optimizer.state_dict(), f"{directory}/optimizer.pt")
+    accelerator.save_state(directory)
     return losses
 
 

@@ -19,6 +19,7 @@ from oftfx.plan import Plan, plan
 from oftfx.regions import check_differentiable
 from oftfx.rotations import is_fixed
 from oftfx.spec import Spec
+from oftfx.spread import check_alone
 
 if TYPE_CHECKING:
     from oftfx.calibrate import Calibration, Loss
@@ -57,9 +58,10 @@ def adapt(
 
     Raises:
         CaptureError: The model cannot be traced.
-        PlanError: Nothing matches, a site cannot be adapted, or ``name`` is taken. The model is
-            untouched.
+        PlanError: Nothing matches, a site cannot be adapted, ``name`` is taken, or the model is
+            wrapped for several processes already. The model is untouched.
     """
+    check_alone(model)
     inner = unwrap(model)
     found = spec if isinstance(spec, Plan) else plan(inner, spec, example_inputs, capture)
     return put(model, found, name, partial(fixed.values, inner, found, calibration, loss))

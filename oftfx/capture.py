@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import fake_tensor_tls
 from torch.export import ExportedProgram
+from torch.nn.parallel import DistributedDataParallel
 
 from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
@@ -52,8 +53,10 @@ class Capture:
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside the wrapper that torch.compile puts around it."""
-    return getattr(model, "_orig_mod", model)
+    """The model inside the wrappers of torch.compile and DistributedDataParallel."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def capture(model: Model, example_inputs: Any = None, adapted: str | None = None) -> Capture:

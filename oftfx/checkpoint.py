@@ -30,6 +30,7 @@ from oftfx.plan import Plan, Site
 from oftfx.progress import tracked
 from oftfx.rotations import method_of, output_shapes
 from oftfx.sites import is_quantised
+from oftfx.spread import check_alone, whole
 from oftfx.weights import Weights
 
 M = TypeVar("M", nn.Module, ExportedProgram)
@@ -45,7 +46,7 @@ def save(
     format: Literal["oftfx", "peft", "lora"] = "oftfx",
     rank: int | None = None,
 ) -> peft.LoraReport | None:
-    """Writes one adapter of a model.
+    """Writes one adapter of a model. Of one sharded by FSDP2, every process has to call it.
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
@@ -67,7 +68,7 @@ def save(
     """
     inner = unwrap(model)
     plan = _plan(inner, name)
-    values = values_of(inner, plan, name)
+    values = {key: whole(value) for key, value in values_of(inner, plan, name).items()}
     if rank is not None and (format != "lora" or rank < 1):
         raise ValueError(f"rank={rank}: must be ≥ 1, and is for format='lora' alone.")
     report = None
@@ -102,8 +103,10 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
     Raises:
         CheckpointError: The directory is damaged, foreign, or belongs to another base. Says which
             part; the model is untouched.
-        PlanError: The model has an adapter of this name already.
+        PlanError: The model has an adapter of this name already, or is wrapped for several
+            processes.
     """
+    check_alone(model)
     inner = unwrap(model)
     path = Path(directory)
     if peft.holds_peft(path) and not (path / MANIFEST).is_file():

@@ -13,6 +13,7 @@ from oftfx.capture import Model, capture
 from oftfx.errors import MergeError
 from oftfx.host import parameters_of
 from oftfx.sites.quantised import device_of
+from oftfx.spread import whole
 
 _SAMPLES = 16
 _CAST = 0.02  # relative: a cast to half precision passes, other weights do not
@@ -56,7 +57,7 @@ class Fingerprint:
 
     def _values(self, name: str) -> Tensor | None:
         if name not in self.layers:
-            return self.parameters[name]
+            return whole(self.parameters[name])
         module, quantiser = self.layers[name]
         if device_of(module).type == "meta" or quantiser.fault(module):
             return None

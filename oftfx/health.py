@@ -17,6 +17,7 @@ from oftfx.host import host_of
 from oftfx.ops.factor import SCALE
 from oftfx.rotations import method_of, scaled
 from oftfx.spec import Spec
+from oftfx.spread import whole
 from oftfx.table import table
 
 _WARNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -157,7 +158,7 @@ def batches(found: list[Held]) -> Iterator[tuple[Spec, dict[str, Tensor], list[i
     for (spec, _, layout), members in alike.items():
         wide = torch.promote_types(spec.dtype, torch.float32)
         stacked = {
-            name: torch.stack([found[i].tensors[name] for i in members]).to(wide)
+            name: torch.stack([whole(found[i].tensors[name]) for i in members]).to(wide)
             for name, *_ in layout
         }
         yield spec, stacked, members

@@ -178,12 +178,17 @@ def bypass(found: Inserted) -> None:
 def erase(host: Host, found: Inserted) -> None:
     """Erases a factor that nothing uses any more, and what of its operands only it used."""
     graph = host.module.graph
-    readers = host.readers()
     others = set(found.node.all_input_nodes) - {found.x, *found.operands}
     graph.erase_node(found.node)
     for node in others:  # a bias that was read for a scale alone
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+    erase_operands(host, found)
+
+
+def erase_operands(host: Host, found: Inserted) -> None:
+    """Erases what of a factor's operands nothing uses any more, and their parameters."""
+    graph, readers = host.module.graph, host.readers()
     behind = match.behind(found.operands)
     for node in reversed(list(graph.nodes)):
         # A trace leaves nodes beside the core of which nothing comes, such as notes on casts.

@@ -11,6 +11,7 @@ from oftfx.errors import MergeError, PlanError
 from oftfx.host import parameters_of
 from oftfx.plan import Site
 from oftfx.sites.quantised import device_of
+from oftfx.spread import whole
 
 
 class Weights:
@@ -59,7 +60,7 @@ class Weights:
             except MergeError as error:
                 raise PlanError(f"{site.fqn}: the rotation's directions need W. {error}") from error
         else:
-            weight = self._parameters[site.weight].detach().to(like.dtype)
+            weight = whole(self._parameters[site.weight]).detach().to(like.dtype)
         if not torch.isfinite(weight).all():
             raise PlanError(
                 f"{site.fqn}: its weight is not finite, so it has no singular vectors: mend the "

@@ -1,23 +1,49 @@
 """Each example runs as it says, and its own assertions hold."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
+from huggingface_hub import constants
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-HERE = ["finetune_and_merge", "qoft", "accelerate_loop", "trl_sft", "trl_dpo"]
+HERE = ["finetune_and_merge", "qoft", "trainer", "accelerate_loop", "trl_sft", "trl_dpo"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in HERE])
-def test_it_runs(name, tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+@pytest.fixture
+def _as_a_program(tmp_path, monkeypatch):
+    """In an empty directory, offline, and with accelerate's process-wide state as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# In this process: importing torch and its company again takes longer than they do.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "qoft")) for n in HERE]
+)
+@pytest.mark.usefixtures("_as_a_program")
+def test_it_runs(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trainer", "accelerate_loop"])
+def test_it_runs_in_two_processes(name, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    hidden = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py"],
+        [sys.executable, *launch, EXAMPLES / f"{name}.py"],
         cwd=tmp_path,
-        env=environment,
+        env=os.environ | hidden,
         capture_output=True,
         text=True,
         check=False,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from oftfx.cli.console import console
-from oftfx.cli.options import Dtype, Force, Out
+from oftfx.cli.options import Dtype, Force, Out, ShardSize
 from oftfx.cli.saved import Adapter, Base, opened, tell_cost
 from oftfx.errors import SpecError
 
@@ -37,10 +37,20 @@ def export(
         bool,
         typer.Option(
             "--adapted",
-            help="pt2, aoti: keep the rotations apart from the weights; such a file needs "
-            "`import oftfx` before it is loaded.",
+            help="pt2, aoti: keep the rotations apart from the weights, bit for bit what was "
+            "trained.",
         ),
     ] = False,
+    cache: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="pt2, aoti: one step of generation instead, with a static key-value cache of this "
+            "many positions inside.",
+            show_default=False,
+        ),
+    ] = None,
+    shard_size: ShardSize = None,
     dtype: Dtype = "auto",
     force: Force = False,
 ) -> None:
@@ -53,11 +63,17 @@ def export(
     `oftfx export ./my-model tuned/adapter --out as-lora --format lora --rank 32`
 
     `oftfx export ./my-model tuned/adapter --out program --format pt2`
+
+    `oftfx export ./my-model tuned/adapter --out package --format aoti --cache 2048`
     """
-    if rank is not None and format != "lora":
-        raise SpecError(f"--rank is no option of --format {format}.")
-    if adapted and format not in ("pt2", "aoti"):
-        raise SpecError(f"--adapted is no option of --format {format}.")
+    for option, given, formats in (
+        ("--rank", rank, ("lora",)),
+        ("--adapted", adapted, ("pt2", "aoti")),
+        ("--cache", cache, ("pt2", "aoti")),
+        ("--shard-size", shard_size, ("hf",)),
+    ):
+        if given and format not in formats:
+            raise SpecError(f"{option} is no option of --format {format}.")
     screen = console()
     import oftfx
     from oftfx.train.progress import stage
@@ -68,7 +84,7 @@ def export(
         model, tokenizer = loaded
         if format == "hf":
             with stage(screen, "Folding"):
-                folded = publish(model, tokenizer, fresh, dtype)
+                folded = publish(model, tokenizer, fresh, dtype, shard_size)
         elif format == "peft" or format == "lora":
             with stage(screen, "Converting"):
                 lora = oftfx.save(model, fresh, format=format, rank=rank)
@@ -77,7 +93,7 @@ def export(
                 with stage(screen, "Folding"):
                     model, folded = oftfx.merge(model, report=True)
             with stage(screen, "Exporting" if format == "pt2" else "Compiling"):
-                oftfx.export(model, fresh / PROGRAM, format=format)
+                oftfx.export(model, fresh / PROGRAM, format=format, cache=cache)
                 tokenizer.save_pretrained(fresh)
     if folded:
         tell_cost(folded, screen)

@@ -19,7 +19,8 @@ def finetune(
     data: Annotated[
         str,
         typer.Option(
-            help="A text file, a .jsonl file with a text field, or a Hub dataset id.",
+            help="A text file, a .jsonl file, or a Hub dataset id. Rows hold text, messages, or "
+            "prompt and completion, of which only the completion is learned.",
             show_default=False,
         ),
     ],
@@ -61,6 +62,23 @@ def finetune(
     seed: Annotated[
         int, typer.Option(help="Of the block order and the samples.", rich_help_panel=TRAINING)
     ] = 0,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between checkpoints, from which --resume goes on. They are kept in "
+            "OUT.checkpoints, and go when the job is done.",
+            rich_help_panel=TRAINING,
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the same command that was stopped, from its newest checkpoint.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
     held_out: Annotated[
         str,
         typer.Option(
@@ -107,6 +125,8 @@ def finetune(
     `oftfx finetune --model ./my-model --data book.txt --method boft --block-size 8 --factors 3`
 
     `oftfx finetune --model org/name --data book.txt --quant nf4`
+
+    `oftfx finetune --model org/name --data chats.jsonl --steps 2000 --checkpoint-every 200`
     """
     screen = console()
     from oftfx.train import Job, run, show
@@ -129,8 +149,15 @@ def finetune(
         quant=quant,
         seed=seed,
         force=force,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
     )
-    report = run(job, screen)
+    try:
+        report = run(job, screen)
+    except KeyboardInterrupt:
+        kept = checkpoint_every is not None or resume
+        screen.print("Stopped. " + ("Add --resume to go on." if kept else "Nothing was written."))
+        raise
     show(report, out, screen)
     if report.reload and not report.reload.agrees:
         raise typer.Exit(1)

@@ -1,12 +1,17 @@
 """``oftfx merge``."""
 
 from oftfx.cli.console import console
-from oftfx.cli.options import Dtype, Force, Out
+from oftfx.cli.options import Dtype, Force, Out, ShardSize
 from oftfx.cli.saved import Adapter, Base, opened, tell_cost
 
 
 def merge(
-    base: Base, adapter: Adapter, out: Out, dtype: Dtype = "auto", force: Force = False
+    base: Base,
+    adapter: Adapter,
+    out: Out,
+    dtype: Dtype = "auto",
+    shard_size: ShardSize = None,
+    force: Force = False,
 ) -> None:
     """Fold a saved adapter into its base: an ordinary model directory that needs no oftfx.
 
@@ -22,6 +27,6 @@ def merge(
         opened(base, adapter, out, dtype, force, screen) as (loaded, fresh),
         stage(screen, "Folding"),
     ):
-        report = publish(*loaded, fresh, dtype)
+        report = publish(*loaded, fresh, dtype, shard_size)
     tell_cost(report, screen)
     screen.print(f"merged model  {out}")

@@ -31,6 +31,15 @@ Dtype = Annotated[
     typer.Option(help="Of the frozen weights; auto keeps the stored one."),
 ]
 
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Split the merged model's weights into files of at most this size, such as 5GB.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+
 
 def _turning(help: str, *flags: str) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel=ROTATIONS)

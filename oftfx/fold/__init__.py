@@ -25,6 +25,7 @@ from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, MergeReport
 from oftfx.host import host_of
 from oftfx.insert import inserted
+from oftfx.spread import is_sharded
 
 __all__ = ["MergeReport", "MergedSite", "merge"]
 
@@ -86,7 +87,8 @@ def merge(
         PlanError: The model has no adapter of a name in ``names``.
         MergeError: There is nothing to merge, or a weight or rotation cannot be folded (on
             `meta`, not finite, of a library that cannot dequantise), or ``dtype`` or
-            ``requantize`` do not fit the model. The model is untouched.
+            ``requantize`` do not fit the model, or it is sharded over processes. The model is
+            untouched.
 
     Warns:
         OftfxWarning: Requantising rounded most of the adaptation away.
@@ -94,6 +96,11 @@ def merge(
     inner, options = unwrap(model), Options(dtype, requantize)
     if not named_parameters(inner):
         raise MergeError(f"nothing to merge: {type(inner).__name__} has no adapter.")
+    if is_sharded(inner):
+        raise MergeError(
+            "this model is sharded over processes: save the adapter, load it on the base in one "
+            "process, and merge that."
+        )
     merged: Any
     if isinstance(inner, (fx.GraphModule, ExportedProgram)):
         folded = list(dict.fromkeys(found.adapter for found in inserted(host_of(inner))))

@@ -49,6 +49,28 @@ def _givens(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
     return result
 
 
+def of_aten(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
+    """[`givens`][oftfx.ops.givens] of PyTorch's own ops, none in place: as a tracer wants it."""
+    count = x.shape[-1] // 2
+    if count == 0:
+        return x
+    pairs, alone = x[..., : 2 * count].unflatten(-1, (count, 2)), x[..., 2 * count :]
+    if not transposed:
+        pairs = _mapped(pairs, core[:count])
+    inner = of_aten(torch.cat((pairs[..., 0], alone), -1), core[count:], transposed)
+    pairs = torch.stack((inner[..., :count], pairs[..., 1]), -1)
+    if transposed:
+        pairs = _mapped(pairs, core[:count].mT)
+    return torch.cat((pairs.flatten(-2), inner[..., count:]), -1)
+
+
+def _mapped(pairs: Tensor, core: Tensor) -> Tensor:
+    """Pairs (..., n, 2) by their blocks (n, 2, 2)."""
+    wide = torch.promote_types(pairs.dtype, torch.float32)
+    p, c = pairs.to(wide), core.to(wide)
+    return (p + (p[..., :1] * c[:, 0] + p[..., 1:] * c[:, 1])).to(pairs.dtype)
+
+
 GIVENS = define("givens(Tensor x, Tensor core, bool transposed=False) -> Tensor", _givens)
 
 

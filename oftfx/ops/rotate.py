@@ -46,6 +46,14 @@ def _rotate(x: Tensor, core: Tensor, stride: int) -> Tensor:
     return rotated
 
 
+def of_aten(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
+    """[`rotate`][oftfx.ops.rotate] of PyTorch's own ops, none in place: as a tracer wants it."""
+    if stride > 1:
+        return _apart(of_aten(_together(x, core, stride), core), core, stride)
+    blocks = _blocks(x, core)
+    return torch.baddbmm(blocks, blocks, core.to(x.dtype)).transpose(0, 1).reshape(x.shape)
+
+
 def _rotate_anywhere(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     _check(x, core, stride)
     fast = kernels("rotate", x.device)

@@ -13,7 +13,6 @@ from oftfx.ops.precision import as_given
 
 
 @torch.library.custom_op("oftfx::scale", mutates_args=())
-@as_given
 def scale(y: Tensor, magnitude: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
     """``(y − bias)·diag(1 + m) + bias``, computed as ``y + (y·m − bias·m)``.
 
@@ -28,6 +27,12 @@ def scale(y: Tensor, magnitude: Tensor, bias: Optional[Tensor]) -> Tensor:  # no
     Raises:
         RuntimeError: The shapes do not fit.
     """
+    return of_aten(y, magnitude, bias)
+
+
+@as_given
+def of_aten(y: Tensor, magnitude: Tensor, bias: Tensor | None) -> Tensor:
+    """[`scale`][oftfx.ops.scale] of PyTorch's own ops."""
     _check(y, magnitude)
     m = magnitude.to(y.dtype)
     rest = y if bias is None else y - m * bias.to(y.dtype)

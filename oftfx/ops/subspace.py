@@ -33,14 +33,15 @@ def subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
 
 
 @as_given
-def _subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
+def of_aten(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
+    """[`subspace`][oftfx.ops.subspace] of PyTorch's own ops."""
     if not _fits(x, support, kernel):
         raise RuntimeError(_misfit(x, support, kernel))
     rows, p = x.reshape(-1, x.shape[-1]), support.to(x.dtype)
     return torch.addmm(rows, (rows @ p.mT) @ kernel.to(x.dtype), p).view(x.shape)
 
 
-SUBSPACE = define("subspace(Tensor x, Tensor support, Tensor kernel) -> Tensor", _subspace)
+SUBSPACE = define("subspace(Tensor x, Tensor support, Tensor kernel) -> Tensor", of_aten)
 
 
 @torch.library.register_fake("oftfx::subspace", lib=LIBRARY)

@@ -4,6 +4,7 @@ Needs the ``train`` extra: ``pip install 'oftfx[train]'``.
 """
 
 from oftfx.train.callback import HealthCallback, watch
+from oftfx.train.checkpoints import checkpoint_adapter
 from oftfx.train.errors import DataError, ModelError, OutputError
 from oftfx.train.job import Job, run
 from oftfx.train.reference import reference
@@ -16,6 +17,7 @@ __all__ = [
     "show",
     "HealthCallback",
     "watch",
+    "checkpoint_adapter",
     "reference",
     "DataError",
     "ModelError",

@@ -1,4 +1,4 @@
-"""A Trainer's checkpoints, holding the adapter alone.
+"""Checkpoints that hold the adapter alone, of transformers' Trainer and of accelerate.
 
 Three private methods of transformers' Trainer are replaced on the instance, here and nowhere else.
 """
@@ -13,8 +13,10 @@ from oftfx.attach import record_holder
 from oftfx.checkpoint import MANIFEST, restore
 from oftfx.errors import PlanError
 from oftfx.modules import in_use
+from oftfx.spread import is_sharded
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import Trainer
 
 
@@ -52,8 +54,53 @@ def keep_adapter_alone(trainer: "Trainer") -> None:
     trainer._load_best_model = _load_best_model
 
 
+def checkpoint_adapter(accelerator: "Accelerator") -> None:
+    """Makes ``save_state`` of accelerate write, and ``load_state`` read, the adapter alone.
+
+    Call it before the first of either. A model that is not adapted, that trains more than one
+    adapter, or that is sharded over processes is saved whole, as accelerate does.
+
+    Args:
+        accelerator: Of your training loop.
+
+    Raises:
+        PlanError: From ``save_state`` and ``load_state``: more than one of the models that were
+            prepared is adapted.
+    """
+
+    def adapted(models: list[Any]) -> list[tuple[int, str]]:
+        names = [_only_adapter(accelerator.unwrap_model(model)) for model in models]
+        found = [(index, name) for index, name in enumerate(names) if name is not None]
+        if len(found) > 1:
+            raise PlanError(
+                f"{len(found)} adapted models were prepared, and one adapter fits a directory: "
+                "oftfx.save each, and leave checkpoint_adapter out."
+            )
+        return found
+
+    def save(models: list[Any], weights: list[Any], directory: str) -> None:
+        for index, name in adapted(models):
+            if accelerator.is_main_process:
+                oftfx.save(accelerator.unwrap_model(models[index]), directory, name)
+            del weights[index]
+
+    def load(models: list[Any], directory: str) -> None:
+        for index, name in adapted(models):
+            if (Path(directory) / MANIFEST).is_file():
+                restore(accelerator.unwrap_model(models[index]), directory, name)
+                del models[index]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
 def _only_adapter(model: Any) -> str | None:
-    """The name of the model's one adapter in use, if nothing else is trained."""
+    """The name of the model's one adapter in use, if nothing else is trained.
+
+    None where this process holds a part of it alone.
+    """
+    if is_sharded(model):
+        return None
     try:
         held = record_holder(model)
     except PlanError:

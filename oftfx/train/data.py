@@ -1,7 +1,7 @@
 """Text files and datasets → blocks of tokens, all of one length."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +15,24 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FIELD = "text"
+KINDS = (("text",), ("messages",), ("prompt", "completion"))
+"""The fields that a row may hold."""
+
+IGNORED = -100
+"""The label of a token that is read and not learned."""
 
 
 def read(source: str) -> "Dataset":
-    """Reads documents into a dataset with one column, ``text``.
+    """Reads documents into a dataset with the columns of one of ``KINDS``.
 
     Args:
-        source: A text file (one document), a ``.jsonl`` file (one document a line, in its
-            ``"text"`` field), or the id of a dataset on the Hub with a ``train`` split.
+        source: A text file (one document), a ``.jsonl`` file (one document a line), or the id of a
+            dataset on the Hub with a ``train`` split. A document is a ``text``; a list of
+            ``messages``, each with a ``role`` and a ``content``; or a ``prompt`` with the
+            ``completion`` that is to be learned.
 
     Raises:
-        DataError: The source is missing, empty, not text, or has no ``text`` field.
+        DataError: The source is missing, empty, not text, or its rows are none of these.
     """
     from datasets import Dataset
 
@@ -37,8 +43,8 @@ def read(source: str) -> "Dataset":
         )
     if path.is_file():
         text = _decode(path)
-        documents = list(_jsonl(path, text)) if path.suffix == ".jsonl" else [text]
-        return Dataset.from_dict({FIELD: documents})
+        rows = list(_jsonl(path, text)) if path.suffix == ".jsonl" else [{"text": text}]
+        return Dataset.from_list(rows)
     if not is_hub_id(source):
         raise DataError(f"{source} does not exist.")
     return _from_hub(source)
@@ -47,8 +53,9 @@ def read(source: str) -> "Dataset":
 def pack(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", seq_len: int) -> "Dataset":
     """Tokenises documents, joins them end to end, and cuts blocks of ``seq_len`` tokens.
 
-    Every document is closed by the tokenizer's end-of-text token, where it has one. The last
-    tokens, too few for a block, are dropped.
+    Every document is closed by the tokenizer's end-of-text token, where it has one and the
+    tokenizer's chat template, by which messages become text, has not done so. The last tokens, too
+    few for a block, are dropped, and blocks in which nothing is to be learned.
 
     Args:
         documents: What [`read`][oftfx.train.data.read] returns.
@@ -56,18 +63,40 @@ def pack(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", seq_len: in
         seq_len: Tokens in a block.
 
     Returns:
-        A dataset with one column, ``input_ids``: int64 tensors of shape ``(seq_len,)``.
-    """
+        A dataset of ``input_ids`` and ``labels``: int64 tensors of shape ``(seq_len,)``; the labels
+        of a prompt are ``IGNORED``.
 
-    def blocks(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        stream: list[int] = []
+    Raises:
+        DataError: The documents are messages, and the tokenizer has no chat template for them.
+    """
+    end = tokenizer.eos_token_id
+
+    def tokens(text: str) -> list[int]:
         # verbose=False: a book is longer than the model's context, which is why it is cut here.
-        for ids in tokenizer(batch[FIELD], add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += ids
-            if tokenizer.eos_token_id is not None:
-                stream.append(tokenizer.eos_token_id)
-        ends = range(seq_len, len(stream) + 1, seq_len)
-        return {"input_ids": [stream[end - seq_len : end] for end in ends]}
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return list(ids)
+
+    def chat(messages: list[dict[str, str]]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # a template is a program: roles it refuses, or there is none
+            raise DataError(f"the tokenizer makes no text of messages: {error}") from error
+
+    def blocks(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        stream: list[int] = []
+        labels: list[int] = []
+        texts = [chat(each) for each in batch["messages"]] if "messages" in batch else None
+        prompts = batch.get("prompt")
+        for i, text in enumerate(texts or batch.get("text") or batch["completion"]):
+            before, ids = tokens(prompts[i]) if prompts else [], tokens(text)
+            if end is not None and ids[-1:] != [end]:
+                ids.append(end)
+            stream += before + ids
+            labels += [IGNORED] * len(before) + ids
+        cuts = [slice(i - seq_len, i) for i in range(seq_len, len(stream) + 1, seq_len)]
+        # The first label of a block is never asked for.
+        cuts = [cut for cut in cuts if any(label != IGNORED for label in labels[cut][1:])]
+        return {"input_ids": [stream[c] for c in cuts], "labels": [labels[c] for c in cuts]}
 
     packed = documents.map(blocks, batched=True, remove_columns=documents.column_names)
     return packed.with_format("torch")
@@ -76,11 +105,14 @@ def pack(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", seq_len: in
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch for a causal language model, which shifts the labels itself.
 
+    Args:
+        rows: ``input_ids`` and, where they differ from these, ``labels``, of shape ``(seq_len,)``.
+
     Returns:
-        ``input_ids`` and ``labels``, both of shape ``(batch, seq_len)``.
+        Both, of shape ``(batch, seq_len)``.
     """
-    ids = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids.clone()}
+    labels = torch.stack([row.get("labels", row["input_ids"]) for row in rows])
+    return {"input_ids": torch.stack([row["input_ids"] for row in rows]), "labels": labels}
 
 
 def split(blocks: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
@@ -115,7 +147,8 @@ def _decode(path: Path) -> str:
     return text
 
 
-def _jsonl(path: Path, text: str) -> Iterator[str]:
+def _jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    fields: tuple[str, ...] | None = None
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -125,11 +158,46 @@ def _jsonl(path: Path, text: str) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise DataError(f"{where} is not JSON: {error.msg}.") from error
         if not isinstance(row, dict):
-            raise DataError(f"{where} is not a JSON object with a {FIELD!r} field.")
-        if not isinstance(row.get(FIELD), str):
-            found = ", ".join(map(repr, row)) or "none"
-            raise DataError(f"{where} has no {FIELD!r} field with a string; its fields: {found}.")
-        yield row[FIELD]
+            raise DataError(f"{where} is not a JSON object with a 'text' field.")
+        fields = fields or _kind(row, where)
+        if not set(fields) <= row.keys():
+            raise DataError(f"{where} has no {_named(fields)}, as the lines before it have.")
+        for field in fields:
+            if field == "messages":
+                _check_messages(row[field], where)
+            elif not isinstance(row[field], str):
+                raise DataError(f"{where} has no {field!r} field with a string.")
+        yield {field: row[field] for field in fields}
+
+
+def _kind(row: Iterable[str], where: str) -> tuple[str, ...]:
+    """The fields to read of rows like this one."""
+    names = set(row)
+    found = next((fields for fields in KINDS if names.issuperset(fields)), None)
+    if found is None:
+        wanted = ", or ".join(map(_named, KINDS))
+        has = ", ".join(map(repr, row)) or "none"
+        raise DataError(f"{where} has no {wanted}; its fields: {has}.")
+    return found
+
+
+def _named(fields: tuple[str, ...]) -> str:
+    return " with ".join(map(repr, fields))
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    """That messages are what every chat template knows, so that nothing of them is left out."""
+    fine = isinstance(messages, list) and messages
+    if not fine or any(
+        not isinstance(message, dict)
+        or message.keys() != {"role", "content"}
+        or not all(isinstance(value, str) for value in message.values())
+        for message in messages
+    ):
+        raise DataError(
+            f"{where}: 'messages' must be a list of objects with a 'role' and a 'content', both "
+            "strings, and nothing else."
+        )
 
 
 def _from_hub(source: str) -> "Dataset":
@@ -139,7 +207,4 @@ def _from_hub(source: str) -> "Dataset":
         dataset = load_dataset(source, split="train")
     except Exception as error:  # the network, the Hub and any file format can fail here
         raise DataError(f"{source} is neither a file nor a dataset that loads: {error}") from error
-    if FIELD not in dataset.column_names:
-        found = ", ".join(map(repr, dataset.column_names))
-        raise DataError(f"{source} has no {FIELD!r} column; its columns: {found}.")
-    return dataset.select_columns([FIELD])
+    return dataset.select_columns(list(_kind(dataset.column_names, source)))

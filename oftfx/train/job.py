@@ -18,6 +18,7 @@ from oftfx.train.measure import Change
 from oftfx.train.output import MARKER, staged
 from oftfx.train.progress import stage
 from oftfx.train.report import Reload, Report, Samples, SiteHealth
+from oftfx.train.resume import Checkpoints, checkpoints
 from oftfx.train.trainer import train
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class Job:
         quant: ``"nf4"`` trains on a base in 4 bits; the merged model is a float one, in bfloat16
             unless ``dtype`` says otherwise.
         seed: Seeds the order of the blocks and the samples.
-        force: Replace an earlier result at ``out``.
+        force: Replace an earlier result at ``out``, and an earlier run's checkpoints.
+        checkpoint_every: After how many steps to write a checkpoint, into ``{out}.checkpoints``;
+            None for never. They go when the job is done.
+        resume: Go on from the newest of them, as if the job had never been stopped.
 
     Raises:
         SpecError: A number is outside its range.
@@ -74,11 +78,15 @@ class Job:
     quant: str = "none"
     seed: int = 0
     force: bool = False
+    checkpoint_every: int | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("seq_len", 2), ("eval_tokens", 1)):
             if getattr(self, name) < least:
                 raise SpecError(f"{name}={getattr(self, name)}: must be an integer ≥ {least}.")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise SpecError(f"checkpoint_every={self.checkpoint_every}: must be an integer ≥ 1.")
         if not 0 < self.lr < math.inf:
             raise SpecError(f"lr={self.lr}: must be a positive number.")
         if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
@@ -114,9 +122,15 @@ def run(job: Job, console: Console | None = None) -> Report:
         OftfxError: Bad input, found before anything is trained, or a step that failed.
             ``job.out`` is then as it was.
     """
+    screen = console or Console()
     with staged(job.out, job.force) as out:
-        report = _run(job, out, console or Console())
+        with stage(screen, "Reading the text"):
+            documents = _read(job)  # bad text is cheaper to find than a model is to load
+        kept = checkpoints(job)
+        report = _run(job, documents, kept, out, screen)
         report.save(out / MARKER)
+    if kept is not None:
+        kept.remove()
     return report
 
 
@@ -128,9 +142,13 @@ def _calibration(spec: oftfx.Spec, blocks: "Dataset") -> list[dict[str, Tensor]]
     return [data.collate([few[i]]) for i in range(len(few))]
 
 
-def _run(job: Job, out: Path, console: Console) -> Report:
-    with stage(console, "Reading the text"):
-        documents = _read(job)  # bad text is cheaper to find than a model is to load
+def _run(
+    job: Job,
+    documents: dict[str, "Dataset"],
+    kept: Checkpoints | None,
+    out: Path,
+    console: Console,
+) -> Report:
     with stage(console, "Loading the model"):
         model, tokenizer = models.load(job.model, job.dtype, job.quant)
         device = torch.accelerator.current_accelerator(check_available=True)
@@ -146,7 +164,7 @@ def _run(job: Job, out: Path, console: Console) -> Report:
         before = _take(model, tokenizer, texts, job, "Measuring before", console)
     start = time.perf_counter()
     with stage(console, "Training", job.steps) as line:
-        curves = train(model, texts.train, texts.held_out, job, line)
+        curves = train(model, texts.train, texts.held_out, job, kept, line)
     seconds = time.perf_counter() - start
     after = _take(model, tokenizer, texts, job, "Measuring after", console)
     curves.held_out.insert(0, (0, before.held_out.mean().item()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from oftfx.train.data import collate
+from oftfx.train.data import IGNORED, collate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +64,7 @@ def losses(
     batch_size: int,
     tick: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
-    """The mean next-token loss of every block, in evaluation mode.
+    """The mean next-token loss of every block over what is to be learned, in evaluation mode.
 
     Args:
         model: A causal language model; left in the mode it was in.
@@ -80,9 +80,11 @@ def losses(
     found = []
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
-        ids = collate(rows)["input_ids"].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        found.append(F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1).cpu())
+        batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+        labels = batch["labels"][:, 1:]
+        each = F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=IGNORED)
+        found.append((each.sum(1) / (labels != IGNORED).sum(1)).cpu())
         tick(len(rows))
     model.train(training)
     return torch.cat(found)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from torch import Tensor
 import oftfx
 from oftfx.errors import MergeError
 from oftfx.sites import quantised_layers
+from oftfx.train.errors import OutputError
 from oftfx.train.report import Reload
 
 if TYPE_CHECKING:
@@ -25,7 +27,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def publish(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path, dtype: str = "auto"
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    out: Path,
+    dtype: str = "auto",
+    shard_size: str | None = None,
 ) -> "oftfx.MergeReport":
     """Folds the rotations in and writes a model directory that needs no oftfx.
 
@@ -35,13 +41,17 @@ def publish(
         out: The directory to write.
         dtype: Of what a quantised model becomes, ``"auto"`` for bfloat16; a float one keeps its
             own.
+        shard_size: The largest file of weights, such as ``"5GB"``; None for transformers' own.
 
     Raises:
         MergeError: A rotation cannot be folded.
+        OutputError: ``shard_size`` is no size. The model is untouched.
     """
+    if shard_size is not None and not re.fullmatch(r"[1-9]\d*[KMGT]B", shard_size):
+        raise OutputError(f"shard_size={shard_size!r}: write it as 500MB or 5GB.")
     chosen = None if dtype == "auto" or not quantised_layers(model) else getattr(torch, dtype)
     merged, report = oftfx.merge(model, report=True, dtype=chosen)
-    merged.save_pretrained(out)
+    merged.save_pretrained(out, **({"max_shard_size": shard_size} if shard_size else {}))
     tokenizer.save_pretrained(out)
     return report
 

@@ -11,6 +11,7 @@ from oftfx.train.callback import watch
 from oftfx.train.data import collate
 from oftfx.train.progress import Stage
 from oftfx.train.report import Curves
+from oftfx.train.resume import Checkpoints
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,9 +22,16 @@ if TYPE_CHECKING:
 WAYPOINTS = 3
 """How often the held-out loss is measured between the first and the last step."""
 
+HELD_OUT = "held_out_loss"
+
 
 def train(
-    model: "PreTrainedModel", blocks: "Dataset", held_out: "Dataset", job: "Job", line: Stage
+    model: "PreTrainedModel",
+    blocks: "Dataset",
+    held_out: "Dataset",
+    job: "Job",
+    kept: Checkpoints | None,
+    line: Stage,
 ) -> Curves:
     """Trains the rotations in place, with AdamW, a warm-up and a cosine to zero.
 
@@ -32,17 +40,17 @@ def train(
         blocks: Packed tokens to train on.
         held_out: Packed tokens to measure on along the way.
         job: Steps, batch size, learning rate and seed.
+        kept: Where to write checkpoints, and to go on from the newest; None for nowhere.
         line: The progress line to move.
 
     Returns:
         The training loss at every step, and the held-out loss at some.
     """
-    curves = Curves()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
-                output_dir=scratch,
+                output_dir=str(kept.directory) if kept else scratch,
                 max_steps=job.steps,
                 per_device_train_batch_size=job.batch_size,
                 learning_rate=job.lr,
@@ -52,7 +60,9 @@ def train(
                 weight_decay=0.0,
                 seed=job.seed,
                 logging_steps=1,
-                save_strategy="no",
+                save_strategy="steps" if kept else "no",
+                save_steps=kept.every if kept else 1,
+                save_total_limit=2,
                 report_to="none",
                 disable_tqdm=True,
                 remove_unused_columns=False,
@@ -60,23 +70,36 @@ def train(
             ),
             train_dataset=blocks,
             data_collator=collate,
-            callbacks=[_Tracker(curves, held_out, job, line)],
+            callbacks=[_Tracker(held_out, job, line)],
         )
         trainer.remove_callback(PrinterCallback)  # the progress line shows what it would print
         watch(trainer)
-        trainer.train()
-    return curves
+        newest = kept.newest() if kept else None
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    history = trainer.state.log_history
+    return Curves(
+        train=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+        held_out=[(entry["step"], entry[HELD_OUT]) for entry in history if HELD_OUT in entry],
+    )
 
 
 class _Tracker(TrainerCallback):
-    """Fills the curves and moves the progress line."""
+    """Measures on the way, into the Trainer's own history, and moves the progress line."""
 
-    def __init__(self, curves: Curves, held_out: "Dataset", job: "Job", line: Stage) -> None:
-        self.curves = curves
+    def __init__(self, held_out: "Dataset", job: "Job", line: Stage) -> None:
         self.held_out = held_out
         self.job = job
         self.line = line
         self.every = job.steps // (WAYPOINTS + 1)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: "TrainerState",
+        control: "TrainerControl",
+        **kwargs: Any,
+    ) -> None:
+        self.line.advance(state.global_step)  # what an earlier run did
 
     def on_step_end(
         self,
@@ -90,7 +113,7 @@ class _Tracker(TrainerCallback):
         self.line.advance()
         if self.every and step % self.every == 0 and step < self.job.steps:
             found = measure.losses(model, self.held_out, self.job.batch_size)
-            self.curves.held_out.append((step, found.mean().item()))
+            state.log_history.append({"step": step, HELD_OUT: found.mean().item()})
 
     def on_log(
         self,
@@ -101,5 +124,4 @@ class _Tracker(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "loss" in logs:
-            self.curves.train.append((state.global_step, logs["loss"]))
             self.line.note(f"loss {logs['loss']:.3f}")

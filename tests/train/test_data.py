@@ -44,6 +44,15 @@ def test_jsonl_is_one_document_a_line(tmp_path):
         ("a.jsonl", b"[1, 2]", "line 1 is not a JSON object"),
         ("a.jsonl", b'{"prompt": "x", "reply": "y"}', "its fields: 'prompt', 'reply'"),
         ("a.jsonl", b'{"text": 3}', "no 'text' field with a string"),
+        ("a.jsonl", b'{"prompt": "x", "completion": null}', "no 'completion' field with a string"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"messages": []}',
+            "line 2 has no 'text', as the lines before",
+        ),
+        ("a.jsonl", b'{"messages": []}', "line 1: 'messages' must be a list"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}', "both strings"),
+        ("a.jsonl", b'{"messages": [{"role": "a", "content": "", "name": ""}]}', "nothing else"),
     ],
 )
 def test_bad_files_are_explained(tmp_path, name, content, message):
@@ -74,6 +83,31 @@ def test_pack_keeps_every_token_in_order(tokenizer):
         whole += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     assert stream == whole[: len(whole) // 4 * 4]
     assert all(row["input_ids"].shape == (4,) for row in blocks)
+
+
+def test_only_completions_are_learned(tokenizer, tmp_path):
+    rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "efghij", "completion": "kl", "id": 1}]
+    documents = data.read(write(tmp_path / "a.jsonl", rows))
+    blocks = data.pack(documents, tokenizer, 4)
+    end = tokenizer.eos_token
+
+    def shown(ids):
+        return tokenizer.decode(ids).replace(end, ".")
+
+    assert [shown(row["input_ids"]) for row in blocks] == ["abcd", "hijk"]  # ".efg" asks nothing
+    asked = [row["labels"][row["labels"] != data.IGNORED] for row in blocks]
+    assert [shown(labels) for labels in asked] == ["cd", "k"]
+
+
+def test_messages_become_text_by_the_tokenizers_template(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    documents = data.read(write(tmp_path / "a.jsonl", [{"messages": chat}]))
+    with pytest.raises(DataError, match="the tokenizer makes no text of messages"):
+        data.pack(documents, tokenizer, 4)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}"
+    (block,) = data.pack(documents, tokenizer, 9)
+    assert tokenizer.decode(block["input_ids"]) == "u:ab a:c "
+    assert torch.equal(block["labels"], block["input_ids"])
 
 
 def test_pack_of_too_little_text_is_empty(tokenizer):
