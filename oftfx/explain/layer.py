@@ -130,12 +130,14 @@ def _units(graph: fx.Graph, layer: str) -> list[_Unit]:
     for node in reversed(_calls(graph.nodes)):
         if node in claimed:
             continue
-        users = [units[user] for user in sorted(node.users) if user in units]
-        if users and node not in moving and not users[0].inserted:
-            users[0].nodes.insert(0, node)  # a weight that its reader casts or transposes first
-            units[node] = users[0]
+        owner = _owner(node)
+        reader = units.get(next(iter(node.users), node))
+        prepares = len(node.users) == 1 and node not in moving
+        if reader and prepares and not reader.inserted and reader.owner == owner:
+            reader.nodes.insert(0, node)  # a weight that its only reader casts or transposes first
+            units[node] = reader
         else:
-            units[node] = _Unit([node], _owner(node))
+            units[node] = _Unit([node], owner)
     for node in sorted(units, reverse=True):  # not every graph says whose inserted nodes are
         if units[node].inserted:
             owners = (units[user].owner for user in node.users if user in units)
@@ -156,6 +158,8 @@ def _runs(units: list[_Unit], sites: Mapping[str, str]) -> list[list[_Unit]]:
     done: set[_Unit] = set()
     while left:
         ready = [unit for unit in left if waits[unit] <= done]
+        if not ready:
+            raise CaptureError("its rotations wait for each other, which no picture shows.")
         last = runs[-1][-1] if runs else None
         same = (u for u in ready if last and not (u.inserted or last.inserted))
         following = next((u for u in same if last and u.owner == last.owner), None)

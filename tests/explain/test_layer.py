@@ -86,7 +86,7 @@ def test_magnitudes_stand_behind_their_site():
 def test_one_layer_of_a_model_is_captured_with_its_rotations(make):
     model = oftfx.adapt(make(), OFT(block_size=16))
     sites = {site.fqn: "" for site in oftfx.explain(model).sites}
-    found = layer_graph(model, "model.layers.1", sites)
+    found = layer_graph(model, "model.layers.0", sites)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert labels(found, "site") == names
     assert labels(found, "inserted") == ["rotate"] * 7
