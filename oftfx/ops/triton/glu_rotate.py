@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from oftfx.ops.triton import rotate
+from oftfx.ops.triton.add import total
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     PRECISION,
@@ -201,7 +202,7 @@ def _backward(
     if ROTATE:
         turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
     if GRAM:
-        total = tl.full((WIDE, PART), 0.0, tl.float32)
+        found = tl.full((WIDE, PART), 0.0, tl.float32)
 
     for start in range(begin, end, TILE):
         row = start + lane
@@ -219,12 +220,12 @@ def _backward(
                 grad_h *= y.to(tl.float32)
             tl.store(grad_gate + place, (grad_h * slope).to(dtype), there)
         if GRAM:
-            total = tl.dot(tl.trans(g), h, total, input_precision=PRECISION)
+            found = tl.dot(tl.trans(g), h, found, input_precision=PRECISION)
 
     if GRAM:
-        total = tl.trans(total)  # the other way around, gate and up would miss Triton's pipeline
+        found = tl.trans(found)  # the other way around, gate and up would miss Triton's pipeline
         slot = (split.to(tl.int64) * n + first) * (B * B)
-        store_gram(gram + slot, total, whole, whole_in, part, part_in, B)
+        store_gram(gram + slot, found, whole, whole_in, part, part_in, B)
 
 
 def fits(gate: Tensor, core: Tensor) -> bool:
@@ -281,9 +282,7 @@ def glu_rotate_grad(
     work.launch(grad_rows, gate_rows, up_rows, core, grad_gate, grad_up, gram)
     if not need_core:
         return grad_gate, grad_up, core.new_empty(0)
-    # Runs are added in order, as in `rotate`.
-    total = gram.sum(0) if work.splits > 1 else gram[0]
-    return grad_gate, grad_up, total.to(core.dtype)
+    return grad_gate, grad_up, total(gram, core.dtype)
 
 
 def _sizes(gate: Tensor, core: Tensor) -> tuple[int, int, int, torch.dtype, torch.dtype]:

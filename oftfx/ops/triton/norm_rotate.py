@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oftfx.ops.triton import rotate, rotate_group
+from oftfx.ops.triton.add import added, total
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     LARGEST,
@@ -378,12 +379,11 @@ def norm_rotate_grad(
         gram,
     )
     if need_cores:
-        work.sum(gram, *rotate_group.three(grad_cores))
+        added(gram, *grad_cores)
     if need_x:
-        first, *second = sums.sum(1)
-        grad_rstd = first.reshape(rstd.shape).to(rstd.dtype)
+        grad_rstd = total(sums[0], rstd.dtype).reshape(rstd.shape)
         if mean is not None:
-            grad_mean = second[0].reshape(mean.shape).to(mean.dtype)
+            grad_mean = total(sums[1], mean.dtype).reshape(mean.shape)
     return grad_x, grad_mean, grad_rstd, grad_cores
 
 
@@ -429,13 +429,11 @@ class Work(NamedTuple):
 
     Attributes:
         launch: Runs them.
-        sum: Adds what the runs found.
         splits: Into how many runs the rows are cut.
         packs: Into how many packs the blocks are.
     """
 
     launch: Launch
-    sum: Launch
     splits: int
     packs: int
 
@@ -464,9 +462,4 @@ def _work(
     launch = Launch(
         _backward if needs else _forward, programs, numbers, constants, **options(chosen)
     )
-    return Work(
-        launch,
-        rotate_group.summed(n * b * b, splits, count),
-        splits,
-        triton.cdiv(n, chosen.pack),
-    )
+    return Work(launch, splits, triton.cdiv(n, chosen.pack))

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.triton.add import total
 from oftfx.ops.triton.launch import Launch
 
 LARGEST = 256
@@ -175,7 +176,7 @@ def _pass(
     if ROTATE:
         turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
     if GRAM:
-        total = tl.full((PART, WIDE), 0.0, tl.float32)
+        found = tl.full((PART, WIDE), 0.0, tl.float32)
 
     for start in range(begin, end, TILE):
         row = start + lane
@@ -193,13 +194,13 @@ def _pass(
             tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
         if GRAM:
             y = load_rows(other, row, end, other_stride, part_at, part_in)
-            total = tl.dot(tl.trans(y.to(dtype)), x, total, input_precision=PRECISION)
+            found = tl.dot(tl.trans(y.to(dtype)), x, found, input_precision=PRECISION)
         if AHEAD:
             x = following
 
     if GRAM:
         slot = (split.to(tl.int64) * n + first) * (B * B)
-        store_gram(gram + slot, total, whole, whole_in, part, part_in, B)
+        store_gram(gram + slot, found, whole, whole_in, part, part_in, B)
 
 
 PRECISION = "tf32x3"
@@ -258,9 +259,7 @@ def rotate_grad(
     work.launch(grad_rows, x_rows, core, grad_x, gram)
     if not need_core:
         return grad_x, core.new_empty(0)
-    # Runs are added in order, not by atomics: the same input gives the same bits.
-    total = gram.sum(0) if work.splits > 1 else gram[0]
-    return grad_x, total.to(core.dtype)
+    return grad_x, total(gram, core.dtype)
 
 
 class Tiles(NamedTuple):

@@ -6,7 +6,6 @@ rotation: x is read once for all of them, and their gradients are added before a
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,11 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from oftfx.ops.triton import rotate
+from oftfx.ops.triton.add import added
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     LARGEST,
     PRECISION,
     Tiles,
+    Work,
     columns_of,
     cut,
     diagonal,
@@ -183,31 +184,6 @@ def _backward(
             store_gram(gram + 2 * entries, total_2, whole, whole_in, part, part_in, B)
 
 
-@triton.jit(do_not_specialize=["splits", "entries"])
-def _sum(
-    gram: tl.tensor,
-    out_0: tl.tensor,
-    out_1: tl.tensor,
-    out_2: tl.tensor,
-    splits: int,
-    entries: tl.tensor,
-    COUNT: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    SIZE: tl.constexpr,
-) -> None:
-    """Adds the runs in order, for all cores in one launch."""
-    entry = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    for i in tl.static_range(COUNT):
-        total = tl.full((SIZE,), 0.0, tl.float32)
-        for start in range(0, splits, AT_ONCE):
-            for run in tl.static_range(AT_ONCE):  # which wait for memory together
-                slot = ((start + run) * COUNT + i) * entries.to(tl.int64)
-                there = (start + run < splits) & (entry < entries)
-                total += tl.load(gram + slot + entry, there, 0.0)
-        out = out_0 if i == 0 else out_1 if i == 1 else out_2
-        tl.store(out + entry, total, entry < entries)
-
-
 def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bool:
     """Whether the kernels take these: two or three rotations alike, each one for `rotate`.
 
@@ -270,7 +246,7 @@ def rotate_group_grad(
     gram = torch.empty(shape, dtype=torch.float32, device=x.device)
     work.launch(*three(flat), x_rows, *three(cores), grad_x, gram)
     if need_cores:
-        work.sum(gram, *three(grad_cores))
+        added(gram, *grad_cores)
     return grad_x, grad_cores
 
 
@@ -294,20 +270,6 @@ def alike(cores: list[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
         cores = [core.contiguous() for core in cores]
         strides = cores[0].stride()
     return cores, strides
-
-
-class Work(NamedTuple):
-    """One problem cut into programs.
-
-    Attributes:
-        launch: Runs them.
-        sum: Adds what the runs found.
-        splits: Into how many runs the rows are cut.
-    """
-
-    launch: Launch
-    sum: Launch
-    splits: int
 
 
 def tiles(b: int, itemsize: int, gradients: bool, count: int) -> Tiles:
@@ -345,10 +307,4 @@ def _work(
         (*layout(n, b, chosen), count == 3, *last),
         **options(chosen),
     )
-    return Work(launch, summed(n * b * b, splits, count), splits)
-
-
-def summed(entries: int, splits: int, count: int) -> Launch:
-    """What adds the runs of ``count`` Gram matrices."""
-    programs = triton.cdiv(entries, 256)
-    return Launch(_sum, programs, (splits, entries), (count, 8, 256), num_warps=4)
+    return Work(launch, splits)
