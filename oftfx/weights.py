@@ -59,7 +59,10 @@ class Weights:
             except MergeError as error:
                 raise PlanError(f"{site.fqn}: the rotation's directions need W. {error}") from error
         else:
-            weight = self._parameters[site.weight].detach().to(like.dtype)
+            held = self._parameters[site.weight].detach()
+            if hasattr(held, "full_tensor"):  # in shards, one of which is here
+                held = held.full_tensor()
+            weight = held.to(like.dtype)
         if not torch.isfinite(weight).all():
             raise PlanError(
                 f"{site.fqn}: its weight is not finite, so it has no singular vectors: mend the "
