@@ -127,11 +127,11 @@ def _still(kept: Kept, own: Turns, reader: nn.Module) -> bool:
 
 def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
     """``x·M`` for several M, in one op where each is one block rotation of the same blocks."""
-    factors = [turn.applied() for turn in turns]
+    x, factors = cast(x), [turn.applied() for turn in turns]
     alike = {(f[0].op, len(f), len(f[0].operands), f[0].operands[0].shape) for f in factors}
     ((op, count, operands, _), *others) = alike
     if len(turns) > 1 and not others and (op, count, operands) == (ROTATE, 1, 1):
-        outs = ops.rotate_group(cast(x), [factor.operands[0] for (factor,) in factors])
+        outs = ops.rotate_group(x, [factor.operands[0] for (factor,) in factors])
         return dict(zip(turns, outs, strict=True))
     return {turn: rotated(x, own) for turn, own in zip(turns, factors, strict=True)}
 
