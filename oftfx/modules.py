@@ -292,9 +292,11 @@ def _fused(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
     together = [rotation] if readers is None else readers.turns
     if turn.outputs or any(each.block is None for each in together):
         return None
-    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block):
+    readings = [turn] if readers is None else readers.rotations
+    outs = [each.out for each in readings] if len(readings) == len(together) else ()
+    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block, outs):
         return None
-    if readers is not None:
+    if readers is not None and layers.DEFERS:
         return layers.rotated_linear(module, *readers.defer(turn, x), deferred=True)
     (factor,) = rotation.applied()
     return layers.rotated_linear(module, cast(x), factor.operands[0], deferred=False)

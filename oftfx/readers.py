@@ -167,6 +167,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what it seems: not sharded, wrapped, quantised or under a transform."""
+    return type(tensor) in (Tensor, nn.Parameter) and traceable(tensor)
+
+
 def traceable(tensor: Tensor) -> bool:
     """Whether a tensor has a version that tells its changes: not in inference mode or vmap."""
     return not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from oftfx.ops.native import rotate
 from oftfx.ops.native.binding import call
+from oftfx.ops.native.rotate_group import LARGEST, STEP
 
 
-def fits(x: Tensor, core: Tensor) -> bool:
-    """Whether the kernels take these, x a weight or an input."""
-    return rotate.fits(x, core)
+def fits(dtype: torch.dtype, block: int) -> bool:
+    """Whether the kernels take these: float32, and blocks of a width that pays."""
+    return dtype == torch.float32 and block % STEP == 0 and block <= LARGEST
 
 
 def folded(weight: Tensor, core: Tensor) -> Tensor:
