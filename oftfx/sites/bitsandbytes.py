@@ -110,13 +110,19 @@ class Linear4bit(_Layer):
     def fuses(
         self, module: Any, x: Tensor, dtype: torch.dtype, block: int | None, outs: Sequence[int]
     ) -> bool:
-        """Where a kernel turns the weight while it dequantises it, as the layer does anyway."""
+        """Where a kernel turns the weight while it dequantises it, as the layer does anyway.
+
+        A layer that is the only reader of x leaves it to the op which of the two is turned.
+        """
         fast, state = kernels("dequantise", x.device), _state(module)
         rows = x.numel() // max(1, x.shape[-1])
-        if fast is None or state is None or rows <= LEAST_ROWS:
+        if fast is None or state is None:
             return False
-        if not folds_packed(rows, module.out_features, x.device):
-            return False
+        if x.is_cuda:
+            if rows <= LEAST_ROWS or not folds_packed(rows, module.out_features, x.device):
+                return False
+        elif not outs or (len(outs) > 1 and rows * len(outs) < sum(outs)):
+            return False  # x is turned once for all, or is narrower than the weights together
         weight, computed = packed_of(module.weight.data, state), module.compute_dtype or dtype
         fits: bool = fast.fits(weight, block, computed)
         return fits
@@ -182,7 +188,7 @@ class Linear8bitLt(_Layer):
 
 
 LEAST_ROWS = 1536
-"""Up to so many rows it may multiply by the bytes themselves (0.50), to other bits."""
+"""Up to so many rows a GPU may multiply by the bytes themselves (0.50), to other bits."""
 LINEAR4BIT = Linear4bit()
 LINEAR8BIT = Linear8bitLt()
 

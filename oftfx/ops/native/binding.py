@@ -21,6 +21,7 @@ SIGNATURES = {
     "rotate_grad": (*[POINTER] * 5, *[NUMBER] * 4),
     "fold": (*[POINTER] * 3, *[NUMBER] * 3),
     "fold_grad": (*[POINTER] * 4, *[NUMBER] * 3),
+    "dequantise": (*[POINTER] * 8, *[NUMBER] * 5),
     "cayley": (*[POINTER] * 2, *[NUMBER] * 3),
     "cayley_grad": (*[POINTER] * 3, *[NUMBER] * 3),
 }

@@ -52,6 +52,7 @@ typedef struct job {
     float *out[MOST], *gram[MOST], *part;
     int64_t count, rows, n, b, splits, group;
     int transposed, divides;
+    const struct packed *weight;
     /* and of a core */
     const float *theta, *grad;
     int64_t order;
@@ -486,6 +487,100 @@ int oftfx_fold_grad(const float *grad, const float *x, const float *core, float 
     all.core[0] = core;
     all.gram[0] = out;
     return backward(all, 1, fork, threads);
+}
+
+/* ---- 4-bit weights, as oftfx/ops/packed.py describes them ---- */
+
+typedef float pair __attribute__((vector_size(8)));
+typedef struct packed {
+    const uint8_t *data;
+    const void *absmax;
+    const float *nested_absmax, *nested_code, *offset;
+    int64_t block_size, nested_block_size;
+    pair value[256]; /* the two numbers of a byte */
+} packed;
+
+INLINE float scale_of(const packed *weight, int64_t block) {
+    if (!weight->nested_absmax) return ((const float *)weight->absmax)[block];
+    float level = weight->nested_code[((const uint8_t *)weight->absmax)[block]];
+    /* Rounded before the addition, as bitsandbytes does. */
+    volatile float scaled = level * weight->nested_absmax[block / weight->nested_block_size];
+    return scaled + *weight->offset;
+}
+
+/* `count` numbers of the weight from number `begin` on, both even. */
+static void unpack_numbers(float *to, const packed *weight, int64_t begin, int64_t count) {
+    for (int64_t end = begin + count; begin < end;) {
+        int64_t block = begin / weight->block_size;
+        int64_t run = least(end, (block + 1) * weight->block_size) - begin;
+        float scale = scale_of(weight, block);
+        const uint8_t *from = weight->data + begin / 2;
+        for (int64_t i = 0; i < run / 2; i++) {
+            pair both = weight->value[from[i]] * scale;
+            memcpy(to + 2 * i, &both, sizeof both);
+        }
+        to += run;
+        begin += run;
+    }
+}
+
+/* A run of rows of the weight. */
+static void dequantise_task(const job *all, int64_t index, float *scratch) {
+    int64_t begin = index * TILE, high = least(TILE, all->rows - begin), wide = all->n * all->b;
+    (void)scratch;
+    unpack_numbers(all->out[0] + begin * wide, all->weight, begin * wide, high * wide);
+}
+
+/* A patch of the weight, turned by the transposed core before it leaves the cache. */
+static void dequantise_fold_task(const job *all, int64_t index, float *scratch) {
+    int64_t b = all->b, wide = padded(b), step = all->n * b;
+    patch own = patch_of(all, index);
+    int64_t width = own.blocks * b;
+    float *core = scratch, *rows = core + all->group * b * wide, *out_copy = rows + TILE * width;
+    for (int64_t block = 0; block < own.blocks; block++)
+        pack(core + block * b * wide, all->core[0] + (own.first + block) * b * b, 1, b, b);
+    for (int64_t row = own.begin; row < own.end; row += TILE) {
+        int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
+        float *out = all->out[0] + row * step + own.first * b;
+        walk ahead = after(all, &own, row, all->out[0], all->out[0]);
+        for (int64_t i = 0; i < high; i++)
+            unpack_numbers(rows + i * width, all->weight, (row + i) * step + own.first * b, width);
+        memset(rows + high * width, 0, (size_t)((whole - high) * width) * sizeof(float));
+        for (int64_t block = 0; block < own.blocks; block++) {
+            rows_of source = {rows + block * b, width};
+            float *by = core + block * b * wide;
+            if (whole == high) {
+                turn(out + block * b, step, &source, &by, 1, high, b, &ahead);
+            } else {
+                turn(out_copy, wide, &source, &by, 1, whole, b, &ahead);
+                copy_rows(out + block * b, step, out_copy, wide, high, b);
+            }
+        }
+    }
+}
+
+/* out = W, (rows, n·b), or W·blockdiag(I + core)ᵀ where core is not null; b then a multiple of the
+ * vectors' length, and n·b even in either case. The scales are bytes where nested_absmax is not
+ * null. */
+int oftfx_dequantise(const uint8_t *data, const void *absmax, const float *code,
+                     const float *nested_absmax, const float *nested_code, const float *offset,
+                     const float *core, float *out, int64_t block_size, int64_t nested_block_size,
+                     int64_t rows, int64_t n, int64_t b, parallel fork, int64_t threads) {
+    packed weight = {data, absmax, nested_absmax, nested_code, offset, block_size,
+                     nested_block_size, {{0}}};
+    for (int byte = 0; byte < 256; byte++)
+        weight.value[byte] = (pair){code[byte >> 4], code[byte & 15]};
+    job all = {.task = dequantise_task, .tasks = (rows + TILE - 1) / TILE, .count = 1, .rows = rows,
+               .n = n, .b = b, .weight = &weight};
+    all.out[0] = out;
+    if (core) {
+        all.core[0] = core;
+        all.task = dequantise_fold_task;
+        all.splits = splits(rows, n);
+        share(&all, threads);
+        all.room = all.group * b * (padded(b) + TILE) + TILE * padded(b);
+    }
+    return run(&all, fork, threads);
 }
 
 /* ---- cores: the steps of oftfx/rotations/cayley.py ---- */
