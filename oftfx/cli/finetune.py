@@ -163,7 +163,7 @@ def finetune(
         raise typer.Exit(1)
 
 
-LEARNING_RATES = {"GOFT": 3e-3, "QGOFT": 3e-3, "HRA": 2e-4, "LOFT": 2e-4}
+LEARNING_RATES = {"GOFT": 8e-3, "QGOFT": 7e-3, "HRA": 2e-4, "LOFT": 2e-4}
 """Those that are not OFT's: by the rates at which methods gained the same (docs/methods)."""
 
 
