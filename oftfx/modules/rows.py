@@ -70,7 +70,8 @@ def run(module: Any, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     used = {k: rotation for k, rotation in held.items() if rotation.enabled}
     if not used:
         return base.forward(module, x, *args, **kwargs)
-    if torch.compiler.is_exporting():
+    # Dynamo of torch 2.11 takes every trace for an export.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise PlanError(
             "a graph holds one composition of adapters for all rows: export the model outside of "
             "oftfx.rows, after oftfx.use."
