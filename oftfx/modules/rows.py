@@ -147,8 +147,8 @@ def _within(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
 def _gathered(values: dict[int, Tensor], index: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, …), each row's value; zeros for a row that has none.
 
-    In the dtype they are computed with, which may be fewer bytes to copy for every row; in their own
-    where gradients are summed over the rows.
+    In the dtype they are computed with, which may be fewer bytes to copy for every row; in their
+    own where gradients are summed over the rows.
     """
     if not any(value.requires_grad for value in values.values()):
         values = {k: value.to(dtype) for k, value in values.items()}
