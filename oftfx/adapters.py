@@ -23,7 +23,7 @@ from oftfx.modules import Adapted
 from oftfx.modules.rows import Rows
 from oftfx.plan import Plan
 from oftfx.rotations import is_fixed, is_free, is_linear
-from oftfx.spec import ALL_LINEAR, Spec
+from oftfx.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,7 @@ def _check_alike(plan: Plan, other: Plan, a: str, b: str) -> None:
 
 def _map_of(spec: Spec) -> Spec:
     """The spec, less what does not say which map its parameters make."""
-    rules: dict[str, Any] = {"targets": ALL_LINEAR, "exclude": (), "overrides": {}}
-    return dataclasses.replace(spec, **rules, seed=0, init_std=0.0)
+    return dataclasses.replace(spec.without_rules(), seed=0, init_std=0.0)
 
 
 def _check_rows(model: nn.Module, name: str) -> None:

@@ -1,6 +1,5 @@
 """The trainable state of one adapter at one site."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +15,7 @@ from oftfx.outputs import Outputs
 from oftfx.readers import Readers, rotated, traceable
 from oftfx.rotations import Method, block_of, method_of, scaled
 from oftfx.rotations.oft import dropped
-from oftfx.spec import ALL_LINEAR, Spec
+from oftfx.spec import Spec
 
 NOTE = "oftfx_spec"
 """Where the nodes of an exported module keep the spec of their rotation, as JSON."""
@@ -44,13 +43,7 @@ class Rotation(Outputs):
         super().__init__(spec, out, device, seed)
         self.width = width
         self.readers: Readers | None = None
-        rules: dict[str, Any] = {
-            "targets": ALL_LINEAR,
-            "exclude": (),
-            "overrides": {},
-            "also_train": (),
-        }
-        self._note = json.dumps(dataclasses.replace(spec, **rules).to_json())
+        self._note = json.dumps(spec.without_rules().to_json())
         self.enabled = True
         self.block = block_of(spec)
         self.shapes = self.method.shapes(spec, width)

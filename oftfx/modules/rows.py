@@ -96,7 +96,8 @@ def _used(module: Any, x: Tensor) -> tuple[dict[int, Any], Tensor]:
     used = {k: rotation for k, rotation in held.items() if rotation.enabled}
     if not used:
         return used, rows.which
-    if torch.compiler.is_exporting():
+    # Dynamo of torch 2.11 takes every trace for an export.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise PlanError(
             "a graph holds one composition of adapters for all rows: export the model outside of "
             "oftfx.rows, after oftfx.use."
@@ -123,7 +124,7 @@ def turned(x: Tensor, applied: dict[int, tuple[Factor, ...]], index: Tensor) -> 
 
 def scaled(y: Tensor, magnitudes: dict[int, Tensor], bias: Tensor | None, index: Tensor) -> Tensor:
     """Every row of a matmul's y, (rows, ..., out), with all but the bias scaled."""
-    held = _gathered(magnitudes, index).to(y.dtype)
+    held = _gathered(magnitudes, index, y.dtype).to(y.dtype)
     product = y if bias is None else y - bias.to(y.dtype)
     return y + product * held.view(len(held), *[1] * (y.dim() - 2), -1)
 
@@ -142,7 +143,7 @@ def _turned(x: Tensor, factors: dict[int, Factor], index: Tensor) -> Tensor:
         return x
     columns = zip(*(factor.operands for factor in factors.values()), strict=True)
     operands: list[Any] = [
-        _gathered(dict(zip(factors, column, strict=True)), index)
+        _gathered(dict(zip(factors, column, strict=True)), index, x.dtype)
         if isinstance(column[0], Tensor)
         else column[0]
         for column in columns
@@ -165,8 +166,14 @@ def _within(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
     return torch.baddbmm(lines, (lines @ p.mT) @ k, p).view(x.shape)
 
 
-def _gathered(values: dict[int, Tensor], index: Tensor) -> Tensor:
-    """(rows, …), each row's value; zeros for a row that has none."""
+def _gathered(values: dict[int, Tensor], index: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, …), each row's value; zeros for a row that has none.
+
+    In the dtype they are computed with, which may be fewer bytes to copy for every row; in their
+    own where gradients are summed over the rows.
+    """
+    if not any(value.requires_grad for value in values.values()):
+        values = {k: value.to(dtype) for k, value in values.items()}
     zero = torch.zeros_like(next(iter(values.values())))
     stacked = torch.stack([values.get(k, zero) for k in range(max(values) + 1)])
     return stacked[index.where(index < len(stacked), 0)]

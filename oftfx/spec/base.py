@@ -110,6 +110,12 @@ class Spec:
                 changes |= fields
         return dataclasses.replace(self, **changes) if changes else self
 
+    def without_rules(self) -> Self:
+        """The spec less which sites it is for, and what it trains beside them."""
+        return dataclasses.replace(
+            self, targets=ALL_LINEAR, exclude=(), overrides={}, also_train=()
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict of the fields that differ from their defaults.
 
