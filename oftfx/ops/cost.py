@@ -3,7 +3,7 @@
 In products of a row by every block of a core, 2·b operations a column of x: rotating takes three
 for each of x's T rows (x, its gradient, the core's), folding one for each of W's ``out`` rows and
 one for each of x's (the core's gradient). By arithmetic alone folding would win from T = out/2 on.
-But a rotated x is in the cache when it is multiplied, and a folded weight is written to memory, kept
+But a rotated x is in the cache when it is multiplied; a folded weight is written to memory, kept
 until the backward and read twice: on a CPU both were measured to cost the same between T = out
 and T = 1.5·out, so
 
