@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from oftfx.modules import Rotation, built
-from oftfx.readers import traceable
+from oftfx.readers import plain
 
 
 class Bank:
@@ -127,8 +127,7 @@ def _running_again() -> bool:
 def _ready(rotation: Rotation) -> bool:
     """Whether its parameters are plain tensors: not sharded, flattened, wrapped or on `meta`."""
     for name, tensor in rotation.tensors().items():
-        plain = type(tensor) in (Tensor, nn.Parameter) and traceable(tensor)
-        if not plain or tensor.is_meta or tuple(tensor.shape) != rotation.shapes[name]:
+        if not plain(tensor) or tensor.is_meta or tuple(tensor.shape) != rotation.shapes[name]:
             return False
     return any(tensor.requires_grad for tensor in rotation.tensors().values())
 

@@ -23,6 +23,7 @@ class Outputs(nn.Module):
         seed: Seeds the initial values when the spec asks for random ones.
 
     Attributes:
+        out: How many outputs it has.
         outputs: Shapes of the parameters, by name.
         scaling: How much of what the parameters do is done; [`oftfx.scale`][oftfx.scale] sets it.
     """
@@ -33,6 +34,7 @@ class Outputs(nn.Module):
         super().__init__()
         self.spec = spec
         self.seed = seed
+        self.out = out
         self.outputs = output_shapes(spec, out)
         for name, shape in self.outputs.items():
             value = torch.empty(shape, dtype=spec.dtype, device=device)
