@@ -25,9 +25,11 @@ from oftfx.explain.layer import LayerGraph, layer_graph
 from oftfx.health import Held, health, rotations_of
 from oftfx.host import host_of, parameters_of
 from oftfx.modules import Adapted, built, in_use, is_rotation
+from oftfx.ops.cost import fold_from
 from oftfx.plan import Plan, Site
 from oftfx.progress import tracked
 from oftfx.rotations import method_of, oft
+from oftfx.sites import linear
 from oftfx.spec import Spec
 
 __all__ = ["ExplainedSite", "Explanation", "explain"]
@@ -114,6 +116,7 @@ def _explained(
             site.num_trainable,
             0 if site.shared else _bytes(held[site.fqn]),
             diverged[site.rotation],
+            _fold_from(model, adapter, site),
         )
 
 
@@ -145,6 +148,18 @@ def _lowering(site: Site, spec: Spec, rotations: int) -> str:
     if site.shared:
         return "shared"
     return "grouped" if rotations > 1 and method_of(spec) is oft else "rotate"
+
+
+def _fold_from(model: nn.Module | ExportedProgram, adapter: str, site: Site) -> int | None:
+    if isinstance(model, (fx.GraphModule, ExportedProgram)) or site.kind != linear.KIND:
+        return None
+    layer: Any = model.get_submodule(site.weight.rpartition(".")[0])
+    turn = layer.oft[adapter]
+    outs = (turn.out,) if turn.readers is None else turn.readers.outs
+    block = getattr(turn, "rotation", turn).block
+    if block is None or turn.outputs or len(layer.oft) > 1:
+        return None
+    return fold_from(outs, block, layer.weight.dtype, layer.weight.device)
 
 
 def _bytes(held: Held) -> int:

@@ -55,9 +55,9 @@ def rotating(base: Class) -> type[nn.Module]:
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.oft_rows is not None:
             return rows.run(self, base, input, *args, **kwargs)
-        if layers is not None and (output := fused(self, layers, input)) is not None:
-            return output
         used = [rotation for rotation in ordered(self) if rotation.enabled]
+        if layers is not None and (output := fused(self, layers, used, input)) is not None:
+            return output
         for rotation in used:
             input = rotation(input)
         output = base.forward(self, input, *args, **kwargs)

@@ -1,6 +1,5 @@
 """What is the same for every library of quantised layers."""
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -58,7 +57,7 @@ class Quantiser(Protocol):
 
 
 class Fusing(Protocol):
-    """A [`Provider`][oftfx.sites.Provider] of layers whose rotation and matmul one op can do."""
+    """A [`Provider`][oftfx.sites.Provider] of layers whose matmul can rotate as well, in one op."""
 
     CLASS: str
     DEFERS: bool
@@ -70,7 +69,7 @@ class Fusing(Protocol):
         x: Tensor,
         dtype: torch.dtype,
         block: int | None,
-        outs: Sequence[int],
+        outs: tuple[int, ...],
     ) -> bool:
         """Whether that costs less than rotating x first, and gives the layer's bits where C = 0.
 
