@@ -84,6 +84,19 @@ def _matrix(
 
 
 @triton.jit
+def _down(x: tl.tensor) -> tl.tensor:
+    """The sum of each column."""
+    # `tl.sum`, which the interpreter refuses where triton was imported before it was asked for.
+    return tl.reduce(x, 0, tl.standard._sum_combine)
+
+
+@triton.jit
+def _along(x: tl.tensor) -> tl.tensor:
+    """The sum of each row, as a column."""
+    return tl.reduce(x, 1, tl.standard._sum_combine)[:, None]
+
+
+@triton.jit
 def _chunk(rows: int, run: int, chunks: int, step: int, W: tl.constexpr):  # type: ignore[no-untyped-def]
     """A program's run of rows, its begin and end; its chunk, with the columns and coordinates."""
     split = (tl.program_id(0) // chunks).to(tl.int64)
@@ -126,9 +139,8 @@ def _forward(
         # The residual form: x itself never passes through a product.
         y = x.to(tl.float32) + tl.dot(x.to(dtype), turn, input_precision=PRECISION)
         if not LAST:
-            tl.store(heads + row * chunks + chunk + 0 * lane[None, :], y, there & head)
-            there = there & (lane > 0)[None, :]
-        if WRITE:
+            tl.store(heads + row * chunks + chunk, _along(tl.where(head, y, 0.0)), row < end)
+        if WRITE:  # heads too, which the next level writes over: without them runs are torn apart
             tl.store(out + row * width + coordinate[None, :], y.to(dtype), there)
 
 
@@ -173,8 +185,7 @@ def _backward(
         there = (row < end) & here
         g = tl.load(grad + row * grad_stride + coordinate[None, :], there, 0.0).to(tl.float32)
         if not LAST:
-            place = heads + row * chunks + chunk + 0 * lane[None, :]
-            g = tl.where(head, tl.load(place, there & head, 0.0), g)
+            g = tl.where(head, tl.load(heads + row * chunks + chunk, row < end, 0.0), g)
         if WRITE:
             turned = g + tl.dot(g.to(dtype), turn, input_precision=PRECISION)
             place = out + row * columns + column[None, :]
@@ -205,13 +216,6 @@ def _backward(
         tl.store(entry + 1, _down(a * total), there)
         tl.store(entry + 2, _down(b * p), there)
         tl.store(entry + 3, _down(b * total), there)
-
-
-@triton.jit
-def _down(x: tl.tensor) -> tl.tensor:
-    """The sum of each column."""
-    # `tl.sum`, which the interpreter refuses where triton was imported before it was asked for.
-    return tl.reduce(x, 0, tl.standard._sum_combine)
 
 
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
