@@ -97,14 +97,14 @@ def _along(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _chunk(rows: int, run: int, chunks: int, step: int, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's run of rows, its begin and end; its chunk, with the columns and coordinates."""
+def _locate(
+    rows: int, run: int, chunks: int, W: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A program's run of rows, its begin and end; its chunk, and the columns of that."""
     split = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
-    lane = tl.arange(0, W)
-    column = chunk * W + lane
     begin = split * run
-    return split, begin, tl.minimum(begin + run, rows), chunk, lane, column, column * step
+    return split, begin, tl.minimum(begin + run, rows), chunk, chunk * W + tl.arange(0, W)
 
 
 @triton.jit(do_not_specialize=["rows", "run"])
@@ -127,7 +127,8 @@ def _forward(
 ) -> None:
     """A chunk of the coordinates that are ``step`` apart, which ``source`` holds side by side."""
     W: tl.constexpr = 1 << STAGES
-    _, begin, end, chunk, lane, column, coordinate = _chunk(rows, run, chunks, step, W)
+    _, begin, end, chunk, column = _locate(rows, run, chunks, W)
+    lane, coordinate = tl.arange(0, W), column * step
     dtype = out.dtype.element_ty
     here = (coordinate < width)[None, :]
     turn = _matrix(core, coordinate, lane, step, width, STAGES).to(dtype)
@@ -171,7 +172,8 @@ def _backward(
     That of its head, where there is a further level, was made there.
     """
     W: tl.constexpr = 1 << STAGES
-    split, begin, end, chunk, lane, column, coordinate = _chunk(rows, run, chunks, step, W)
+    split, begin, end, chunk, column = _locate(rows, run, chunks, W)
+    lane, coordinate = tl.arange(0, W), column * step
     dtype = grad.dtype.element_ty
     columns = (width + step - 1) // step
     here = (coordinate < width)[None, :]

@@ -11,7 +11,7 @@ from oftfx import ops
 kernel = pytest.importorskip("oftfx.ops.triton.givens")
 
 # (rows, width): a pair, one chunk and its padding, a level of heads, rows in several tiles and runs
-SIZES = [(3, 2), (70, 16), (5, 17), (67, 100), (2, 576)]
+SIZES = [(3, 2), (70, 16), (5, 17), (67, 100)]
 ROUNDING = {torch.bfloat16: 2.5e-3, torch.float16: 3e-4, torch.float32: 1e-6}
 
 
@@ -93,7 +93,7 @@ def test_no_rows_give_no_rows(device):
 
 def test_many_runs_give_the_bits_of_any_other_time(device, monkeypatch):
     monkeypatch.setattr(kernel, "_processors", lambda device: 2)
-    grad, x, core = operands(200, 68, device)
+    grad, x, core = operands(130, 17, device)
     first = kernel.givens_grad(grad, x, core, True, True, False)
     again = kernel.givens_grad(grad, x, core, True, True, False)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
