@@ -258,40 +258,37 @@ def _through(x: Tensor, core: Tensor, out: Tensor, write: bool) -> list[Tensor]:
     """
     source, stride = rows_of(x)
     count, width = _count(x), x.shape[-1]
-    kept: list[Tensor] = []
-    for level in _levels(width)[: None if write else -1]:
+    left: list[Tensor] = []
+    for level in _levels(width):
+        if level.last and not write:
+            break
         heads = x.new_empty(0 if level.last else count * level.chunks, dtype=torch.float32)
         dtypes = (source.dtype, core.dtype, out.dtype)
-        _forward_work(count, width, level, stride, write, dtypes, x.device)(
-            source, core, out, heads
-        )
-        kept.append(heads)
+        launch = _forward_work(count, width, level, stride, write, dtypes, x.device)
+        launch(source, core, out, heads)
+        left.append(heads)
         source, stride = heads, level.chunks
-    return kept if not write else kept[:-1]
+    return left
 
 
 def _back(grad: Tensor, x: Tensor | None, core: Tensor, write: bool) -> tuple[Tensor, Tensor]:
     """The transposed map of ``grad``, and the core's gradient where x is given."""
-    core = core.contiguous()
     out = torch.empty(grad.shape if write else 0, dtype=grad.dtype, device=grad.device)
-    count, width = _count(grad), grad.shape[-1]
-    levels = _levels(width)
     rows, grad_stride = rows_of(grad)
-    sources: list[Tensor] = []
-    gram = out
-    stride = width
+    core, count, width = core.contiguous(), _count(grad), grad.shape[-1]
+    levels = _levels(width)
+    sources, stride, gram = [rows] * len(levels), width, out  # any tensors, where x is not given
     if x is not None:
         source, stride = rows_of(x)
         sources = [source, *_through(x, core, x.new_empty(0), False)]
         splits = _runs(count, levels[0].chunks, x.device)[1]
         gram = torch.empty((splits, *core.shape), dtype=torch.float32, device=x.device)
     heads = out
-    for index in reversed(range(len(levels))):
-        level, last = levels[index], index == 0
-        to = out if last else out.new_empty(count * level.columns, dtype=torch.float32)
-        source = sources[index] if x is not None else rows
-        needed = (write or not last, x is not None)
-        strides = grad_stride, stride if last else level.columns
+    for level, source in reversed(list(zip(levels, sources, strict=True))):
+        first = level is levels[0]
+        to = out if first else out.new_empty(count * level.columns, dtype=torch.float32)
+        strides = grad_stride, stride if first else level.columns
+        needed = write or not first, x is not None
         dtypes = (grad.dtype, source.dtype, core.dtype, to.dtype)
         launch = _backward_work(count, width, level, strides, needed, dtypes, grad.device)
         launch(rows, source, core, to, heads, gram)
