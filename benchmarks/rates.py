@@ -9,6 +9,7 @@ rate. It takes a minute on a GPU, and many on a CPU.
 
 import argparse
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def trained(model: nn.Module, data: Tensor, setting: Setting, rate: float, steps
     return model
 
 
-def base(setting: Setting, docs: Tensor) -> nn.Module:
+@functools.cache
+def base(setting: Setting) -> nn.Module:
     """A model of the documentation."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -82,12 +84,12 @@ def base(setting: Setting, docs: Tensor) -> nn.Module:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).train().to(DEVICE)
-    return trained(model, docs, setting, 3e-3, setting.before)
+    return trained(model, text("docs/**/*.md"), setting, 3e-3, setting.before)
 
 
 def losses(setting: Setting, unit_rate: bool, blocks: Sequence[int] = BLOCKS) -> Tensor:
     """Held-out losses, (block sizes, rates)."""
-    model, source = base(setting, text("docs/**/*.md")), text("oftfx/**/*.py")
+    model, source = base(setting), text("oftfx/**/*.py")
     kept, held_out = source[: len(source) * 9 // 10], source[len(source) * 9 // 10 :]
     out = torch.empty(len(blocks), len(UNITS))
     for i, b in enumerate(blocks):

@@ -19,6 +19,11 @@ def arms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def rates(arms: ModuleType) -> ModuleType:
+    return importlib.import_module("rates")
+
+
+@pytest.fixture
 def curves(arms: ModuleType) -> ModuleType:
     return importlib.import_module("curves")
 
@@ -105,3 +110,16 @@ def test_the_report_has_pictures_and_every_method(
     printed = capsys.readouterr().out
     assert "| oftfx OFT b32 | 0.00M | 100 | 3.0 | 0.700 |" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"methods.png", "oft-beside-peft.png"}
+
+
+@pytest.mark.slow
+def test_in_units_of_an_angle_one_rate_suits_every_block_size(rates: ModuleType) -> None:
+    """Of a language model; in entries of Q the rate that suits narrow blocks spoils wide ones."""
+    setting = rates.Setting(hidden=64, layers=1, tokens=32, batch=8, before=200, steps=30)
+    narrow, wide = rates.losses(setting, unit_rate=True, blocks=(8, 64))
+    together = int((narrow + wide).argmin())
+    assert narrow[together] < narrow.min() + 0.01
+    assert wide[together] < wide.min() + 0.01
+    narrow, wide = rates.losses(setting, unit_rate=False, blocks=(8, 64))
+    assert narrow.argmin() - wide.argmin() >= 2
+    assert wide[narrow.argmin()] > wide.min() + 0.05

@@ -244,9 +244,10 @@ class _GivensGrad(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
         """Second order, by differentiating the gradients' own formula."""
         operands = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        grad, x, core = operands
         need_x, need_core = ctx.needs
         with torch.enable_grad():
-            values = _gradients(*operands, ctx.transposed)
+            values = _gradients(grad, x, core, ctx.transposed)
             wanted = [(values[0], grad_x)] * need_x + [(values[1], grad_core)] * need_core
             outputs, cotangents = zip(*wanted, strict=True)
             second = torch.autograd.grad(outputs, operands, cotangents, allow_unused=True)

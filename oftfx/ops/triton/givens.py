@@ -84,14 +84,27 @@ def _matrix(
 
 
 @triton.jit
-def _chunk(rows: int, run: int, chunks: int, step: int, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's run of rows, its begin and end; its chunk, with the columns and coordinates."""
+def _down(x: tl.tensor) -> tl.tensor:
+    """The sum of each column."""
+    # `tl.sum`, which the interpreter refuses where triton was imported before it was asked for.
+    return tl.reduce(x, 0, tl.standard._sum_combine)
+
+
+@triton.jit
+def _along(x: tl.tensor) -> tl.tensor:
+    """The sum of each row, as a column."""
+    return tl.reduce(x, 1, tl.standard._sum_combine)[:, None]
+
+
+@triton.jit
+def _locate(
+    rows: int, run: int, chunks: int, W: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A program's run of rows, its begin and end; its chunk, and the columns of that."""
     split = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
-    lane = tl.arange(0, W)
-    column = chunk * W + lane
     begin = split * run
-    return split, begin, tl.minimum(begin + run, rows), chunk, lane, column, column * step
+    return split, begin, tl.minimum(begin + run, rows), chunk, chunk * W + tl.arange(0, W)
 
 
 @triton.jit(do_not_specialize=["rows", "run"])
@@ -114,7 +127,8 @@ def _forward(
 ) -> None:
     """A chunk of the coordinates that are ``step`` apart, which ``source`` holds side by side."""
     W: tl.constexpr = 1 << STAGES
-    _, begin, end, chunk, lane, column, coordinate = _chunk(rows, run, chunks, step, W)
+    _, begin, end, chunk, column = _locate(rows, run, chunks, W)
+    lane, coordinate = tl.arange(0, W), column * step
     dtype = out.dtype.element_ty
     here = (coordinate < width)[None, :]
     turn = _matrix(core, coordinate, lane, step, width, STAGES).to(dtype)
@@ -126,9 +140,8 @@ def _forward(
         # The residual form: x itself never passes through a product.
         y = x.to(tl.float32) + tl.dot(x.to(dtype), turn, input_precision=PRECISION)
         if not LAST:
-            tl.store(heads + row * chunks + chunk + 0 * lane[None, :], y, there & head)
-            there = there & (lane > 0)[None, :]
-        if WRITE:
+            tl.store(heads + row * chunks + chunk, _along(tl.where(head, y, 0.0)), row < end)
+        if WRITE:  # heads too, which the next level writes over: without them runs are torn apart
             tl.store(out + row * width + coordinate[None, :], y.to(dtype), there)
 
 
@@ -159,7 +172,8 @@ def _backward(
     That of its head, where there is a further level, was made there.
     """
     W: tl.constexpr = 1 << STAGES
-    split, begin, end, chunk, lane, column, coordinate = _chunk(rows, run, chunks, step, W)
+    split, begin, end, chunk, column = _locate(rows, run, chunks, W)
+    lane, coordinate = tl.arange(0, W), column * step
     dtype = grad.dtype.element_ty
     columns = (width + step - 1) // step
     here = (coordinate < width)[None, :]
@@ -173,8 +187,7 @@ def _backward(
         there = (row < end) & here
         g = tl.load(grad + row * grad_stride + coordinate[None, :], there, 0.0).to(tl.float32)
         if not LAST:
-            place = heads + row * chunks + chunk + 0 * lane[None, :]
-            g = tl.where(head, tl.load(place, there & head, 0.0), g)
+            g = tl.where(head, tl.load(heads + row * chunks + chunk, row < end, 0.0), g)
         if WRITE:
             turned = g + tl.dot(g.to(dtype), turn, input_precision=PRECISION)
             place = out + row * columns + column[None, :]
@@ -205,13 +218,6 @@ def _backward(
         tl.store(entry + 1, _down(a * total), there)
         tl.store(entry + 2, _down(b * p), there)
         tl.store(entry + 3, _down(b * total), there)
-
-
-@triton.jit
-def _down(x: tl.tensor) -> tl.tensor:
-    """The sum of each column."""
-    # `tl.sum`, which the interpreter refuses where triton was imported before it was asked for.
-    return tl.reduce(x, 0, tl.standard._sum_combine)
 
 
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
@@ -252,40 +258,37 @@ def _through(x: Tensor, core: Tensor, out: Tensor, write: bool) -> list[Tensor]:
     """
     source, stride = rows_of(x)
     count, width = _count(x), x.shape[-1]
-    kept: list[Tensor] = []
-    for level in _levels(width)[: None if write else -1]:
+    left: list[Tensor] = []
+    for level in _levels(width):
+        if level.last and not write:
+            break
         heads = x.new_empty(0 if level.last else count * level.chunks, dtype=torch.float32)
         dtypes = (source.dtype, core.dtype, out.dtype)
-        _forward_work(count, width, level, stride, write, dtypes, x.device)(
-            source, core, out, heads
-        )
-        kept.append(heads)
+        launch = _forward_work(count, width, level, stride, write, dtypes, x.device)
+        launch(source, core, out, heads)
+        left.append(heads)
         source, stride = heads, level.chunks
-    return kept if not write else kept[:-1]
+    return left
 
 
 def _back(grad: Tensor, x: Tensor | None, core: Tensor, write: bool) -> tuple[Tensor, Tensor]:
     """The transposed map of ``grad``, and the core's gradient where x is given."""
-    core = core.contiguous()
     out = torch.empty(grad.shape if write else 0, dtype=grad.dtype, device=grad.device)
-    count, width = _count(grad), grad.shape[-1]
-    levels = _levels(width)
     rows, grad_stride = rows_of(grad)
-    sources: list[Tensor] = []
-    gram = out
-    stride = width
+    core, count, width = core.contiguous(), _count(grad), grad.shape[-1]
+    levels = _levels(width)
+    sources, stride, gram = [rows] * len(levels), width, out  # any tensors, where x is not given
     if x is not None:
         source, stride = rows_of(x)
         sources = [source, *_through(x, core, x.new_empty(0), False)]
         splits = _runs(count, levels[0].chunks, x.device)[1]
         gram = torch.empty((splits, *core.shape), dtype=torch.float32, device=x.device)
     heads = out
-    for index in reversed(range(len(levels))):
-        level, last = levels[index], index == 0
-        to = out if last else out.new_empty(count * level.columns, dtype=torch.float32)
-        source = sources[index] if x is not None else rows
-        needed = (write or not last, x is not None)
-        strides = grad_stride, stride if last else level.columns
+    for level, source in reversed(list(zip(levels, sources, strict=True))):
+        first = level is levels[0]
+        to = out if first else out.new_empty(count * level.columns, dtype=torch.float32)
+        strides = grad_stride, stride if first else level.columns
+        needed = write or not first, x is not None
         dtypes = (grad.dtype, source.dtype, core.dtype, to.dtype)
         launch = _backward_work(count, width, level, strides, needed, dtypes, grad.device)
         launch(rows, source, core, to, heads, gram)

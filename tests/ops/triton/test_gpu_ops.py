@@ -93,6 +93,17 @@ def test_givens_stages_and_their_gradients_are_those_of_float64(width, dtype):
         assert torch.equal(ops.givens(x, torch.zeros_like(core), transposed), x)
 
 
+def test_givens_gradients_hold_little_besides_their_operands():
+    """Two rows of heads, and the Grams of a few runs, instead of a copy of x for every stage."""
+    grad, x = torch.randn(2, 4096, 4096, dtype=torch.bfloat16, device=CUDA).unbind()
+    core = 0.1 * torch.randn(4095, 2, 2, device=CUDA)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grad_x, grad_core = ops.givens_grad(grad, x, core, True, True)
+    extra = torch.cuda.max_memory_allocated() - before - grad_x.nbytes - grad_core.nbytes
+    assert 0 < extra < 0.1 * x.nbytes
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("b", [2, 7, 16, 24, 32, 64, 128])
