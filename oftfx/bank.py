@@ -55,7 +55,8 @@ class Bank:
             batches: dict[Any, list[Rotation]] = {}
             for rotation in members:
                 if rotation.enabled and _ready(rotation):
-                    kind = tuple((t.dtype, t.device) for t in rotation.tensors().values())
+                    tensors = rotation.tensors().values()
+                    kind = (rotation.scaling, *((t.dtype, t.device) for t in tensors))
                     batches.setdefault(kind, []).append(rotation)
             for batch in batches.values():
                 if len(batch) > 1:
@@ -133,10 +134,10 @@ def _ready(rotation: Rotation) -> bool:
 
 
 def _build(members: list[Rotation]) -> Iterator[Given]:
-    """Builds the cores of rotations of one spec and shape, and gives each its share."""
+    """Builds the cores of rotations of one spec, shape and scale, and gives each its share."""
     held = [rotation.tensors() for rotation in members]
     stacked = {name: torch.stack([tensors[name] for tensors in held]) for name in held[0]}
-    cores = built(members[0].spec, stacked)
+    cores = built(members[0].spec, stacked, members[0].scaling)
     shares = zip(*(core.unbind() for core in cores), strict=True)
     for rotation, tensors, share in zip(members, held, shares, strict=True):
         given = Given(list(tensors.values()), share)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import insert, modules
+from oftfx import copied, insert, modules
 from oftfx.adapter import put
-from oftfx.attach import kept_by, record_holder
+from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
 from oftfx.fingerprint import Fingerprint
@@ -66,7 +66,7 @@ def save(
     """
     inner = unwrap(model)
     plan = _plan(inner, name)
-    values = _values(inner, plan, name)
+    values = values_of(inner, plan, name)
     if rank is not None and (format != "lora" or rank < 1):
         raise ValueError(f"rank={rank}: must be ≥ 1, and is for format='lora' alone.")
     report = None
@@ -119,7 +119,7 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
             raise
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
     with torch.no_grad():
-        for key, parameter in _values(unwrap(adapted), plan, name).items():
+        for key, parameter in values_of(unwrap(adapted), plan, name).items():
             parameter.copy_(values[key])
     return adapted
 
@@ -141,7 +141,7 @@ def restore(model: Model, directory: str | os.PathLike[str], name: str = "defaul
         )
     _check_base(inner, plan, base, Path(directory))
     with torch.no_grad():
-        for key, parameter in _values(inner, plan, name).items():
+        for key, parameter in values_of(inner, plan, name).items():
             parameter.copy_(values[key])
 
 
@@ -154,7 +154,7 @@ def _plan(model: Model, name: str) -> Plan:
     return record_holder(model, name)[name].plan
 
 
-def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
+def values_of(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
     """The adapter's tensors, those that are never trained included, by site."""
     held = parameters_of(model)
     values: dict[str, Tensor] = {}
@@ -162,7 +162,10 @@ def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
         path = modules.parameter_path(site.weight, name, site.kind == "functional")
         for tensor in _shapes(plan, site):
             values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
-    return values | {tensor.name: held[tensor.name] for tensor in plan.copied}
+    if isinstance(model, nn.Module):  # a graph has none
+        for part, _, copies in copied.of(model, name):
+            values |= copies.parameters(part)
+    return values
 
 
 def _own(model: Model, name: str) -> dict[str, Tensor]:
@@ -171,8 +174,8 @@ def _own(model: Model, name: str) -> dict[str, Tensor]:
         key: value for key, value in parameters_of(model).items() if not modules.is_rotation(key)
     }
     if isinstance(model, nn.Module):  # a graph keeps none
-        for _, kept in kept_by(model, name):
-            held |= kept
+        for _, _, copies in copied.of(model, name):
+            held |= copies.own
     return held
 
 

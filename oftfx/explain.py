@@ -15,7 +15,7 @@ from oftfx.capture import Model, unwrap
 from oftfx.errors import PlanError
 from oftfx.health import Held, health, rotations_of
 from oftfx.host import host_of
-from oftfx.modules import Adapted
+from oftfx.modules import Adapted, in_use
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, oft
 from oftfx.spec import Spec
@@ -126,17 +126,21 @@ def explain(model: Model, name: str | None = None) -> Explanation:
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
-        name: One adapter; None for all.
+        name: One adapter, in use or not; None for those in use.
 
     Raises:
-        PlanError: The model has no adapter (or none of this name), or is a trace that remembers no
-            plan.
+        PlanError: The model has no adapter (or none of this name, or none in use), or is a trace
+            that remembers no plan.
     """
     inner = unwrap(model)
+    plans = _plans(inner)
+    shown = list(plans) if name is None else [name]
+    if name is None and not isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        shown = in_use(inner)
     sites = [
         site
-        for adapter, plan in _plans(inner).items()
-        if name in (None, adapter)
+        for adapter, plan in plans.items()
+        if adapter in shown
         for site in _explained(inner, adapter, plan)
     ]
     if not sites:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftfx import sites
-from oftfx.attach import detach, kept_by
+from oftfx import copied, sites
+from oftfx.attach import detach
 from oftfx.errors import MergeError
 from oftfx.fold.cost import Cost, cost, settled
 from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, warn_of_loss
 from oftfx.fold.weight import Fold, check_finite
-from oftfx.modules import Adapted, Rotation, SharedRotation, bare, site_name
+from oftfx.modules import Adapted, State, bare, ordered, site_name
 from oftfx.sites import pretrained
 from oftfx.sites.quantised import Quantiser, device_of, to_linear
 
@@ -28,7 +28,7 @@ class _Site:
     module: nn.Module
     name: str
     layout: str
-    rotations: list[Rotation | SharedRotation]
+    rotations: list[State]
     quantiser: Quantiser | None = None
 
     def fold(self, dtype: torch.dtype = torch.bfloat16) -> Fold:
@@ -91,7 +91,7 @@ def merge_module(
                 names[id(kept.weight)] -= 1
             measured.append(_store(site, kept, untied, report))
     costs = settled([each for each in measured if each is not None])
-    any_untied |= any(kept for _, kept in kept_by(model))
+    any_untied |= any(copies.own and copies.in_place for _, _, copies in copied.of(model))
     detach(model, merged=True)
     if any_untied:
         _forget_tie(model)
@@ -190,9 +190,11 @@ def _module_sites(model: nn.Module) -> Iterator[_Site]:
         for name, layout in layouts.items():
             held: list[Any] = [
                 rotation[name] if isinstance(rotation, nn.ModuleDict) else rotation
-                for rotation in module.oft.values()
+                for rotation in ordered(module)
                 if not isinstance(rotation, nn.ModuleDict) or name in rotation
             ]
+            if not (held := [rotation for rotation in held if rotation.enabled]):
+                continue  # its adapters are not in use
             yield _Site(site_name(fqn, name), module, name, layout, held, quantiser)
 
 

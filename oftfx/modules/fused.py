@@ -1,0 +1,30 @@
+"""Layers that turn their weight instead of x, in the op that multiplies by it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftfx.modules.rotation import Rotation, SharedRotation
+from oftfx.readers import autocast_dtype, cast
+from oftfx.sites.quantised import Fusing
+
+
+def fused(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
+    """A layer's output where it turns its weight instead of x, in a training step; else None."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    turns = [rotation for rotation in module.oft.values() if rotation.enabled]
+    if len(turns) != 1 or not isinstance(turn := turns[0], Rotation | SharedRotation):
+        return None  # a calibration's probe wants to see x
+    rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
+    readers = turn.readers
+    together = [rotation] if readers is None else readers.turns
+    if turn.outputs or any(each.block is None for each in together):
+        return None
+    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block):
+        return None
+    if readers is not None:
+        return layers.rotated_linear(module, *readers.defer(turn, x), deferred=True)
+    (factor,) = rotation.applied()
+    return layers.rotated_linear(module, cast(x), factor.operands[0], deferred=False)
