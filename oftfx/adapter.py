@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from oftfx import copied, fixed, insert, modules
-from oftfx.attach import attach, detach, kept_by
+from oftfx.attach import attach, detach
 from oftfx.capture import Model, unwrap
 from oftfx.errors import PlanError
 from oftfx.fixed import Fixed
@@ -123,9 +123,10 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     if not isinstance(inner, fx.GraphModule):
         if name is not None and name not in modules.in_order(inner):
             raise modules.absent(inner, name)
-        with modules.kept(inner), copied.set_aside(kept_by(inner, name)):
+        with modules.kept(inner):
             for _, rotation in modules.rotations(inner, name):
                 rotation.enabled = False
+            copied.settle(inner, modules.in_use(inner))
             yield
         return
     adapted = inner.graph
@@ -156,7 +157,7 @@ def parameters(model: Model, name: str | None = None) -> list[nn.Parameter]:
     if isinstance(inner := unwrap(model), (fx.GraphModule, ExportedProgram)):
         check_differentiable(inner)
     elif name is None:
-        used = (named_parameters(model, each) for each in modules.in_use(inner))
+        used = (named_parameters(inner, each) for each in modules.in_use(inner))
         found = {key: parameter for each in used for key, parameter in each.items()}
     if not found:
         raise modules.absent(inner, name)
@@ -170,8 +171,7 @@ def named_parameters(model: Model, name: str | None = None) -> dict[str, nn.Para
         if modules.is_rotation(key, name) and not is_fixed(key):
             found.setdefault(id(parameter), (key, parameter))
     if isinstance(inner := unwrap(model), nn.Module):
-        for part, kept in kept_by(inner, name):
-            for key in kept:
-                parameter = part.get_parameter(key)
+        for part, _, copies in copied.of(inner, name):
+            for key, parameter in copies.parameters(part).items():
                 found.setdefault(id(parameter), (key, parameter))
     return dict(found.values())

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import modules
+from oftfx import copied, modules, sites
 from oftfx.adapter import put
 from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
@@ -108,6 +108,13 @@ def scale(model: Model, scale: float, name: str | None = None) -> None:
     if not names:
         raise modules.absent(inner)
     found = [(fqn, state) for each in names for _, fqn, state in modules.holders(inner, each)]
+    for each in names if scale != 1 else ():
+        for _, _, copies in copied.of(inner, each):
+            if copies.own:
+                raise PlanError(
+                    f"also_train: {each!r} trains {next(iter(copies.own))} as it is, which no "
+                    "rotation leads to: oftfx.disabled(model) is all of the way back."
+                )
     for fqn, state in found:
         if is_free(state.spec):
             raise PlanError(
@@ -243,6 +250,12 @@ def _map_of(spec: Spec) -> Spec:
 
 def _check_rows(model: nn.Module, name: str) -> None:
     """That every layer of an adapter meets the rows in their order."""
+    for _, _, copies in copied.of(model, name):
+        if copies.own:
+            raise PlanError(
+                f"also_train: {name!r} trains {next(iter(copies.own))} as it is, which all rows "
+                "share: run the rows apart."
+            )
     for fqn, module in model.named_modules():
         if not isinstance(module, Adapted) or name not in module.oft:
             continue
@@ -250,6 +263,11 @@ def _check_rows(model: nn.Module, name: str) -> None:
             raise PlanError(
                 f"{fqn or type(module).__name__}: {name!r} is folded into its weight on the fly, "
                 "which all rows share: exclude the site, or run the rows apart."
+            )
+        if sites.is_embedding(module):
+            raise PlanError(
+                f"{fqn}: {name!r} rotates an embedding, whose input is no tensor of rows: exclude "
+                "it, or run the rows apart."
             )
         if "experts" in fqn.split("."):
             raise PlanError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from oftfx import copied
 from oftfx.bank import Bank
+from oftfx.copied import Copies
 from oftfx.errors import PlanError
 from oftfx.fixed import Fixed
 from oftfx.modules import (
@@ -22,6 +23,7 @@ from oftfx.modules import (
     become,
     folding,
     hooked,
+    in_use,
     own_forward,
     rotating,
     rotations,
@@ -41,12 +43,12 @@ class Record:
     Attributes:
         plan: The plan it was built from.
         trained: Names of the base's parameters that required a gradient before.
-        kept: The base's own tensors of which the adapter trains copies.
+        copies: What it trains as it is.
     """
 
     plan: Plan
     trained: frozenset[str]
-    kept: copied.Kept
+    copies: Copies
 
 
 def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
@@ -73,8 +75,10 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
             raise PlanError(f"a part of the model has an adapter {name!r} already.")
     for site in plan.sites:
         _check(model, site)
-    taken = {tensor: other for other, record in records.items() for tensor in record.kept}
-    copied.check(model, plan.copied, taken)
+    copied.check(model, plan.copied)
+    used = in_use(model)
+    present = {other: r.copies.own for other, r in records.items() if other in used}
+    copied.check_apart({**present, name: [tensor.name for tensor in plan.copied]})
     values = fixed()
 
     if records:  # the first adapter saw the base's own flags
@@ -84,7 +88,8 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
         trained = frozenset(n for n, p in everything if p.requires_grad)
     adapted = (module for module in model.modules() if isinstance(module, Adapted))
     mine = {id(p) for module in adapted for p in module.oft.parameters()}
-    mine |= {id(model.get_parameter(tensor)) for tensor in taken}
+    for record in records.values():
+        mine |= {id(copy) for copy in record.copies.parameters(model).values()}
     for parameter in model.parameters():
         if id(parameter) not in mine:
             parameter.requires_grad_(False)
@@ -100,8 +105,9 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
             held[site.fqn].fill(values.get(site.fqn, {}))
             place(model, site, name, held[site.fqn])
     _acquaint(model, plan, name)
-    kept = copied.put(model, plan.copied)
-    vars(model)[RECORD] = {**records, name: Record(plan, trained, kept)}
+    copies = Copies(model, plan.copied, [record.copies for record in records.values()])
+    copies.put(model)
+    vars(model)[RECORD] = {**records, name: Record(plan, trained, copies)}
     _open_bank(model)
     return model
 
@@ -123,7 +129,7 @@ def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> n
         record = records.pop(adapter)
         trained = record.trained
         if not merged:
-            copied.give_back(model, record.kept)
+            record.copies.take_away(model)
         if not records:
             for parameter_name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter_name in trained)
@@ -161,16 +167,6 @@ def record_holder(model: nn.Module, name: str | None = None) -> dict[str, Record
         which = "" if name is None else f" {name!r}"
         raise PlanError(f"{type(model).__name__} has no adapter{which}; {has}.")
     return records
-
-
-def kept_by(model: nn.Module, name: str | None = None) -> list[tuple[nn.Module, copied.Kept]]:
-    """The parts of a model that were adapted, and the tensors that one adapter, or all, copied."""
-    return [
-        (part, record.kept)
-        for part in model.modules()
-        for adapter, record in vars(part).get(RECORD, {}).items()
-        if name in (None, adapter)
-    ]
 
 
 def _open_bank(model: nn.Module) -> None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import insert, modules
+from oftfx import copied, insert, modules
 from oftfx.adapter import put
-from oftfx.attach import kept_by, record_holder
+from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, PlanError
 from oftfx.fingerprint import Fingerprint
@@ -166,7 +166,10 @@ def values_of(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
         path = modules.parameter_path(site.weight, name, site.kind == "functional")
         for tensor in _shapes(plan, site):
             values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
-    return values | {tensor.name: held[tensor.name] for tensor in plan.copied}
+    if isinstance(model, nn.Module):  # a graph has none
+        for part, _, copies in copied.of(model, name):
+            values |= copies.parameters(part)
+    return values
 
 
 def _own(model: Model, name: str) -> dict[str, Tensor]:
@@ -175,8 +178,8 @@ def _own(model: Model, name: str) -> dict[str, Tensor]:
         key: value for key, value in parameters_of(model).items() if not modules.is_rotation(key)
     }
     if isinstance(model, nn.Module):  # a graph keeps none
-        for _, kept in kept_by(model, name):
-            held |= kept
+        for _, _, copies in copied.of(model, name):
+            held |= copies.own
     return held
 
 

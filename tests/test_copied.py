@@ -169,11 +169,37 @@ def test_two_adapters_train_different_tensors():
     trained(OFT(block_size=4, also_train="norm"), "two", net)
     assert torch.equal(net.score.weight, score)
     assert len(oftfx.parameters(net, "one")) == 3
-    with pytest.raises(PlanError, match="trained by the adapter 'one'"):
-        oftfx.adapt(net, OFT(block_size=4, also_train="score"), "three", X)
     oftfx.remove(net, "one")
     assert torch.equal(net.score.weight, Net().score.weight)
     assert not torch.equal(net.norm.weight, Net().norm.weight)
+
+
+def test_adapters_that_train_the_same_tensor_are_used_in_turn(tmp_path):
+    net, base = trained(OFT(block_size=4, also_train="score"), "one"), Net()
+    one = net(X)
+    with pytest.raises(PlanError, match="both train score"):
+        oftfx.adapt(net, OFT(block_size=4, also_train="score"), "two", X)
+    oftfx.use(net, [])
+    assert torch.equal(net(X), base(X))
+    trained(OFT(block_size=8, also_train="score"), "two", net)
+    two = net(X)
+    assert not torch.equal(one, two)
+    with pytest.raises(PlanError, match="both train score"):
+        oftfx.use(net, ["one", "two"])
+    oftfx.save(net, tmp_path, "one")
+    oftfx.use(net, "one")
+    assert torch.equal(net(X), one)
+    assert torch.equal(oftfx.load(Net(), tmp_path)(X), one)
+    with oftfx.disabled(net):
+        assert torch.equal(net(X), base(X))
+    with pytest.raises(PlanError, match="which no rotation leads to"):
+        oftfx.scale(net, 0.5)
+    with pytest.raises(PlanError, match="which all rows share"), oftfx.rows(net, ["one", None]):
+        pass
+    merged = oftfx.merge(copy.deepcopy(net), names=["two"])
+    assert torch.allclose(merged(X), two, atol=1e-5)
+    oftfx.remove(net)
+    same(net, base.state_dict())
 
 
 @pytest.mark.parametrize(

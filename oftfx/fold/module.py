@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftfx import sites
-from oftfx.attach import detach, kept_by
+from oftfx import copied, sites
+from oftfx.attach import detach
 from oftfx.errors import MergeError
 from oftfx.fold.cost import Cost, cost, settled
 from oftfx.fold.options import Options
@@ -92,7 +92,7 @@ def merge_module(
                 names[id(kept.weight)] -= 1
             measured.append(_store(site, kept, untied, report))
     costs = settled([each for each in measured if each is not None])
-    any_untied |= any(kept for _, kept in kept_by(model))
+    any_untied |= any(copies.own and copies.in_place for _, _, copies in copied.of(model))
     detach(model, merged=True)
     if any_untied:
         _forget_tie(model)

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from oftfx.copied import RECORD, check_apart, of, settle
 from oftfx.errors import PlanError
 from oftfx.modules.classes import (
     CHILD,
@@ -34,8 +35,6 @@ from oftfx.modules.classes import (
 from oftfx.modules.rotation import NOTE, Rotation, SharedRotation, built
 
 State: TypeAlias = Rotation | SharedRotation
-RECORD = "_oftfx"
-"""Where an adapted model remembers its adapters, by name, in the order they were added."""
 
 __all__ = [
     "CHILD",
@@ -142,7 +141,8 @@ def chosen(model: nn.Module, names: str | Sequence[str]) -> list[str]:
     """The adapters that are meant.
 
     Raises:
-        PlanError: The model has no adapter of a name, or one is named twice.
+        PlanError: The model has no adapter of a name, one is named twice, or two of them train the
+            same tensor as it is.
     """
     found = [names] if isinstance(names, str) else list(names)
     known = in_order(model)
@@ -151,6 +151,7 @@ def chosen(model: nn.Module, names: str | Sequence[str]) -> list[str]:
             raise absent(model, str(name))
     if len(set(found)) < len(found):
         raise PlanError(f"{found} names an adapter twice: it has one place in the order.")
+    check_apart({adapter: copies.own for _, adapter, copies in of(model) if adapter in found})
     return found
 
 
@@ -164,6 +165,7 @@ def select(model: nn.Module, names: Sequence[str]) -> None:
             state.enabled = adapter in names
         if state.readers is not None:
             state.readers.useful = True  # whoever read apart behind another adapter may not now
+    settle(model, names)
 
 
 @contextmanager
@@ -179,3 +181,4 @@ def kept(model: nn.Module) -> Iterator[None]:
                 module.oft_order = order
         for rotation, enabled in held:
             rotation.enabled = enabled
+        settle(model, in_use(model))

@@ -68,8 +68,6 @@ def rotating(base: Class) -> type[nn.Module]:
 
     def looked_up(self: Any, input: Tensor) -> Tensor:
         found: Tensor = base.forward(self, input)
-        if self.oft_rows is not None:
-            return rows.looked_up(self, found)
         for rotation in ordered(self):
             if rotation.enabled:
                 found = rotation(found)

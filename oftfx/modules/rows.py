@@ -65,44 +65,22 @@ def run(module: Any, base: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     Raises:
         PlanError: x does not have these rows; or the model is being exported.
     """
-    used, index = _used(module, x)
-    if not used:
-        return base.forward(module, x, *args, **kwargs)
-    x = turned(cast(x), {k: rotation.applied() for k, rotation in used.items()}, index)
-    y = base.forward(module, x, *args, **kwargs)
-    magnitudes = {k: m for k, rotation in used.items() for m in rotation.magnitudes()}
-    return scaled(y, magnitudes, getattr(module, "bias", None), index) if magnitudes else y
-
-
-def looked_up(module: Any, found: Tensor) -> Tensor:
-    """What an adapted embedding gives for rows of several adapters.
-
-    Args:
-        module: The embedding; its `oft_rows` say which.
-        found: What its base looked up.
-
-    Raises:
-        PlanError: As for [`run`][oftfx.modules.rows.run].
-    """
-    used, index = _used(module, found)
-    applied = {k: rotation.applied() for k, rotation in used.items()}
-    return turned(found, applied, index) if used else found
-
-
-def _used(module: Any, x: Tensor) -> tuple[dict[int, Any], Tensor]:
-    """The rotations that some row of x goes through, by number, and the number of each row."""
     rows: Rows = module.oft_rows
     held = {k: module.oft[name] for k, name in enumerate(rows.names, 1) if name in module.oft}
     used = {k: rotation for k, rotation in held.items() if rotation.enabled}
     if not used:
-        return used, rows.which
+        return base.forward(module, x, *args, **kwargs)
     # Dynamo of torch 2.11 takes every trace for an export.
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise PlanError(
             "a graph holds one composition of adapters for all rows: export the model outside of "
             "oftfx.rows, after oftfx.use."
         )
-    return used, rows.of(x)
+    index = rows.of(x)
+    x = turned(cast(x), {k: rotation.applied() for k, rotation in used.items()}, index)
+    y = base.forward(module, x, *args, **kwargs)
+    magnitudes = {k: m for k, rotation in used.items() for m in rotation.magnitudes()}
+    return scaled(y, magnitudes, getattr(module, "bias", None), index) if magnitudes else y
 
 
 def turned(x: Tensor, applied: dict[int, tuple[Factor, ...]], index: Tensor) -> Tensor:

@@ -239,6 +239,22 @@ def test_what_peft_cannot_express_is_refused(spec, why, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_peft_would_take_for_another_is_refused(tmp_path):
+    net = nn.ModuleDict(
+        {"norm": nn.LayerNorm(8), "prenorm": nn.LayerNorm(8), "fc": nn.Linear(8, 8)}
+    )
+    spec = oftfx.OFT(block_size=4, targets="fc", also_train="norm")
+    oftfx.adapt(net, spec, capture="modules")
+    with pytest.raises(CheckpointError, match="PEFT would take it for norm"):
+        oftfx.save(net, tmp_path / "out", format="peft")
+
+
+def test_psoft_of_quantised_layers_is_refused(tmp_path):
+    adapted = oftfx.adapt(quantised(model(64), linear4bit), oftfx.PSOFT(rank=4, svd="full"))
+    with pytest.raises(CheckpointError, match="is quantised"):
+        oftfx.save(adapted, tmp_path / "out", format="peft")
+
+
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'oftfx', 'peft' or 'lora'"):
         oftfx.save(oftfx.adapt(llama(), oftfx.OFT(block_size=8)), tmp_path, format="lore")

@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from peft import BOFTConfig, HRAConfig, OFTConfig, PeftModel, get_peft_model
+from peft import BOFTConfig, HRAConfig, OFTConfig, PeftModel, PsoftConfig, get_peft_model
 from torch import nn
 
 import oftfx
-from tests.quantised import dequantised, linear8bit, quantised
+from tests.quantised import dequantised, linear4bit, linear8bit, quantised
 from tests.small import llama, tokens
 
 X = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
@@ -118,3 +118,27 @@ def test_a_convolution_is_refused(tmp_path):
     assert apart(theirs.base_model.model[0](images), net[0](images)) > 0.1
     with pytest.raises(oftfx.CheckpointError, match="0: "):
         oftfx.load(net, tmp_path)
+
+
+@torch.no_grad()
+def test_quantised_layers_that_it_refuses(tmp_path):
+    written(tmp_path, base(), HRAConfig(r=4, target_modules=["0", "2"]))
+    small = quantised(base(), linear4bit)
+    right = oftfx.load(dequantised(small), tmp_path)(X)
+    assert apart(oftfx.load(copy.deepcopy(small), tmp_path)(X), right) < 1e-5
+    with pytest.raises(RuntimeError):
+        PeftModel.from_pretrained(copy.deepcopy(small), tmp_path)(X)
+    with pytest.raises(TypeError, match="float32"):
+        get_peft_model(copy.deepcopy(small), PsoftConfig(r=4, target_modules=["0", "2"]))
+    oftfx.adapt(small, oftfx.PSOFT(rank=4), example_inputs=X)
+
+
+@torch.no_grad()
+def test_an_adapter_for_each_row(tmp_path):
+    config = OFTConfig(target_modules=["0", "2"], **OFT)
+    theirs = written(tmp_path, base(), config)
+    expected = torch.stack([theirs(X)[0], base()(X)[1]])
+    ours = oftfx.load(base(), tmp_path)
+    with oftfx.rows(ours, ["default", None]):
+        assert apart(ours(X), expected) < 1e-5
+    assert torch.equal(theirs(X, adapter_names=["default", "__base__"]), theirs(X))

@@ -79,6 +79,16 @@ def test_two_adapters_compose_in_order():
     torch.testing.assert_close(net.table(IDS), expected)
 
 
+def test_two_adapters_are_used_in_another_order_but_not_by_row():
+    net = turned()
+    oftfx.adapt(net, OFT(block_size=8, targets="table", init_std=0.1), "second", IDS)
+    (one,), (two,) = (net.table.oft[name].factors() for name in ("default", "second"))
+    oftfx.use(net, ["second", "default"])
+    torch.testing.assert_close(net.table(IDS), one(two(Net().table(IDS))))
+    with pytest.raises(PlanError, match="an embedding"), oftfx.rows(net, ["second", None]):
+        pass
+
+
 def test_it_is_trained_saved_and_loaded(tmp_path):
     net = turned()
     net(IDS).square().sum().backward()

@@ -110,6 +110,12 @@ def write_copied(
             f"{parts[0]} is not trained and another tensor of its module is: PEFT has whole "
             "modules to save, or biases."
         )
+    for module in sorted({name.rpartition(".")[0] for name in own} - owners):
+        if ends := [owner for owner in owners if module.endswith(owner)]:
+            raise CheckpointError(
+                f"{module} is not trained as it is; PEFT would take it for {ends[0]}, with which "
+                "its name ends."
+            )
     biases = {name for name in own if _is_bias(name)}
     loose = names - whole
     if not loose:

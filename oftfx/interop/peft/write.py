@@ -15,6 +15,7 @@ from oftfx.interop.peft.directory import CONFIG, PREFIX, TENSORS
 from oftfx.interop.peft.formats import FORMATS, NAMES
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, output_shapes
+from oftfx.sites import is_quantised
 from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.spec import Spec
 from oftfx.weights import Weights
@@ -64,6 +65,11 @@ def write(
             converted = form.theirs(spec, held, weight)
         except OftfxError as error:
             raise CheckpointError(f"{site.fqn}: {error}") from error
+        if name == "PSOFT" and is_quantised(site.kind):
+            raise CheckpointError(
+                f"{site.fqn} is quantised, where PEFT has no PSOFT; of a float weight it computes "
+                "other directions. Write format='lora', which is exact."
+            )
         if site.kind == EMBEDDING:
             if not form.EMBEDDED:
                 raise CheckpointError(f"{site.fqn}: PEFT's {name} has no embeddings.")
