@@ -1,10 +1,12 @@
 """A training loop of one's own with accelerate: gradient accumulation, a checkpoint, resuming.
 
     python examples/accelerate_loop.py
+    accelerate launch examples/accelerate_loop.py out/loop
 
-A tiny random model; nothing is downloaded. `accelerate launch` runs the same file on several GPUs.
+A tiny random model; nothing is downloaded. The second line runs it on several GPUs.
 """
 
+import sys
 import tempfile
 
 import torch
@@ -43,9 +45,9 @@ def train(directory: str, first: int, last: int) -> list[float]:
     return losses
 
 
-with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-    through = train(one, 0, STEPS)
-    resumed = train(two, 0, STEPS // 2) + train(two, STEPS // 2, STEPS)
-    print(f"loss {through[0]:.3f} → {through[-1]:.3f}")
-    assert through[-1] < through[0]
-    assert resumed == through  # to the last bit
+scratch = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
+through = train(f"{scratch}/one", 0, STEPS)
+resumed = train(f"{scratch}/two", 0, STEPS // 2) + train(f"{scratch}/two", STEPS // 2, STEPS)
+print(f"loss {through[0]:.3f} → {through[-1]:.3f}")
+assert through[-1] < through[0]
+assert resumed == through  # to the last bit

@@ -1,11 +1,12 @@
 """transformers' Trainer on an adapted model: early stopping, the best checkpoint, resuming.
 
     python examples/trainer.py
+    torchrun --nproc-per-node 2 examples/trainer.py out/trainer
 
-A tiny random model; nothing is downloaded. `torchrun --nproc-per-node 2` runs the same file on two
-GPUs.
+A tiny random model; nothing is downloaded. The second line runs it on several GPUs.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -61,24 +62,24 @@ def make_trainer(directory: str, steps: int) -> Trainer:
     return trainer
 
 
-with tempfile.TemporaryDirectory() as scratch:
-    through = make_trainer(f"{scratch}/through", 6)
-    through.train()
+directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
+through = make_trainer(f"{directory}/through", 6)
+through.train()
 
-    make_trainer(f"{scratch}/parts", 4).train()  # as if it had been stopped there
-    resumed = make_trainer(f"{scratch}/parts", 6)
-    resumed.train(resume_from_checkpoint=True)
+make_trainer(f"{directory}/parts", 4).train()  # as if it had been stopped there
+resumed = make_trainer(f"{directory}/parts", 6)
+resumed.train(resume_from_checkpoint=True)
 
-    losses = [
-        [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        for trainer in (through, resumed)
-    ]
-    print("held-out loss " + " → ".join(f"{loss:.3f}" for loss in losses[0]))
-    assert losses[0][-1] < losses[0][0]
-    assert losses[1] == losses[0]  # to the last bit
+losses = [
+    [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    for trainer in (through, resumed)
+]
+print("held-out loss " + " → ".join(f"{loss:.3f}" for loss in losses[0]))
+assert losses[0][-1] < losses[0][0]
+assert losses[1] == losses[0]  # to the last bit
 
-    # A checkpoint is an adapter directory.
-    checkpoint = Path(through.state.best_model_checkpoint)
-    again = oftfx.load(language_model(len(WORDS)), checkpoint)
-    pairs = zip(oftfx.parameters(again), oftfx.parameters(through.model), strict=True)
-    assert all(torch.equal(one, other.cpu()) for one, other in pairs)
+# A checkpoint is an adapter directory.
+checkpoint = Path(through.state.best_model_checkpoint)
+again = oftfx.load(language_model(len(WORDS)), checkpoint)
+pairs = zip(oftfx.parameters(again), oftfx.parameters(through.model), strict=True)
+assert all(torch.equal(one, other.cpu()) for one, other in pairs)

@@ -74,18 +74,22 @@ def test_finetune_then_merge(oftfx, model_dir, text_file, tmp_path):
     out = tmp_path / "out"
     arguments = ["finetune", "--model", model_dir, "--data", text_file, "--out", out]
     arguments += ["--block-size", 8, "--steps", 3, "--seq-len", 16, "--lr", 0.01, "--prompt", "abc"]
-    code, printed, err = oftfx(*arguments)
+    assert oftfx(*arguments, "--no-merge")[0] == 0
+    code, _, err = oftfx(*arguments)
+    assert code == 2
+    assert "--force" in err
+
+    code, printed, err = oftfx(*arguments, "--force")
     assert code == 0, err
     assert "agrees" in printed
     assert str(out / "merged") in printed
 
-    code, _, err = oftfx(*arguments)
-    assert code == 2
-    assert "--force" in err
-    assert oftfx(*arguments, "--force")[0] == 0
-
-    code, printed, err = oftfx("merge", model_dir, out / "adapter", "--out", tmp_path / "merged")
+    merge = ["merge", model_dir, out / "adapter", "--out", tmp_path / "merged"]
+    code, printed, err = oftfx(*merge, "--shard-size", "20KB")
     assert code == 0, err
+    files = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"model.safetensors.index.json", "generation_config.json", "tokenizer.json"} <= files
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
     one = AutoModelForCausalLM.from_pretrained(out / "merged").state_dict()
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -116,7 +120,7 @@ EXPORTS = {
     "peft": "adapter_model.safetensors",
     "lora --rank 2": "adapter_model.safetensors",
     "pt2": "model.pt2",
-    "pt2 --adapted": "model.pt2",
+    "pt2 --adapted --cache 8": "model.pt2",
 }
 
 
@@ -128,6 +132,8 @@ def test_export_writes_what_others_load(oftfx, model_dir, adapter, tmp_path, lin
     assert code == 0, err
     assert str(out) in printed
     assert {EXPORTS[line], MARKER} <= {path.name for path in out.iterdir()}
+    if line == "hf":
+        assert oftfx(*arguments, "--force", "--shard-size", "5 GB")[0] == 2
     if line == "lora --rank 2":
         assert "lost at most" in printed
         assert oftfx(*arguments)[0] == 2
@@ -192,7 +198,7 @@ def test_every_method_has_its_options(oftfx, model_dir, line):
         ),
     ],
 )
-def test_every_method_finetunes(oftfx, model_dir, text_file, tmp_path, method):
+def test_every_method_finetunes(oftfx, model_dir, text_file, tmp_path, method, request):
     out = tmp_path / "out"
     arguments = ["finetune", "--model", model_dir, "--data", text_file, "--out", out]
     arguments += ["--method", method, "--steps", 2, "--seq-len", 16, "--lr", 0.01]
@@ -200,9 +206,24 @@ def test_every_method_finetunes(oftfx, model_dir, text_file, tmp_path, method):
         arguments += ["--block-size", 8]
     if method in ("psoft", "loft"):
         arguments += ["--rank", 4]
-    code, printed, err = oftfx(*arguments)
+    slow = request.node.get_closest_marker("slow") is not None
+    code, printed, err = oftfx(*arguments, "--merge" if slow else "--no-merge")
     assert code == 0, err
-    assert "agrees" in printed
+    assert "agrees" in printed or not slow
+
+
+def test_an_interrupt_is_told_and_has_its_exit_code(oftfx, model_dir, text_file, monkeypatch):
+    def run(job, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("oftfx.train.run", run)
+    arguments = ["finetune", "--model", model_dir, "--data", text_file]
+    code, printed, _ = oftfx(*arguments)
+    assert code == 130
+    assert "Nothing was written" in printed
+    code, printed, _ = oftfx(*arguments, "--checkpoint-every", 10)
+    assert code == 130
+    assert "--resume" in printed
 
 
 FINETUNE = "finetune --model {model} --seq-len 16 --steps 1 --block-size 8"
@@ -230,6 +251,10 @@ BAD_LINES = {
     "export {model} {tmp} --format pt2": "{tmp}",
     "export {model} {tmp} --format peft --rank 2": "--rank is no option of --format peft",
     "export {model} {tmp} --format hf --adapted": "--adapted is no option of --format hf",
+    "export {model} {tmp} --format peft --cache 8": "--cache is no option of --format peft",
+    "export {model} {tmp} --format pt2 --shard-size 5GB": "--shard-size is no option of --format",
+    f"{FINETUNE} --data {{text}} --checkpoint-every 0": "checkpoint_every=0",
+    f"{FINETUNE} --data {{text}} --resume": "holds nothing to resume",
 }
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HERE = ["finetune_and_merge", "qoft", "trainer", "accelerate_loop", "trl_sft", "trl_dpo"]
+TRAIN_TOGETHER = ["trainer", "accelerate_loop"]
 
 
 @pytest.fixture
@@ -30,18 +31,19 @@ def _as_a_program(tmp_path, monkeypatch):
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "qoft")) for n in HERE]
 )
 @pytest.mark.usefixtures("_as_a_program")
-def test_it_runs(name, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [name])
+def test_it_runs(name, tmp_path, monkeypatch):
+    directory = [str(tmp_path)] if name in TRAIN_TOGETHER else []
+    monkeypatch.setattr(sys, "argv", [name, *directory])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["trainer", "accelerate_loop"])
+@pytest.mark.parametrize("name", TRAIN_TOGETHER)
 def test_it_runs_in_two_processes(name, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     hidden = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *launch, EXAMPLES / f"{name}.py"],
+        [sys.executable, *launch, EXAMPLES / f"{name}.py", tmp_path],
         cwd=tmp_path,
         env=os.environ | hidden,
         capture_output=True,

@@ -37,7 +37,7 @@ def root() -> None:
     **oftfx export** writes it for something else.
 
     Exit codes: 0 done · 1 the merged model disagrees with the trained one · 2 bad input, with
-    nothing written.
+    nothing written · 130 stopped with Ctrl-C.
     """
 
 

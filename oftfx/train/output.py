@@ -31,17 +31,33 @@ def check(out: Path, force: bool) -> None:
 
 
 @contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Says of what goes wrong in writing files where they were to go.
+
+    Raises:
+        OutputError: No space is left, nothing may be written there, and the like.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{out} cannot be written: {error}") from error
+
+
+@contextmanager
 def staged(out: Path, force: bool = False) -> Iterator[Path]:
     """Yields a directory beside ``out`` that takes its place when the block succeeds.
 
     Raises:
-        OutputError: As for [`check`][oftfx.train.output.check], before the block runs.
+        OutputError: As for [`check`][oftfx.train.output.check], before the block runs; or nothing
+            can be written there.
     """
     out = out.expanduser().resolve()
     check(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    fresh.mkdir()
+    with writing(out):
+        fresh.mkdir(parents=True)
     try:
         yield fresh
         # Checked again: training takes hours, and someone may have used the place meanwhile.

@@ -17,6 +17,7 @@ import oftfx
 from oftfx.errors import MergeError
 from oftfx.sites import quantised_layers
 from oftfx.train.errors import OutputError
+from oftfx.train.output import writing
 from oftfx.train.report import Reload
 
 if TYPE_CHECKING:
@@ -45,14 +46,16 @@ def publish(
 
     Raises:
         MergeError: A rotation cannot be folded.
-        OutputError: ``shard_size`` is no size. The model is untouched.
+        OutputError: ``shard_size`` is no size, and the model is untouched; or the directory cannot
+            be written.
     """
     if shard_size is not None and not re.fullmatch(r"[1-9]\d*[KMGT]B", shard_size):
         raise OutputError(f"shard_size={shard_size!r}: write it as 500MB or 5GB.")
     chosen = None if dtype == "auto" or not quantised_layers(model) else getattr(torch, dtype)
     merged, report = oftfx.merge(model, report=True, dtype=chosen)
-    merged.save_pretrained(out, **({"max_shard_size": shard_size} if shard_size else {}))
-    tokenizer.save_pretrained(out)
+    with writing(out):
+        merged.save_pretrained(out, **({"max_shard_size": shard_size} if shard_size else {}))
+        tokenizer.save_pretrained(out)
     return report
 
 

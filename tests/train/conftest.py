@@ -1,5 +1,9 @@
 """A tiny language model, its tokenizer and some text, made here and gone with the test run."""
 
+import contextlib
+import io
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -7,14 +11,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import oftfx
+from oftfx.train import publish, reload
+
 END = "<|end|>"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, one for "th", and one for the end of a text."""
+    """One token a byte but the soft hyphen's, two for pairs, and one for the end of a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate([END, *alphabet, "th"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
+    vocabulary = {symbol: index for index, symbol in enumerate([END, *alphabet[:-1], "th", "an"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("a", "n")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
@@ -47,6 +54,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     return make_model()
+
+
+@pytest.fixture
+def reload_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merged model is checked in this process: another one takes seconds to import torch."""
+
+    def run(command: list[str], **options: object) -> types.SimpleNamespace:
+        printed = io.StringIO()
+        with monkeypatch.context() as within, contextlib.redirect_stdout(printed):
+            within.setitem(sys.modules, "oftfx", oftfx)  # which main takes away
+            reload.main(*command[3:])
+        return types.SimpleNamespace(returncode=0, stdout=printed.getvalue())
+
+    monkeypatch.setattr(publish.subprocess, "run", run)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import oftfx
 from oftfx.errors import SpecError
-from oftfx.train import DataError, Job, run, show
+from oftfx.train import DataError, Job, OutputError, run, show, trainer
 from oftfx.train.output import MARKER
 from oftfx.train.publish import TOLERANCE
 
@@ -117,6 +117,7 @@ def test_held_out_text_can_be_a_file(job, other_file, tmp_path):
     assert run(own, Console(quiet=True)).unrelated is None
 
 
+@pytest.mark.usefixtures("reload_here")
 def test_on_a_base_in_four_bits(job, tmp_path):
     quantised = dataclasses.replace(job, out=tmp_path / "out", quant="nf4")
     report = run(quantised, Console(quiet=True))
@@ -128,7 +129,14 @@ def test_on_a_base_in_four_bits(job, tmp_path):
     assert not hasattr(merged.config, "quantization_config")
 
 
-@pytest.mark.parametrize("how", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+@pytest.mark.usefixtures("reload_here")
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"load_in_4bit": True},
+        pytest.param({"load_in_8bit": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_on_a_directory_that_is_quantised_already(job, how, tmp_path):
     base = tmp_path / "base"
     config = BitsAndBytesConfig(**how)
@@ -145,6 +153,45 @@ def test_on_a_directory_that_is_quantised_already(job, how, tmp_path):
     assert merged.dtype is torch.float32
     if "load_in_4bit" in how:  # int8 rounds its activations besides, which float layers do not
         assert report.reload.agrees
+
+
+class _Interrupt(trainer._Tracker):
+    """Ctrl-C in the third step."""
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_job_goes_on_as_if_it_had_not_been(job, tmp_path, monkeypatch):
+    small = dataclasses.replace(
+        job, out=tmp_path / "whole", steps=4, merge=False, prompt=None, unrelated=None
+    )
+    whole = run(small, Console(quiet=True))
+    parts = dataclasses.replace(small, out=tmp_path / "out", checkpoint_every=2)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(trainer, "_Tracker", _Interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(parts, Console(quiet=True))
+    kept = tmp_path / "out.checkpoints"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.checkpoints", "whole"]
+    (kept / "checkpoint-3").mkdir()  # cut off while it was written
+    (kept / "checkpoint-3" / "adapter.safetensors").write_bytes(b"")
+
+    with pytest.raises(OutputError, match="holds an earlier run: go on with --resume"):
+        run(parts, Console(quiet=True))
+    other = dataclasses.replace(parts, resume=True, lr=0.5)
+    with pytest.raises(OutputError, match=r"was made with lr=0\.02: resume with the same"):
+        run(other, Console(quiet=True))
+
+    resumed = run(
+        dataclasses.replace(parts, resume=True, checkpoint_every=None), Console(quiet=True)
+    )
+    assert resumed.curves == whole.curves
+    assert resumed.task == whole.task
+    assert not kept.exists()
+    with pytest.raises(OutputError, match="holds nothing to resume"):
+        run(dataclasses.replace(parts, out=tmp_path / "new", resume=True), Console(quiet=True))
 
 
 def test_too_little_text(job, tmp_path):
@@ -164,6 +211,7 @@ def test_too_little_text(job, tmp_path):
         {"lr": float("nan")},
         {"held_out": 1.0},
         {"eval_tokens": 0},
+        {"checkpoint_every": 0},
     ],
 )
 def test_numbers_out_of_range(job, changes):

@@ -44,7 +44,7 @@ def gguf_file(tmp_path_factory):
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(config.vocab_size)))
     writer.add_token_types([3] + [1] * (config.vocab_size - 1))
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "a n"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_unk_token_id(0)

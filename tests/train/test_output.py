@@ -1,5 +1,10 @@
+import errno
+import os
+
 import pytest
 
+import oftfx
+from oftfx.train import publish
 from oftfx.train.errors import OutputError
 from oftfx.train.output import MARKER, staged
 
@@ -42,6 +47,23 @@ def test_a_file_is_in_the_way(tmp_path):
     (tmp_path / "out").write_text("x")
     with pytest.raises(OutputError, match="not written by oftfx"), staged(tmp_path / "out", True):
         pass
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="out cannot be written"), staged(tmp_path / "file/out"):
+        pass
+
+
+def test_a_full_disk_leaves_nothing(model, tokenizer, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    oftfx.adapt(model, oftfx.OFT(block_size=16))
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    with pytest.raises(OutputError, match="No space left"), staged(tmp_path / "out") as fresh:
+        publish.publish(model, tokenizer, fresh)
+    assert names(tmp_path) == []
 
 
 def test_an_earlier_result_needs_force(tmp_path):
