@@ -240,7 +240,7 @@ def _shadow(model: nn.Module, adapted: str | None = None) -> nn.Module:
             f"{type(model).__name__} cannot be copied for tracing: {_first_line(error)}\n"
             'Remove the attribute that copy.deepcopy refuses, or use capture="modules".'
         ) from error
-    for name, module in list(model.named_modules()):
+    for name, module in model.named_modules():
         if not isinstance(module, Adapted):
             continue
         twin = shadow.get_submodule(name)

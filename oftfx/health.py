@@ -51,7 +51,7 @@ class Health:
 
     @property
     def diverged(self) -> Tensor:
-        """(sites,) bool, whether the map is no rotation: not finite, or a series at ‖Q‖₂ ≥ 1."""
+        """(sites,) bool, whether the map is no rotation: no number, or a series at ‖Q‖₂ ≥ 1."""
         series = torch.tensor(self.series, device=self.norm.device)
         return self.norm.isnan() | (series & (self.norm >= 1))
 

@@ -77,12 +77,12 @@ def waiting(title: str) -> Iterator[None]:
     if progress is None:
         yield
         return
-    progress.add_task(title, total=None)
+    task = progress.add_task(title, total=None)
     timer = threading.Timer(PATIENCE, progress.start)
     timer.daemon = True
     timer.start()
     try:
-        with remarking(lambda text: None):
+        with remarking(lambda text: progress.update(task, description=text or title)):
             yield
     finally:
         timer.cancel()

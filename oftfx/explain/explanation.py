@@ -34,7 +34,7 @@ class ExplainedSite:
         orthogonality_error: ‖RᵀR − I‖₂, likewise.
         num_trainable: Trainable numbers it holds; 0 when another site holds them.
         bytes: Of its parameters.
-        diverged: Whether its map is no rotation any more: not finite, or from a series at ‖Q‖ ≥ 1.
+        diverged: Whether its map is no rotation any more: no number, or from a series at ‖Q‖ ≥ 1.
         fold_from: From so many rows of its input on, the tokens of a batch, an eager training step
             folds its weight instead; None where it never does.
     """

@@ -65,21 +65,29 @@ METRICS = (
 )
 
 
-def switches() -> str:
-    """The heading of the heat map, its radio buttons, and a line for what they choose."""
+def heat_maps(sites: Sequence[ExplainedSite]) -> str:
+    """The section of the page: what to show, and a map of each adapter."""
+    adapters: dict[str, list[ExplainedSite]] = {}
+    for site in sites:
+        adapters.setdefault(site.adapter, []).append(site)
+    maps = (_map(mine, name if len(adapters) > 1 else "") for name, mine in adapters.items())
+    heading = "<h2>How far each site has turned</h2>"
+    return f'<section class="heat">{heading}{_switches()}{"".join(maps)}</section>'
+
+
+def _switches() -> str:
+    """The radio buttons, and a line for what each chooses."""
     buttons = "".join(
         f'<input type="radio" name="metric" id="show-{metric.key}"{" checked" * (not i)}>'
         f'<label for="show-{metric.key}">{metric.label}</label>'
         for i, metric in enumerate(METRICS)
     )
     notes = "".join(f'<p class="only {metric.key}">{metric.note}</p>' for metric in METRICS)
-    return (
-        '<section class="heat"><h2>How far each site has turned</h2>'
-        f'<fieldset><legend class="unseen">What the table shows</legend>{buttons}</fieldset>{notes}'
-    )
+    legend = '<legend class="unseen">What the table shows</legend>'
+    return f"<fieldset>{legend}{buttons}</fieldset>{notes}"
 
 
-def heat_map(sites: Sequence[ExplainedSite], caption: str) -> str:
+def _map(sites: Sequence[ExplainedSite], caption: str) -> str:
     """The table of one adapter, and the scale of its colours."""
     cells = grid(site.fqn for site in sites)
     at: dict[Cell, ExplainedSite] = {cells[site.fqn]: site for site in sites}

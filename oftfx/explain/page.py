@@ -8,7 +8,7 @@ from importlib.resources import files
 from string import Template
 
 from oftfx.explain.explanation import RIGHT, WHOLE, ExplainedSite, Explanation, mebibytes, severity
-from oftfx.explain.heat import METRICS, SCROLLS, heat_map, switches
+from oftfx.explain.heat import METRICS, SCROLLS, heat_maps
 from oftfx.explain.layer import LayerGraph
 from oftfx.explain.svg import picture
 from oftfx.table import counted
@@ -32,12 +32,7 @@ def _body(found: Explanation) -> Iterator[str]:
     yield f"<header><h1>{escape(found.model)}</h1><p>{escape(found.total())}.</p></header>"
     yield _tiles(found)
     yield _warnings(found.sites)
-    yield switches()
-    adapters = list(dict.fromkeys(site.adapter for site in found.sites))
-    for adapter in adapters:
-        sites = [site for site in found.sites if site.adapter == adapter]
-        yield heat_map(sites, adapter if len(adapters) > 1 else "")
-    yield "</section>"
+    yield heat_maps(found.sites)
     yield _runs(found)
     if found.compiled:
         yield _passes(found)
