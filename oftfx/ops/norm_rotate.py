@@ -243,14 +243,14 @@ class _NormRotate(torch.autograd.Function):
         ctx: Any, dtype: torch.dtype, readers: int, x: Tensor, *given: Any
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *given)
-        *norm, cores = *given[:4], list(given[4:])
+        norm, cores = given[:4], list(given[4:])
         return tuple(_read(below(NORM_ROTATE, x, cores, dtype, 1, *norm), readers))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *given = ctx.saved_tensors
-        *norm, cores = *given[:4], given[4:]
+        norm, cores = given[:4], given[4:]
         _, _, *wanted = ctx.needs_input_grad
         needs = any(wanted[:3]), any(wanted[3:5]), any(wanted[5:])
         *found, grad_cores = NORM_ROTATE_GRAD(list(grads), x, cores, *needs, *norm)
