@@ -68,6 +68,32 @@ def group(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
     }
 
 
+def norm(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
+    """An RMSNorm, compiled, and its rotations in one op with it, its statistics given."""
+    x, *grads = torch.randn(count + 1, tokens, width, device="cuda").bfloat16().unbind()
+    weight = torch.randn(width, device="cuda").bfloat16()
+    rstd = 0.5 + torch.rand(tokens, 1, device="cuda")
+    cores = list((0.1 * torch.randn(count, width // b, b, b, device="cuda")).unbind())
+    norm = ops.Norm(None, rstd, weight)
+
+    @torch.compile
+    def alone(x: Tensor) -> Tensor:
+        h = x.float()
+        return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    return {
+        "norm": microseconds(lambda: alone(x)),
+        "rotated": microseconds(lambda: ops.norm_rotate(x, norm, cores, x.dtype)),
+        "one after the other": microseconds(lambda: ops.rotate_group(alone(x), cores)),
+        "gradients": microseconds(
+            lambda: ops.norm_rotate_grad(grads, x, norm, cores, True, False, True)
+        ),
+        "gradients of one rotation's readers": microseconds(
+            lambda: ops.norm_rotate_grad(grads, x, norm, cores[:1], True, False, True)
+        ),
+    }
+
+
 def product(tokens: int, width: int, b: int) -> dict[str, float]:
     """A gated product, compiled, and its rotation: in one op, and one after the other."""
     grad, gate, up = torch.randn(3, tokens, width, device="cuda").bfloat16().unbind()
@@ -144,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="JSON with every measurement and the setting")
     args = parser.parse_args()
-    kinds = ("rotation", "group", "product", "cores", "launches")
+    kinds = ("rotation", "group", "norm", "product", "cores", "launches")
     result: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in kinds}
     bf16, f32 = torch.bfloat16, torch.float32
     shapes = [(4096, 3584, b, bf16) for b in (8, 16, 32, 64, 128, 256)]
@@ -175,6 +201,10 @@ def main() -> None:
         name = f"{count} of one 4096 × 3584, b=32, bfloat16"
         times = result["group"][name] = group(count, 4096, 3584, 32)
         print(f"{name}: " + ", ".join(f"{key} {value:.1f} µs" for key, value in times.items()))
+        times = result["norm"][name] = norm(count, 4096, 3584, 32)
+        print(
+            f"norm, {name}: " + ", ".join(f"{key} {value:.1f} µs" for key, value in times.items())
+        )
     for width, b in ((18944, 32), (18944, 64), (18944, 128), (1536, 32)):
         name = f"SwiGLU of 4096 × {width}, b={b}, bfloat16"
         times = result["product"][name] = product(4096, width, b)

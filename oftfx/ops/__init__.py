@@ -4,7 +4,7 @@ from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.folded_linear import folded_linear
 from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
-from oftfx.ops.norm_rotate import norm_rotate, norm_rotate_grad
+from oftfx.ops.norm_rotate import Norm, norm_rotate, norm_rotate_grad
 from oftfx.ops.packed import Packed
 from oftfx.ops.parameters import reflections, spectral_norm
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
@@ -19,6 +19,7 @@ from oftfx.ops.scale import scale
 from oftfx.ops.subspace import subspace, subspace_grad
 
 __all__ = [
+    "Norm",
     "Packed",
     "block_gram",
     "cayley",

@@ -5,7 +5,7 @@ x, and adds their gradients where it adds the residual's; here they are one numb
 backward keeps is x, which a frozen model keeps for its norm as well, those numbers and the cores.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,27 @@ from oftfx.ops.precision import as_given
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
 
 
+class Norm(NamedTuple):
+    """What makes ``(x − mean)·rstd·weight + bias`` of x (..., n·b).
+
+    Attributes:
+        mean: (..., 1), of each row; None subtracts nothing, as in an RMSNorm.
+        rstd: (..., 1), by what each row is multiplied.
+        weight: (n·b,), by what each column is multiplied; None for ones.
+        bias: (n·b,), what is added to each row; None for zeros.
+    """
+
+    mean: Tensor | None
+    rstd: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+_NORM = "Tensor? mean, Tensor rstd, Tensor? weight, Tensor? bias"
+
+
 def norm_rotate(
-    x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cores: list[Tensor],
-    dtype: torch.dtype,
+    x: Tensor, norm: Norm, cores: list[Tensor], dtype: torch.dtype, readers: int = 1
 ) -> list[Tensor]:
     """[`rotate_group`][oftfx.ops.rotate_group] of ``(x − mean)·rstd·weight + bias``.
 
@@ -33,68 +46,60 @@ def norm_rotate(
 
     Args:
         x: (..., n·b), floating.
-        mean: (..., 1), of each row; None subtracts nothing, as in an RMSNorm.
-        rstd: (..., 1), by what each row is multiplied.
-        weight: (n·b,), by what each column is multiplied; None for ones.
-        bias: (n·b,), what is added to each row; None for zeros.
+        norm: What is made of it.
         cores: Each (n, b, b), of one shape.
         dtype: What the norm is rounded to before it is rotated.
+        readers: How often each rotation is wanted. The gradients of all are added where they are
+            turned back, not in a pass of their own.
 
     Returns:
-        For each core, (..., n·b) in ``dtype``, contiguous.
+        For each core, ``readers`` times (..., n·b) in ``dtype``, contiguous; of one memory where
+        no two of them are written to.
 
     Raises:
         RuntimeError: The width of x is not n·b.
     """
-    result: list[Tensor] = NORM_ROTATE(x, mean, rstd, weight, bias, cores, dtype)
+    result: list[Tensor] = NORM_ROTATE(x, cores, dtype, readers, *norm)
     return result
 
 
 @as_given
 def _norm_rotate(
-    x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cores: list[Tensor],
-    dtype: torch.dtype,
+    x: Tensor, cores: list[Tensor], dtype: torch.dtype, readers: int, *given: Any
 ) -> list[Tensor]:
+    norm = Norm(*given)
     fast = kernels("norm_rotate", x.device)
     if fast is None or not fast.fits(x, cores, dtype):
-        return rotate_group(_norm(x, mean, rstd, weight, bias, dtype), cores)
-    with torch.cuda.device_of(x):
-        result: list[Tensor] = fast.norm_rotate(x, mean, rstd, weight, bias, cores, dtype)
-    return result
+        outs = rotate_group(normed(x, norm, dtype), cores)
+    else:
+        with torch.cuda.device_of(x):
+            outs = fast.norm_rotate(x, norm, cores, dtype)
+    return [each for out in outs for each in (out, *(out.clone() for _ in range(readers - 1)))]
 
 
 NORM_ROTATE = define(
-    "norm_rotate(Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, Tensor? bias, "
-    "Tensor[] cores, ScalarType dtype) -> Tensor[]",
+    f"norm_rotate(Tensor x, Tensor[] cores, ScalarType dtype, int readers, {_NORM}) -> Tensor[]",
     _norm_rotate,
 )
 
 
 @torch.library.register_fake("oftfx::norm_rotate", lib=LIBRARY)
 def _(
-    x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cores: list[Tensor],
-    dtype: torch.dtype,
+    x: Tensor, cores: list[Tensor], dtype: torch.dtype, readers: int, *given: Any
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape, dtype=dtype) for _ in cores]
+    return [x.new_empty(x.shape, dtype=dtype) for _ in range(readers * len(cores))]
+
+
+def served(x: Tensor, cores: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether one kernel does it all; elsewhere the op costs what its parts do."""
+    fast = kernels("norm_rotate", x.device)
+    return fast is not None and bool(fast.fits(x, cores, dtype))
 
 
 def norm_rotate_grad(
     grads: list[Tensor],
     x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     cores: list[Tensor],
     need_x: bool,
     need_affine: bool,
@@ -103,12 +108,10 @@ def norm_rotate_grad(
     """Gradients of [`norm_rotate`][oftfx.ops.norm_rotate]; what is not needed comes back empty.
 
     Args:
-        grads: For each core, the gradient of what it turned the norm to, (..., n·b).
-        x: As for `norm_rotate`, as are those that follow.
-        mean: (..., 1) or None.
-        rstd: (..., 1).
-        weight: (n·b,) or None.
-        bias: (n·b,) or None.
+        grads: For each core, the gradients of what it turned the norm to, (..., n·b), one for
+            each reader.
+        x: (..., n·b).
+        norm: What was made of it.
         cores: Each (n, b, b).
         need_x: Whether the gradients of x, the mean and rstd are wanted.
         need_affine: Whether those of weight and bias are wanted.
@@ -119,7 +122,7 @@ def norm_rotate_grad(
         statistics held fixed.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]] = NORM_ROTATE_GRAD(
-        grads, x, mean, rstd, weight, bias, cores, need_x, need_affine, need_cores
+        grads, x, cores, need_x, need_affine, need_cores, *norm
     )
     return result
 
@@ -127,41 +130,44 @@ def norm_rotate_grad(
 def _norm_rotate_grad(
     grads: list[Tensor],
     x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     cores: list[Tensor],
     need_x: bool,
     need_affine: bool,
     need_cores: bool,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    norm = Norm(*given)
     fast = kernels("norm_rotate", x.device)
     if need_affine or fast is None or not fast.fits(x, cores, grads[0].dtype, grads):
-        return _composed(grads, x, mean, rstd, weight, bias, cores, need_x, need_affine, need_cores)
+        return _composed(_added(grads, len(cores)), x, norm, cores, need_x, need_affine, need_cores)
     with torch.cuda.device_of(x):
         grad_x, grad_mean, grad_rstd, grad_cores = fast.norm_rotate_grad(
-            grads, x, mean, rstd, weight, bias, cores, need_x, need_cores
+            grads, x, norm, cores, need_x, need_cores
         )
     return grad_x, grad_mean, grad_rstd, x.new_empty(0), x.new_empty(0), grad_cores
+
+
+def _added(grads: list[Tensor], cores: int) -> list[Tensor]:
+    """One gradient for each core: the sum over its readers."""
+    readers = len(grads) // cores
+    if readers == 1:
+        return grads
+    return [torch.stack(grads[i : i + readers]).sum(0) for i in range(0, len(grads), readers)]
 
 
 def _composed(
     grads: list[Tensor],
     x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     cores: list[Tensor],
     need_x: bool,
     need_affine: bool,
     need_cores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    mean, rstd, weight, bias = norm
     grad_x, grad_mean, grad_rstd, grad_weight, grad_bias = (x.new_empty(0) for _ in range(5))
-    normed = _norm(x, mean, rstd, weight, bias, grads[0].dtype)
-    need_norm = need_x or need_affine
-    turned, grad_cores = rotate_group_grad(grads, normed, cores, need_norm, need_cores)
+    y = normed(x, norm, grads[0].dtype)
+    turned, grad_cores = rotate_group_grad(grads, y, cores, need_x or need_affine, need_cores)
     wide = torch.promote_types(x.dtype, torch.float32)
     turned, rstd_wide = turned.to(wide), rstd.to(wide)
     centred = x.to(wide) if mean is None else x.to(wide) - mean
@@ -181,9 +187,8 @@ def _composed(
 
 
 NORM_ROTATE_GRAD = define(
-    "norm_rotate_grad(Tensor[] grads, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, "
-    "Tensor? bias, Tensor[] cores, bool need_x, bool need_affine, bool need_cores) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    "norm_rotate_grad(Tensor[] grads, Tensor x, Tensor[] cores, bool need_x, bool need_affine, "
+    f"bool need_cores, {_NORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _norm_rotate_grad,
 )
 
@@ -192,47 +197,39 @@ NORM_ROTATE_GRAD = define(
 def _(
     grads: list[Tensor],
     x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     cores: list[Tensor],
     need_x: bool,
     need_affine: bool,
     need_cores: bool,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         if tensor is None or not needed:
             return x.new_empty(0)
         return tensor.new_empty(tensor.shape)
 
+    norm = Norm(*given)
     return (
         like(x, need_x),
-        like(mean, need_x),
-        like(rstd, need_x),
-        like(weight, need_affine),
-        like(bias, need_affine),
+        like(norm.mean, need_x),
+        like(norm.rstd, need_x),
+        like(norm.weight, need_affine),
+        like(norm.bias, need_affine),
         [core.new_empty(core.shape if need_cores else 0) for core in cores],
     )
 
 
-def _norm(
-    x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def normed(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     """``(x − mean)·rstd·weight + bias``, rounded once."""
+    mean, rstd, weight, bias = norm
     wide = torch.promote_types(x.dtype, torch.float32)
-    normed = x.to(wide) if mean is None else x.to(wide) - mean
-    normed = normed * rstd.to(wide)
+    y = x.to(wide) if mean is None else x.to(wide) - mean
+    y = y * rstd.to(wide)
     if weight is not None:
-        normed *= weight
+        y *= weight
     if bias is not None:
-        normed += bias
-    return normed.to(dtype)
+        y += bias
+    return y.to(dtype)
 
 
 def _columns(x: Tensor) -> Tensor:
@@ -243,41 +240,33 @@ def _columns(x: Tensor) -> Tensor:
 class _NormRotate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        dtype: torch.dtype,
-        x: Tensor,
-        mean: Tensor | None,
-        rstd: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *cores: Tensor,
+        ctx: Any, dtype: torch.dtype, readers: int, x: Tensor, *given: Any
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, mean, rstd, weight, bias, *cores)
-        return tuple(below(NORM_ROTATE, x, mean, rstd, weight, bias, list(cores), dtype))
+        ctx.save_for_backward(x, *given)
+        norm, cores = given[:4], list(given[4:])
+        return tuple(_read(below(NORM_ROTATE, x, cores, dtype, 1, *norm), readers))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias, *cores = ctx.saved_tensors
-        _, *wanted = ctx.needs_input_grad
+        x, *given = ctx.saved_tensors
+        norm, cores = given[:4], given[4:]
+        _, _, *wanted = ctx.needs_input_grad
         needs = any(wanted[:3]), any(wanted[3:5]), any(wanted[5:])
-        *given, grad_cores = NORM_ROTATE_GRAD(
-            list(grads), x, mean, rstd, weight, bias, cores, *needs
-        )
-        pairs = zip((*given, *grad_cores), wanted, strict=True)
-        return None, *(grad if want else None for grad, want in pairs)
+        *found, grad_cores = NORM_ROTATE_GRAD(list(grads), x, cores, *needs, *norm)
+        pairs = zip((*found, *grad_cores), wanted, strict=True)
+        return None, None, *(grad if want else None for grad, want in pairs)
+
+
+def _read(outs: list[Tensor], readers: int) -> list[Tensor]:
+    """Each of them, ``readers`` times."""
+    return [each for out in outs for each in (out, *(out.view_as(out) for _ in range(readers - 1)))]
 
 
 def _apply(
-    x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cores: list[Tensor],
-    dtype: torch.dtype,
+    x: Tensor, cores: list[Tensor], dtype: torch.dtype, readers: int, *norm: Tensor | None
 ) -> list[Tensor]:
-    return list(_NormRotate.apply(dtype, x, mean, rstd, weight, bias, *cores))
+    return list(_NormRotate.apply(dtype, readers, x, *norm, *cores))
 
 
 differentiate(NORM_ROTATE, _apply)

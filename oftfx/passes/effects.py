@@ -1,6 +1,7 @@
 """Which nodes of a torch-level graph others must not be moved across."""
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswit
     operator.is_not,
     operator.itemgetter,
 }
+
+_PLAIN = {operator.and_, operator.is_, operator.not_, operator.or_}
 
 
 def barrier(node: fx.Node) -> bool:
@@ -36,7 +39,10 @@ def epochs(graph: fx.Graph) -> dict[Any, int]:
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether a node may do so; nodes that hide others, such as modules, count as if they did."""
+    """Whether a node may do so; of one that holds graphs, whether anything in them may.
+
+    What hides others, such as a module, counts as if it did.
+    """
     target = node.target
     match node.op:
         case "placeholder" | "get_attr" | "output":
@@ -48,7 +54,29 @@ def writes(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return True
+        bodies = list(_bodies(node))
+        nodes = [inner for body in bodies for inner in body.graph.nodes]
+        return not bodies or any(writes(inner) and not _is_local(inner) for inner in nodes)
+    if target in _PLAIN:
+        return False
     named = getattr(target, "__name__", "_").endswith("_")
     flagged = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     return named or flagged or target in _IN_PLACE or target is operator.setitem
+
+
+def _bodies(node: fx.Node) -> Iterator[fx.GraphModule]:
+    """The graphs that a higher-order op runs: what a 4-bit layer's own function is traced to."""
+    owner = node.graph.owning_module
+    for given in node.all_input_nodes:
+        body = getattr(owner, str(given.target), None) if given.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            yield body
+
+
+def _is_local(node: fx.Node) -> bool:
+    """Whether what a node writes to is what an op just made, which nothing outside can see."""
+    written = node.args[0] if node.args else None
+    target = written.target if isinstance(written, fx.Node) else None
+    return isinstance(target, torch._ops.OpOverload) and not any(
+        result.alias_info for result in target._schema.returns
+    )

@@ -6,6 +6,9 @@
     y = weight * (h * r).to(x.dtype)          x_q, x_k, x_v = norm_rotate(
     x_q, x_k, x_v = rotate_group(y, [C_q …])      x, None, r, weight, None, [C_q, C_k, C_v])
 
+What one rotation gives is handed to each of its readers, where a kernel serves so many, by itself:
+their gradients are then added where they are turned back, not in a pass before that.
+
 The statistics stay nodes, for the compiler to compute where x is written. Anything that scales rows
 and then columns is such a norm, whichever way its rows' numbers came about; `F.rms_norm` and
 `F.layer_norm` are taken apart into statistics and the op. What else reads y still does, and y stays
@@ -21,7 +24,7 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
-from oftfx.ops.kernels import kernels
+from oftfx.ops.norm_rotate import NORM_ROTATE, served
 from oftfx.passes.effects import epochs
 from oftfx.passes.group import ROTATE, ROTATE_GROUP
 from oftfx.passes.pattern import (
@@ -35,8 +38,6 @@ from oftfx.passes.pattern import (
     match,
     value_of,
 )
-
-NORM_ROTATE = torch.ops.oftfx.norm_rotate.default
 
 
 def _is_row(node: Any) -> bool:
@@ -127,14 +128,13 @@ def _is_norm(found: Match) -> bool:
     return bool(rows) or len(given["shape"]) == 1
 
 
-def _served(rotation: fx.Node, found: Match) -> bool:
+def _served(rotation: fx.Node, found: Match, readers: int = 1) -> bool:
     """Whether one kernel does it all; without, the compiler's norm and a rotation are faster."""
     x, y = value_of(found["x"]), value_of(rotation.args[0])
     cores = [value_of(core) for core in _cores(rotation)]
     if x is None or y is None or any(core is None for core in cores):
         return False
-    fast = kernels("norm_rotate", x.device)
-    return fast is not None and bool(fast.fits(x, cores, y.dtype))
+    return served(x, cores * readers, y.dtype)  # type: ignore[arg-type]
 
 
 def _is_trained(found: Match) -> bool:
@@ -150,16 +150,29 @@ def _fuse(graph: fx.Graph, rotation: fx.Node, found: Match) -> None:
     assert y is not None
     with graph.inserting_before(rotation):
         mean, rstd = _statistics(graph, found)
-        norm = (given["x"], mean, rstd, given.get("weight"), given.get("bias"))
-        fused = graph.call_function(NORM_ROTATE, (*norm, _cores(rotation), y.dtype))
-        if rotation.target is ROTATE:
-            out = graph.call_function(operator.getitem, (fused, 0))
+        norm = (mean, rstd, given.get("weight"), given.get("bias"))
+        readers = _readers(rotation, found)
+        operands = (given["x"], _cores(rotation), y.dtype, len(readers), *norm)
+        fused = graph.call_function(NORM_ROTATE, operands)
+        for i, users in enumerate(readers if rotation.target is ROTATE else ()):
+            out = graph.call_function(operator.getitem, (fused, i))
             out.meta = rotation.meta
-    rotation.replace_all_uses_with(fused if rotation.target is ROTATE_GROUP else out)
+            for user in users:
+                user.replace_input_with(rotation, out)
+    rotation.replace_all_uses_with(fused)
     graph.erase_node(rotation)
     for node in found.nodes:  # from the last one backwards
         if not node.users:
             graph.erase_node(node)
+
+
+def _readers(rotation: fx.Node, found: Match) -> list[list[fx.Node]]:
+    """The users of a rotation, each for itself where its gradient can stay so."""
+    users, core = list(rotation.users), value_of(_cores(rotation)[0])
+    trained = torch.is_grad_enabled() and core is not None and core.requires_grad
+    if rotation.target is ROTATE and trained and _served(rotation, found, len(users)):
+        return [[user] for user in users]
+    return [users]
 
 
 def _statistics(graph: fx.Graph, found: Match) -> _Statistics:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from oftfx import ops
-from oftfx.ops.norm_rotate import NORM_ROTATE, NORM_ROTATE_GRAD
+from oftfx.ops.norm_rotate import NORM_ROTATE, NORM_ROTATE_GRAD, Norm
 
 KINDS = ["rms", "rms without weight", "layer", "layer without weight"]
 
@@ -32,7 +32,7 @@ def statistics(kind: str, x):
 
 def fused(kind, x, weight, bias, cores):
     mean, rstd = statistics(kind, x)
-    return ops.norm_rotate(x, mean, rstd, weight, bias, cores, x.dtype)
+    return ops.norm_rotate(x, Norm(mean, rstd, weight, bias), cores, x.dtype)
 
 
 def apart(kind, x, weight, bias, cores):
@@ -86,15 +86,37 @@ def test_gradcheck(kind):
 def test_opcheck(kind, dtype):
     x, weight, bias, cores = case(kind, 2, (2, 3, 8), dtype=dtype)
     mean, rstd = statistics(kind, x)
-    inputs = [
-        None if t is None else t.clone().requires_grad_() for t in (x, mean, rstd, weight, bias)
-    ]
+    norm = (mean, rstd, weight, bias)
+    x_leaf, *inputs = [None if t is None else t.clone().requires_grad_() for t in (x, *norm)]
     wanted = [core.requires_grad_() for core in cores]
-    torch.library.opcheck(NORM_ROTATE, (*inputs, wanted, dtype))
+    for readers in (1, 2):
+        torch.library.opcheck(NORM_ROTATE, (x_leaf, wanted, dtype, readers, *inputs))
     grads = [torch.randn_like(x) for _ in cores]
-    given = (x, mean, rstd, weight, bias, [core.detach() for core in cores])
+    given = (x, [core.detach() for core in cores])
     for needs in ((True, True, True), (True, False, True), (False, False, True)):
-        torch.library.opcheck(NORM_ROTATE_GRAD, (grads, *given, *needs))
+        torch.library.opcheck(NORM_ROTATE_GRAD, (grads, *given, *needs, *norm))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_readers_each_have_a_gradient_of_their_own(kind):
+    """Which come to one, as if each had asked for the rotation itself."""
+    x, weight, bias, cores = case(kind)
+    flat = [t.requires_grad_() for t in leaves(x, weight, bias, cores)]
+    mean, rstd = statistics(kind, x)
+    norm = Norm(mean, rstd, weight, bias)
+    outs = ops.norm_rotate(x, norm, cores, x.dtype, readers=2)
+    once = ops.norm_rotate(x, norm, cores, x.dtype)
+    together = [out for out in once for _ in range(2)]
+    grads = [torch.randn_like(out) for out in outs]
+    for a, b in zip(outs, together, strict=True):
+        assert torch.equal(a, b)
+    ours, theirs = (
+        torch.autograd.grad(each, flat, grads, retain_graph=True) for each in (outs, together)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        assert len(ops.norm_rotate(x, norm, cores, x.dtype, readers=2)) == 4
 
 
 def test_second_derivatives_are_refused():
@@ -123,7 +145,7 @@ def test_the_residual_may_have_more_digits_than_the_rotation():
     x, weight, bias, cores = case("rms", dtype=torch.float32)
     mean, rstd = statistics("rms", x)
     x.requires_grad_()
-    (out, _) = ops.norm_rotate(x, mean, rstd, weight, bias, cores, torch.bfloat16)
+    (out, _) = ops.norm_rotate(x, Norm(mean, rstd, weight, bias), cores, torch.bfloat16)
     assert out.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(out.float().sum(), x)
     assert grad.dtype == torch.float32
@@ -145,7 +167,7 @@ def test_keeps_the_residual_one_number_a_row_and_the_cores():
     x.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops.norm_rotate(x, mean, rstd, weight, bias, cores, x.dtype)
+        ops.norm_rotate(x, Norm(mean, rstd, weight, bias), cores, x.dtype)
     given = [x, mean, rstd, weight, bias, *cores]
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in given]
 
@@ -155,7 +177,7 @@ def test_autocast_does_not_reach_into_it():
     expected = fused("layer", x, weight, bias, cores)
     mean, rstd = statistics("layer", x)
     with torch.autocast("cpu", torch.bfloat16):
-        outs = ops.norm_rotate(x, mean, rstd, weight, bias, cores, torch.float32)
+        outs = ops.norm_rotate(x, Norm(mean, rstd, weight, bias), cores, torch.float32)
     for out, value in zip(outs, expected, strict=True):
         assert torch.equal(out, value)
 

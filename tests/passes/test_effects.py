@@ -32,6 +32,7 @@ READING = [
     node("call_function", operator.add, 2),
     node("call_function", operator.getitem, 0),
     node("call_function", operator.invert),
+    node("call_function", operator.and_, True),
     node("call_function", F.relu, inplace=False),
     node("call_function", torch.ops.aten.add.Tensor, 1),
     node("call_function", torch.ops.oftfx.rotate.default, 1),
@@ -47,6 +48,29 @@ def test_writes(writing):
 @pytest.mark.parametrize("reading", READING, ids=str)
 def test_only_reads(reading):
     assert not writes(reading)
+
+
+def holder(body):
+    """A node of a graph module that runs another graph."""
+
+    def inner(x):
+        return body(x)
+
+    root = torch.nn.Module()
+    root.body = torch.fx.symbolic_trace(inner)
+    graph = torch.fx.Graph()
+    given = graph.get_attr("body"), graph.placeholder("x")
+    held = graph.call_function(torch.ops.higher_order.autograd_function_apply, given)
+    module = torch.fx.GraphModule(root, graph)
+    return next(node for node in module.graph.nodes if node.target is held.target)
+
+
+def test_what_holds_graphs_writes_what_they_write():
+    assert writes(holder(lambda x: x.mul_(2)))
+    assert not writes(holder(lambda x: x * 2))
+    made = torch.ops.aten.mul.Tensor
+    assert not writes(holder(lambda x: made(x, 2).add_(1)))
+    assert writes(holder(lambda x: torch.ops.aten.view.default(x, [-1]).add_(1)))
 
 
 def test_epochs_begin_with_what_others_may_not_be_moved_across():

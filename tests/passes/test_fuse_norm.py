@@ -37,7 +37,7 @@ PARTITIONS = lookup_backend("aot_eager_decomp_partition")
 @pytest.fixture
 def everywhere(monkeypatch):
     """Fuses where no kernel serves, too: the op is the same on every device."""
-    monkeypatch.setattr(module, "_served", lambda rotation, found: True)
+    monkeypatch.setattr(module, "_served", lambda rotation, found, readers=1: True)
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +206,27 @@ def test_what_else_reads_the_norm_still_does():
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     testing.assert_same_function(compiled, model, data())
     assert counters["oftfx"]["fuse_norm"] > 0
+
+
+def test_readers_of_one_rotation_keep_their_gradients_apart():
+    """Until the kernel turns them back: the graph has no addition of them."""
+    spec = OFT(block_size=8, init_std=0.2, share_inputs=True)
+    model = oftfx.adapt(Reader(nn.RMSNorm(WIDTH)), spec, example_inputs=data())
+    handed = []
+
+    def count(graph, inputs):
+        batch_cores(graph)
+        group(graph)
+        fuse_norm(graph)
+        graph.graph.lint()
+        nodes = graph.graph.find_nodes(op="call_function", target=NORM_ROTATE)
+        handed.append([(len(node.args[1]), node.args[3], len(node.users)) for node in nodes])
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    testing.assert_same_function(compiled, model, data())
+    # Cores, readers and those; without gradients there is nothing to keep apart.
+    assert sorted(handed) == [[(1, 1, 1)], [(1, 2, 2)]]
 
 
 def test_a_trained_norm_stays_the_compilers():

@@ -128,7 +128,7 @@ def _launch(
     pack = max(1, 16 // b)
     wide = max(16, triton.next_power_of_2(pack * b))
     # As measured on one H100: narrow tiles gain more from many programs than from many warps.
-    many = kernel is _cayley_grad and order > 3 and wide == 32
+    many = order > 3 and wide == 32
     warps = 4 if wide > 32 else 2 if many else 1
     # Three products of tf32 parts are as exact as float32's own, and faster.
     constants = (b, order, pack, wide, "tf32x3")

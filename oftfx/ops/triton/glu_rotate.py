@@ -14,15 +14,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from oftfx.ops.triton import rotate
 from oftfx.ops.triton.add import total
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
+    COMPILED,
     PRECISION,
     Tiles,
     Work,
+    beside,
     columns_of,
     cut,
     diagonal,
@@ -37,18 +38,19 @@ from oftfx.ops.triton.rotate import (
 WIDEST = 128
 """The widest block: beside the core of a wider one, there is no room for two operands more."""
 
-_LONGEST = 16
-"""Tiles in a run: with more, processors wait for the last one."""
-
-_FAST = tl.constexpr(isinstance(locate, triton.JITFunction))
-"""The interpreter does not know CUDA's own functions."""
+_LOGISTIC = tl.constexpr(
+    "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; "  # −log₂ e
+    "add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
+)
 
 
 @triton.jit
 def _logistic(x: tl.tensor) -> tl.tensor:
-    """1 / (1 + e⁻ˣ), a third of whose instructions otherwise care for numbers it never meets."""
-    if _FAST:
-        share = libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-x))
+    """1 / (1 + e⁻ˣ), half of whose instructions otherwise care for numbers it never meets."""
+    if COMPILED:
+        share = tl.inline_asm_elementwise(
+            _LOGISTIC, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         share = 1.0 / (1.0 + tl.exp(-x))
     return share
@@ -59,8 +61,8 @@ def _activated(x: tl.tensor, ACT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """An activation and its slope, in float32."""
     if ACT == "silu":
         share = _logistic(x)
-        slope = share * (1.0 + x * (1.0 - share))
         value = x * share
+        slope = share + (value - value * share)
     elif ACT == "gelu_tanh":  # (1 + tanh z) / 2 is the logistic function of 2z
         share = _logistic(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
         inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
@@ -82,18 +84,15 @@ def _activated(x: tl.tensor, ACT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def _product(
-    gate: tl.tensor,
-    up: tl.tensor,
-    ACT: tl.constexpr,
-    GATED: tl.constexpr,
+    x: tl.tensor, up: tl.tensor, ACT: tl.constexpr, GATED: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """act(gate)·up and act(gate), rounded where a model rounds them, and the slope."""
-    value, slope = _activated(gate.to(tl.float32), ACT)
-    value = value.to(gate.dtype)
+    """act(x)·up and act(x), rounded where a model rounds them, to up's dtype, and the slope."""
+    value, slope = _activated(x, ACT)
+    value = value.to(up.dtype)
     product = value
     if GATED:
-        product = (value.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-    return product, value, slope
+        product = (value.to(tl.float32) * up.to(tl.float32)).to(up.dtype)
+    return product, value.to(tl.float32), slope
 
 
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
@@ -127,15 +126,16 @@ def _forward(
     dtype = gate.dtype.element_ty
     whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
     shift = first.to(tl.int64) * B
-    gate += shift
-    up += shift
+    gate += begin * gate_stride + shift
+    up += begin * up_stride + shift
+    out += begin * width + shift
     lane = tl.arange(0, TILE)
     if AHEAD:  # as in `rotate`
-        x = load_rows(gate, begin + lane, end, gate_stride, whole, whole_in)
-        y = load_rows(up, begin + lane, end, up_stride, whole, whole_in) if GATED else x
+        x = load_rows(gate, lane, end, gate_stride, whole, whole_in)
+        y = load_rows(up, lane, end, up_stride, whole, whole_in) if GATED else x
     turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
 
-    for start in range(begin, end, TILE):
+    for start in range(0, end, TILE):
         row = start + lane
         if AHEAD:
             next_x = load_rows(gate, row + TILE, end, gate_stride, whole, whole_in)
@@ -145,14 +145,14 @@ def _forward(
         else:
             x = load_rows(gate, row, end, gate_stride, whole, whole_in)
             y = load_rows(up, row, end, up_stride, whole, whole_in) if GATED else x
-        h, value, slope = _product(x, y, ACT, GATED)
+        h, value, slope = _product(x.to(tl.float32), y, ACT, GATED)
         plain = h
         if PART < WIDE:
             x = load_rows(gate, row, end, gate_stride, part, part_in)
             y = load_rows(up, row, end, up_stride, part, part_in) if GATED else x
-            plain, value, slope = _product(x, y, ACT, GATED)  # noqa: RUF059
-        turned = plain.to(tl.float32) + tl.dot(h, turn, input_precision=PRECISION)
-        place = out + shift + row[:, None] * width + part[None, :]
+            plain, value, slope = _product(x.to(tl.float32), y, ACT, GATED)  # noqa: RUF059
+        turned = tl.dot(h, turn, plain.to(tl.float32), input_precision=PRECISION)
+        place = out + row[:, None] * width + part[None, :]
         tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
         if AHEAD:
             x = next_x
@@ -195,28 +195,33 @@ def _backward(
     dtype = gate.dtype.element_ty
     whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
     shift = first.to(tl.int64) * B
-    grad += shift
-    gate += shift
-    up += shift
+    grad += begin * grad_stride + shift
+    gate += begin * gate_stride + shift
+    up += begin * up_stride + shift
+    grad_gate += begin * width + shift
+    grad_up += begin * width + shift
     lane = tl.arange(0, TILE)
     if ROTATE:
         turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
     if GRAM:
         found = tl.full((WIDE, PART), 0.0, tl.float32)
 
-    for start in range(begin, end, TILE):
+    for start in range(0, end, TILE):
         row = start + lane
         g = load_rows(grad, row, end, grad_stride, whole, whole_in)
         x = load_rows(gate, row, end, gate_stride, part, part_in)
         y = load_rows(up, row, end, up_stride, part, part_in) if GATED else x
-        h, value, slope = _product(x, y, ACT, GATED)
+        inner = x.to(tl.float32)
         if ROTATE:
             plain = g if PART == WIDE else load_rows(grad, row, end, grad_stride, part, part_in)
-            grad_h = plain.to(tl.float32) + tl.dot(g, turn, input_precision=PRECISION)
-            place = shift + row[:, None] * width + part[None, :]
+            grad_h = tl.dot(g, turn, plain.to(tl.float32), input_precision=PRECISION)
+            inner = beside(inner, grad_h)
+        h, value, slope = _product(inner, y, ACT, GATED)
+        if ROTATE:
+            place = row[:, None] * width + part[None, :]
             there = (row < end)[:, None] & part_in[None, :]
             if GATED:
-                tl.store(grad_up + place, (grad_h * value.to(tl.float32)).to(dtype), there)
+                tl.store(grad_up + place, (grad_h * value).to(dtype), there)
                 grad_h *= y.to(tl.float32)
             tl.store(grad_gate + place, (grad_h * slope).to(dtype), there)
         if GRAM:
@@ -291,13 +296,15 @@ def _sizes(gate: Tensor, core: Tensor) -> tuple[int, int, int, torch.dtype, torc
 
 
 def tiles(b: int, itemsize: int, gradients: bool) -> Tiles:
-    """As for a rotation alone, but for what the operands take, as measured on one H100."""
+    """As for a rotation alone, but for what the operands take, as measured on one H200."""
     chosen = rotate.tiles(b, itemsize, gradients)
     if itemsize == 4:
         return chosen
+    if chosen.wide > 64:
+        return chosen if gradients else chosen._replace(stages=0)
     if gradients:
-        return chosen._replace(warps=8)
-    return chosen._replace(tile=64, warps=4 if chosen.wide <= 64 else 8, stages=0)
+        return chosen._replace(tile=64, warps=4, stages=3, waves=2)
+    return chosen._replace(tile=64, warps=4, stages=2, waves=5)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -315,7 +322,7 @@ def _work(
 ) -> Work:
     """Chooses tiles and runs; ``needs`` says which gradients are wanted, None is forward."""
     chosen = tiles(b, dtype.itemsize, needs is not None)
-    programs, run, splits = cut(rows, n, chosen, device, _LONGEST)
+    programs, run, splits = cut(rows, n, chosen, device, max(*strides, n * b))
     numbers = (rows, n, run, n * b, *strides, *core_strides)
     last: tuple[int | str, ...] = (PRECISION, chosen.stages == 0)
     if needs:

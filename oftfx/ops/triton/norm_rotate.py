@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.norm_rotate import Norm
 from oftfx.ops.triton import rotate, rotate_group
 from oftfx.ops.triton.add import added, total
 from oftfx.ops.triton.launch import Launch
@@ -24,6 +25,7 @@ from oftfx.ops.triton.rotate import (
     LARGEST,
     PRECISION,
     Tiles,
+    beside,
     columns_of,
     cut,
     diagonal,
@@ -38,10 +40,6 @@ from oftfx.ops.triton.rotate import (
 
 WIDEST = 128
 """The widest block of a single rotation; of several, as in `rotate_group`."""
-
-
-Norm = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
-"""Mean, rstd, weight and bias."""
 
 
 @triton.jit
@@ -103,11 +101,17 @@ def _forward(
     whole, whole_in, _, _ = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
     dtype = out_0.dtype.element_ty
     shift = first.to(tl.int64) * B
-    source += shift
+    source += begin * stride + shift
+    mean += begin
+    rstd += begin
+    begins = begin * width + shift
+    out_0 += begins
+    out_1 += begins
+    out_2 += begins
     lane = tl.arange(0, TILE)
     if AHEAD:  # as in `rotate`
-        x = load_rows(source, begin + lane, end, stride, whole, whole_in)
-        r = _row(rstd, begin + lane, end)
+        x = load_rows(source, lane, end, stride, whole, whole_in)
+        r = _row(rstd, lane, end)
     turn_0 = diagonal(core_0, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype)
     if COUNT > 1:
         turn_1 = diagonal(core_1, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype)
@@ -118,7 +122,7 @@ def _forward(
     if SHIFTED:
         s = _column(bias + shift, whole, whole_in)
 
-    for start in range(begin, end, TILE):
+    for start in range(0, end, TILE):
         row = start + lane
         if AHEAD:
             following = load_rows(source, row + TILE, end, stride, whole, whole_in)
@@ -136,15 +140,15 @@ def _forward(
             y += s
         y = y.to(dtype)
         plain = y.to(tl.float32)
-        place = shift + row[:, None] * width + whole[None, :]
+        place = row[:, None] * width + whole[None, :]
         there = (row < end)[:, None] & whole_in[None, :]
-        turned = plain + tl.dot(y, turn_0, input_precision=PRECISION)
+        turned = tl.dot(y, turn_0, plain, input_precision=PRECISION)
         tl.store(out_0 + place, turned.to(dtype), there)
         if COUNT > 1:
-            turned = plain + tl.dot(y, turn_1, input_precision=PRECISION)
+            turned = tl.dot(y, turn_1, plain, input_precision=PRECISION)
             tl.store(out_1 + place, turned.to(dtype), there)
         if COUNT > 2:
-            turned = plain + tl.dot(y, turn_2, input_precision=PRECISION)
+            turned = tl.dot(y, turn_2, plain, input_precision=PRECISION)
             tl.store(out_2 + place, turned.to(dtype), there)
         if AHEAD:
             x = following
@@ -186,116 +190,117 @@ def _backward(
     WEIGHTED: tl.constexpr,
     SHIFTED: tl.constexpr,
     COUNT: tl.constexpr,
+    SAME: tl.constexpr,
     ROTATE: tl.constexpr,
     GRAM: tl.constexpr,
     PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr,
 ) -> None:
-    """All gradients for a pack's columns over a run of rows, and the pack's share of row sums."""
+    """All gradients for a pack's columns over a run of rows, and the pack's share of row sums.
+
+    With SAME, the gradients are those of one rotation, by its readers.
+    """
     tl.static_assert(PART == WIDE)
     split, first, begin, end = locate(rows, n, tiles, PACK, 1, TILE)
     whole, whole_in, _, _ = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
     dtype = grad_0.dtype.element_ty
     shift = first.to(tl.int64) * B
-    grad_0 += shift
-    grad_1 += shift
-    grad_2 += shift
-    source += shift
+    begins = begin * grad_stride + shift
+    grad_0 += begins
+    grad_1 += begins
+    grad_2 += begins
+    source += begin * stride + shift
+    mean += begin
+    rstd += begin
+    out += begin * width + shift
+    packs = (n + PACK - 1) // PACK
+    means = sums + packs.to(tl.int64) * rows  # the means' follow those of rstd
+    here = (first // PACK).to(tl.int64) * rows + begin  # this pack's
     lane = tl.arange(0, TILE)
     if ROTATE:
         turn_0 = diagonal(core_0, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype)
         if COUNT > 1:
-            turn_1 = diagonal(
-                core_1, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype
-            )
+            turn_1 = turn_0
+            if not SAME:
+                turn_1 = diagonal(
+                    core_1, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype
+                )
         if COUNT > 2:
-            turn_2 = diagonal(
-                core_2, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype
-            )
+            turn_2 = turn_0
+            if not SAME:
+                turn_2 = diagonal(
+                    core_2, first, n, whole, block, row_step, col_step, B, PACK, WIDE, dtype
+                )
     if GRAM:
-        total_0 = tl.full((WIDE, WIDE), 0.0, tl.float32)
-        if COUNT > 1:
-            total_1 = tl.full((WIDE, WIDE), 0.0, tl.float32)
-        if COUNT > 2:
-            total_2 = tl.full((WIDE, WIDE), 0.0, tl.float32)
+        found_0 = tl.full((WIDE, WIDE), 0.0, tl.float32)
+        if COUNT > 1 and not SAME:
+            found_1 = tl.full((WIDE, WIDE), 0.0, tl.float32)
+        if COUNT > 2 and not SAME:
+            found_2 = tl.full((WIDE, WIDE), 0.0, tl.float32)
     if WEIGHTED:
         w = _column(weight + shift, whole, whole_in)
     if SHIFTED:
         s = _column(bias + shift, whole, whole_in)
-    sums += (first // PACK).to(tl.int64) * rows  # this pack's row
-    if AHEAD:
-        g_0 = load_rows(grad_0, begin + lane, end, grad_stride, whole, whole_in)
-        if COUNT > 1:
-            g_1 = load_rows(grad_1, begin + lane, end, grad_stride, whole, whole_in)
-        if COUNT > 2:
-            g_2 = load_rows(grad_2, begin + lane, end, grad_stride, whole, whole_in)
-        x_read = load_rows(source, begin + lane, end, stride, whole, whole_in)
 
-    for start in range(begin, end, TILE):
+    for start in range(0, end, TILE):
         row = start + lane
-        if AHEAD:
-            next_0 = load_rows(grad_0, row + TILE, end, grad_stride, whole, whole_in)
-            if COUNT > 1:
-                next_1 = load_rows(grad_1, row + TILE, end, grad_stride, whole, whole_in)
-            if COUNT > 2:
-                next_2 = load_rows(grad_2, row + TILE, end, grad_stride, whole, whole_in)
-            x_next = load_rows(source, row + TILE, end, stride, whole, whole_in)
-        else:
-            g_0 = load_rows(grad_0, row, end, grad_stride, whole, whole_in)
-            if COUNT > 1:
-                g_1 = load_rows(grad_1, row, end, grad_stride, whole, whole_in)
-            if COUNT > 2:
-                g_2 = load_rows(grad_2, row, end, grad_stride, whole, whole_in)
-            x_read = load_rows(source, row, end, stride, whole, whole_in)
-        x = x_read.to(tl.float32)
+        g_0 = load_rows(grad_0, row, end, grad_stride, whole, whole_in)
+        if COUNT > 1:
+            g_1 = load_rows(grad_1, row, end, grad_stride, whole, whole_in)
+        if COUNT > 2:
+            g_2 = load_rows(grad_2, row, end, grad_stride, whole, whole_in)
+        x = load_rows(source, row, end, stride, whole, whole_in).to(tl.float32)
         r = _row(rstd, row, end)
         if CENTRED:
             x -= _row(mean, row, end)
         if ROTATE:
-            turned = g_0.to(tl.float32) + tl.dot(g_0, turn_0, input_precision=PRECISION)
+            turned = g_0.to(tl.float32)
             if COUNT > 1:
-                turned += g_1.to(tl.float32) + tl.dot(g_1, turn_1, input_precision=PRECISION)
+                turned += g_1.to(tl.float32)
             if COUNT > 2:
-                turned += g_2.to(tl.float32) + tl.dot(g_2, turn_2, input_precision=PRECISION)
+                turned += g_2.to(tl.float32)
+            turned = tl.dot(g_0, turn_0, turned, input_precision=PRECISION)
+            if COUNT > 1:
+                turned = tl.dot(g_1, turn_1, turned, input_precision=PRECISION)
+            if COUNT > 2:
+                turned = tl.dot(g_2, turn_2, turned, input_precision=PRECISION)
+            x = beside(x, turned)
             if WEIGHTED:
                 turned *= w
-            tl.store(sums + row, _along(turned * x), row < end)
+            tl.store(sums + here + row, _along(turned * x), row < end)
             turned *= r
-            if CENTRED:  # the means' follow those of rstd
-                packs = (n + PACK - 1) // PACK
-                tl.store(sums + packs.to(tl.int64) * rows + row, -_along(turned), row < end)
-            place = out + shift + row[:, None] * width + whole[None, :]
+            if CENTRED:
+                tl.store(means + here + row, -_along(turned), row < end)
             there = (row < end)[:, None] & whole_in[None, :]
-            tl.store(place, turned.to(out.dtype.element_ty), there)
+            place = row[:, None] * width + whole[None, :]
+            tl.store(out + place, turned.to(out.dtype.element_ty), there)
         if GRAM:
             y = x * r
             if WEIGHTED:
                 y *= w
             if SHIFTED:
                 y += s
-            y = y.to(dtype)
-            # Transposed, of what was read: to transpose what was computed takes twice as long.
-            total_0 = tl.dot(tl.trans(g_0), y, total_0, input_precision=PRECISION)
+            y = tl.trans(y.to(dtype))
+            found_0 = tl.dot(y, g_0, found_0, input_precision=PRECISION)
             if COUNT > 1:
-                total_1 = tl.dot(tl.trans(g_1), y, total_1, input_precision=PRECISION)
+                if SAME:
+                    found_0 = tl.dot(y, g_1, found_0, input_precision=PRECISION)
+                else:
+                    found_1 = tl.dot(y, g_1, found_1, input_precision=PRECISION)
             if COUNT > 2:
-                total_2 = tl.dot(tl.trans(g_2), y, total_2, input_precision=PRECISION)
-        if AHEAD:
-            g_0 = next_0
-            if COUNT > 1:
-                g_1 = next_1
-            if COUNT > 2:
-                g_2 = next_2
-            x_read = x_next
+                if SAME:
+                    found_0 = tl.dot(y, g_2, found_0, input_precision=PRECISION)
+                else:
+                    found_2 = tl.dot(y, g_2, found_2, input_precision=PRECISION)
 
     if GRAM:
+        count: tl.constexpr = 1 if SAME else COUNT
         entries = n.to(tl.int64) * (B * B)
-        gram += split * COUNT * entries + first.to(tl.int64) * (B * B)
-        store_gram(gram, tl.trans(total_0), whole, whole_in, whole, whole_in, B)
-        if COUNT > 1:
-            store_gram(gram + entries, tl.trans(total_1), whole, whole_in, whole, whole_in, B)
-        if COUNT > 2:
-            store_gram(gram + 2 * entries, tl.trans(total_2), whole, whole_in, whole, whole_in, B)
+        gram += split * count * entries + first.to(tl.int64) * (B * B)
+        store_gram(gram, found_0, whole, whole_in, whole, whole_in, B)
+        if count > 1:
+            store_gram(gram + entries, found_1, whole, whole_in, whole, whole_in, B)
+        if count > 2:
+            store_gram(gram + 2 * entries, found_2, whole, whole_in, whole, whole_in, B)
 
 
 def fits(
@@ -303,54 +308,46 @@ def fits(
 ) -> bool:
     """Whether the kernels take these: one to three rotations alike, of 16 bits.
 
-    For float32 products of several parts a program lacks registers; x itself may be float32.
+    Gradients are one for each of them or, of a single one, up to three, of its readers. For float32
+    products of several parts a program lacks registers; x itself may be float32.
     """
-    first = cores[0]
+    first, most = cores[0], max(len(cores), len(grads))
     return (
-        len(cores) <= 3
+        most <= 3
+        and len(grads) in (0, most)
+        and len(cores) in (1, most)
         and dtype.itemsize == 2
         and x.dtype in (dtype, torch.float32)
         and rotate.fits(x, first)
-        and first.shape[-1] <= (WIDEST if len(cores) == 1 else rotate_group.WIDEST)
+        and first.shape[-1] <= (WIDEST if most == 1 else rotate_group.WIDEST)
         and largest(x.device) == LARGEST
         and all(core.shape == first.shape and core.dtype == first.dtype for core in cores)
         and all(grad.dtype == dtype for grad in grads)
     )
 
 
-def norm_rotate(
-    x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cores: list[Tensor],
-    dtype: torch.dtype,
-) -> list[Tensor]:
+def norm_rotate(x: Tensor, norm: Norm, cores: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """`oftfx::norm_rotate`: x (..., n·b) of any strides and cores (n, b, b), in one reading."""
     outs = [torch.empty(x.shape, dtype=dtype, device=x.device) for _ in cores]
     rows, stride = rows_of(x)
     cores, strides = rotate_group.alike(cores)
-    norm = (mean, rstd, weight, bias)
-    work = _work(_problem(rows, stride, norm, cores, dtype), 0, strides, ())
-    work.launch(
-        rows, *_vectors(norm, x.device), *rotate_group.three(cores), *rotate_group.three(outs)
-    )
+    work = _work(_problem(rows, stride, norm, cores, dtype), 0, strides, 0, ())
+    work.launch(rows, *_vectors(norm), *rotate_group.three(cores), *rotate_group.three(outs))
     return outs
 
 
 def norm_rotate_grad(
     grads: list[Tensor],
     x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm,
     cores: list[Tensor],
     need_x: bool,
     need_cores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """`oftfx::norm_rotate_grad` but for weight and bias: one reading of ``grads`` and ``x``."""
+    """`oftfx::norm_rotate_grad` but for weight and bias: one reading of ``grads`` and ``x``.
+
+    Of a single core there may be several gradients, of its readers.
+    """
     grad_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
     grad_mean, grad_rstd = x.new_empty(0), x.new_empty(0)
     grad_cores = [
@@ -362,17 +359,17 @@ def norm_rotate_grad(
     rows, stride = rows_of(x)
     flat, grad_stride = rotate_group.rows_alike(grads)
     cores, (block, row, col) = rotate_group.alike(cores)
-    norm = (mean, rstd, weight, bias)
     problem = _problem(rows, stride, norm, cores, flat[0].dtype)
-    work = _work(problem, grad_stride, (block, col, row), (need_x, need_cores))  # of Cᵀ
-    shares = (1 if mean is None else 2, work.packs, problem.rows) if need_x else (0,)
+    turned = (block, col, row)  # of Cᵀ
+    work = _work(problem, grad_stride, turned, len(grads), (need_x, need_cores))
+    shares = (1 if norm.mean is None else 2, work.packs, problem.rows) if need_x else (0,)
     sums = torch.empty(shares, dtype=torch.float32, device=x.device)
     shape = (work.splits, len(cores), *cores[0].shape) if need_cores else (0,)
     gram = torch.empty(shape, dtype=torch.float32, device=x.device)
     work.launch(
         *rotate_group.three(flat),
         rows,
-        *_vectors(norm, x.device),
+        *_vectors(norm),
         *rotate_group.three(cores),
         grad_x,
         sums,
@@ -381,16 +378,15 @@ def norm_rotate_grad(
     if need_cores:
         added(gram, *grad_cores)
     if need_x:
-        grad_rstd = total(sums[0], rstd.dtype).reshape(rstd.shape)
-        if mean is not None:
-            grad_mean = total(sums[1], mean.dtype).reshape(mean.shape)
+        grad_rstd = total(sums[0], norm.rstd.dtype).reshape(norm.rstd.shape)
+        if norm.mean is not None:
+            grad_mean = total(sums[1], norm.mean.dtype).reshape(norm.mean.shape)
     return grad_x, grad_mean, grad_rstd, grad_cores
 
 
-def _vectors(norm: Norm, device: torch.device) -> list[Tensor]:
+def _vectors(norm: Norm) -> list[Tensor]:
     """The norm's four operands, each one number after another; any tensor for what is absent."""
-    given = [None if t is None else t.reshape(-1).contiguous() for t in norm]
-    return [given[1] if t is None else t for t in given]  # type: ignore[misc]
+    return [(norm.rstd if t is None else t).reshape(-1).contiguous() for t in norm]
 
 
 class Problem(NamedTuple):
@@ -438,26 +434,35 @@ class Work(NamedTuple):
     packs: int
 
 
-def tiles(b: int, gradients: bool, count: int) -> Tiles:
-    """Tile sizes by block width and number of rotations, one forward as measured on one H100."""
-    if count > 1:
-        return rotate_group.tiles(b, 2, gradients, count)
+def tiles(b: int, gradients: bool) -> Tiles:
+    """Tile sizes by block width, for two and three rotations of b=32 as measured on one H200."""
     chosen = rotate.tiles(b, 2, gradients)
-    return chosen if gradients or chosen.stages else chosen._replace(warps=8, waves=2)
+    if chosen.wide > 64:
+        return chosen
+    if gradients:
+        return chosen._replace(tile=64, warps=4, stages=3, waves=2)
+    return chosen._replace(tile=64, warps=8, stages=0, waves=2)
 
 
 @functools.lru_cache(maxsize=4096)
 def _work(
-    problem: Problem, grad_stride: int, core_strides: tuple[int, int, int], needs: tuple[bool, ...]
+    problem: Problem,
+    grad_stride: int,
+    core_strides: tuple[int, int, int],
+    grads: int,
+    needs: tuple[bool, ...],
 ) -> Work:
     """Chooses tiles and runs; ``needs`` says which gradients are wanted, and is empty forward."""
-    rows, n, b, count, stride, dtypes, device = problem
-    chosen = tiles(b, bool(needs), count)
-    programs, run, splits = cut(rows, n, chosen, device)
+    rows, n, b, rotations, stride, dtypes, device = problem
+    count = max(rotations, grads)
+    chosen = tiles(b, bool(needs))
+    programs, run, splits = cut(rows, n, chosen, device, max(grad_stride, stride, n * b))
     strides = (grad_stride, stride) if needs else (stride,)
     numbers = (rows, n, run, n * b, *strides, *core_strides)
     _, _, _, mean, _, weight, bias = (dtype is not None for dtype in dtypes)
-    last: tuple[int | str, ...] = (*needs, PRECISION, chosen.stages == 0)
+    last: tuple[int | str, ...] = (PRECISION, chosen.stages == 0)
+    if needs:
+        last = (count > rotations, *needs, PRECISION)
     constants = (*layout(n, b, chosen), mean, weight, bias, count, *last)
     launch = Launch(
         _backward if needs else _forward, programs, numbers, constants, **options(chosen)

@@ -36,12 +36,17 @@ def locate(
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """A program's run of rows, the first block of its pack, and where the run begins and ends."""
+    """A program's run of rows, the first block of its pack, the run's first row and its length."""
     columns = (n + PACK - 1) // PACK * PARTS
     split = tl.program_id(0) // columns
     first = tl.program_id(0) % columns // PARTS * PACK
     begin = split.to(tl.int64) * tiles * TILE
-    return split, first, begin, tl.minimum(begin + tiles * TILE, rows)
+    # Within a run, 32 bits count: see `cut`.
+    return split, first, begin, tl.minimum(rows - begin, tiles * TILE).to(tl.int32)
+
+
+COMPILED = tl.constexpr(isinstance(locate, triton.JITFunction))
+"""The interpreter knows neither a GPU's instructions nor CUDA's own functions."""
 
 
 @triton.jit
@@ -99,6 +104,17 @@ def load_rows(
     """Rows before ``end`` of some columns, and zeros after."""
     mask = (row < end)[:, None] & column_in[None, :]
     return tl.load(start + row[:, None] * stride + column[None, :], mask, 0.0)
+
+
+@triton.jit
+def beside(x: tl.tensor, other: tl.tensor) -> tl.tensor:
+    """Brings x, float32, into the registers where ``other``, what a product gave, has its own."""
+    if COMPILED:
+        # Left to choose, Triton computes what it needs in two places twice.
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f,f", [x, other], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x
 
 
 @triton.jit
@@ -165,20 +181,21 @@ def _pass(
     split, first, begin, end = locate(rows, n, tiles, PACK, WIDE // PART, TILE)
     dtype = source.dtype.element_ty
     whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
-    source += first.to(tl.int64) * B
-    other += first.to(tl.int64) * B
-    out += first.to(tl.int64) * B
+    shift = first.to(tl.int64) * B
+    source += begin * source_stride + shift
+    other += begin * other_stride + shift
+    out += begin * width + shift
     whole_at = _place(whole, first, B, STRIDE)
     part_at = _place(part, first, B, STRIDE)
     lane = tl.arange(0, TILE)
     if AHEAD:  # asked for before the core, so that the two wait for memory together
-        x = load_rows(source, begin + lane, end, source_stride, whole_at, whole_in)
+        x = load_rows(source, lane, end, source_stride, whole_at, whole_in)
     if ROTATE:
         turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
     if GRAM:
         found = tl.full((PART, WIDE), 0.0, tl.float32)
 
-    for start in range(begin, end, TILE):
+    for start in range(0, end, TILE):
         row = start + lane
         if AHEAD:
             following = load_rows(source, row + TILE, end, source_stride, whole_at, whole_in)
@@ -203,6 +220,8 @@ def _pass(
         store_gram(gram + slot, found, whole, whole_in, part, part_in, B)
 
 
+START = 1.5
+"""What a program takes to begin, its core to load and its Gram to store, in tiles."""
 PRECISION = "tf32x3"
 """tf32 alone keeps three digits of float32; three products of its parts keep them all."""
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
@@ -326,7 +345,7 @@ def _work(
     """
     rows, n, b, stride = sizes
     chosen = tiles(b, dtype.itemsize, gram)
-    programs, run, splits = cut(rows, n, chosen, device)
+    programs, run, splits = cut(rows, n, chosen, device, max(*row_strides, n * b))
     last: tuple[int | str, ...] = (rotate, gram, PRECISION, chosen.stages == 0, stride)
     numbers = (rows, n, run, n * b, *row_strides, *core_strides)
     constants = (*layout(n, b, chosen), *last)
@@ -335,15 +354,30 @@ def _work(
 
 
 def cut(
-    rows: int, n: int, chosen: Tiles, device: torch.device, longest: int | None = None
+    rows: int, n: int, chosen: Tiles, device: torch.device, stride: int
 ) -> tuple[int, int, int]:
-    """How many programs, tiles of rows in the run of each (``longest`` at most), and runs."""
+    """How many programs, tiles of rows in the run of each, and runs.
+
+    Args:
+        rows: Of the activation.
+        n: Blocks.
+        chosen: The tiles.
+        device: Where.
+        stride: The longest between rows.
+    """
     columns = triton.cdiv(n, chosen.pack) * (chosen.wide // chosen.part)
     height = triton.cdiv(rows, chosen.tile)
-    # Equal runs, as many as are at work at a time: a few more would leave a thin last wave.
-    run = triton.cdiv(height, max(1, chosen.waves * _processors(device) // max(1, columns)))
-    run = min(run, longest or run)
-    splits = max(1, triton.cdiv(height, max(1, run)))
+    at_once = chosen.waves * _processors(device)
+    longest = max(1, (2**31 - 1) // (chosen.tile * max(1, stride)))  # which 32 bits count
+
+    def time(run: int) -> float:
+        """In tiles: programs begin together, those there is no room for when others have ended."""
+        return triton.cdiv(columns * triton.cdiv(height, run), at_once) * (run + START)
+
+    most = max(1, 8 * at_once // max(1, columns))
+    runs = {max(1, min(longest, triton.cdiv(height, parts))) for parts in range(1, most + 1)}
+    run = min(sorted(runs), key=time)
+    splits = max(1, triton.cdiv(height, run))
     return columns * splits, run, splits
 
 

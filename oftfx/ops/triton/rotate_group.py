@@ -74,23 +74,27 @@ def _forward(
     whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
     dtype = source.dtype.element_ty
     shift = first.to(tl.int64) * B
-    source += shift
+    source += begin * stride + shift
+    begins = begin * width + shift
+    out_0 += begins
+    out_1 += begins
+    out_2 += begins
     lane = tl.arange(0, TILE)
     if AHEAD:  # as in `rotate`
-        x = load_rows(source, begin + lane, end, stride, whole, whole_in)
+        x = load_rows(source, lane, end, stride, whole, whole_in)
     turn_0 = diagonal(core_0, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
     turn_1 = diagonal(core_1, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
     if THREE:
         turn_2 = diagonal(core_2, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
 
-    for start in range(begin, end, TILE):
+    for start in range(0, end, TILE):
         row = start + lane
         if AHEAD:
             following = load_rows(source, row + TILE, end, stride, whole, whole_in)
         else:
             x = load_rows(source, row, end, stride, whole, whole_in)
         plain = x if PART == WIDE else load_rows(source, row, end, stride, part, part_in)
-        place = shift + row[:, None] * width + part[None, :]
+        place = row[:, None] * width + part[None, :]
         there = (row < end)[:, None] & part_in[None, :]
         tl.store(out_0 + place, _turned(x, plain, turn_0, PRECISION).to(dtype), there)
         tl.store(out_1 + place, _turned(x, plain, turn_1, PRECISION).to(dtype), there)
@@ -137,10 +141,11 @@ def _backward(
     whole, whole_in, part, part_in = columns_of(first, n, B, PACK, WIDE, PART, EVEN)
     dtype = grad_0.dtype.element_ty
     shift = first.to(tl.int64) * B
-    grad_0 += shift
-    grad_1 += shift
-    grad_2 += shift
-    other += shift
+    grad_0 += begin * grad_stride + shift
+    grad_1 += begin * grad_stride + shift
+    grad_2 += begin * grad_stride + shift
+    other += begin * other_stride + shift
+    out += begin * width + shift
     lane = tl.arange(0, TILE)
     if ROTATE:
         turn_0 = diagonal(core_0, first, n, part, block, row_step, col_step, B, PACK, WIDE, dtype)
@@ -155,7 +160,7 @@ def _backward(
         if THREE:
             total_2 = tl.full((PART, WIDE), 0.0, tl.float32)
 
-    for start in range(begin, end, TILE):
+    for start in range(0, end, TILE):
         row = start + lane
         g_0 = load_rows(grad_0, row, end, grad_stride, whole, whole_in)
         g_1 = load_rows(grad_1, row, end, grad_stride, whole, whole_in)
@@ -165,7 +170,7 @@ def _backward(
             turned = _turned(g_0, g_0, turn_0, PRECISION) + _turned(g_1, g_1, turn_1, PRECISION)
             if THREE:
                 turned += _turned(g_2, g_2, turn_2, PRECISION)
-            place = out + shift + row[:, None] * width + part[None, :]
+            place = out + row[:, None] * width + part[None, :]
             tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
         if GRAM:
             y = tl.trans(load_rows(other, row, end, other_stride, part, part_in))
@@ -296,7 +301,8 @@ def _work(
 ) -> Work:
     """Chooses tiles and runs; ``needs`` says which gradients are wanted, and is empty forward."""
     chosen = tiles(b, dtype.itemsize, bool(needs), count)
-    programs, run, splits = cut(rows, n, chosen, device)
+    stride = max(source_stride, other_stride, n * b)
+    programs, run, splits = cut(rows, n, chosen, device, stride)
     strides = (source_stride, other_stride) if needs else (source_stride,)
     numbers = (rows, n, run, n * b, *strides, *core_strides)
     last: tuple[int | str, ...] = (*needs, PRECISION) if needs else (PRECISION, chosen.stages == 0)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import oftfx
 from oftfx import ops, testing
 from oftfx.backend import oftfx as backend
+from oftfx.ops.norm_rotate import Norm
 from tests.ops.test_norm_rotate import KINDS, case, statistics
 
 pytestmark = [
@@ -30,12 +31,13 @@ def on_gpu(kind, count, shape, b, dtype, x_dtype):
     weight, bias = (None if t is None else t.to(CUDA, x_dtype) for t in (weight, bias))
     cores = [(core / b**0.5).to(CUDA, dtype).float() for core in cores]
     mean, rstd = statistics(kind, x)
-    return x, mean, rstd, weight, bias, cores
+    return x, Norm(mean, rstd, weight, bias), cores
 
 
 def double(given):
-    *norm, cores = given
-    return *(None if t is None else t.double() for t in norm), [core.double() for core in cores]
+    x, norm, cores = given
+    wide = Norm(*(None if t is None else t.double() for t in norm))
+    return x.double(), wide, [core.double() for core in cores]
 
 
 HALVES = [(b, torch.bfloat16) for b in (8, 24, 32, 64, 128)]
@@ -76,11 +78,11 @@ def test_values_and_gradients_are_those_of_float64(b, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind):
     given = on_gpu(kind, 2, (33, 64), 32, torch.bfloat16, torch.bfloat16)
-    *norm, cores = (t for t in given)
+    x, norm, cores = given
     norm = [None if t is None else t.requires_grad_() for t in norm]
     wanted = [core.requires_grad_() for core in cores]
     op = torch.ops.oftfx.norm_rotate.default
-    torch.library.opcheck(op, (*norm, wanted, torch.bfloat16))
+    torch.library.opcheck(op, (x.requires_grad_(), wanted, torch.bfloat16, 1, *norm))
 
 
 def test_offsets_beyond_32_bits():
@@ -91,9 +93,9 @@ def test_offsets_beyond_32_bits():
     x[-tail:] = torch.randn(tail, width, device=CUDA)
     rstd = torch.rand(rows, 1, device=CUDA)
     cores = [(0.1 * torch.randn(width // b, b, b, device=CUDA)).bfloat16().float()]
-    last = (x[-tail:], None, rstd[-tail:], None, None, cores)
+    last = (x[-tail:], Norm(None, rstd[-tail:]), cores)
     (exact,) = ops.norm_rotate(*double(last), torch.float64)
-    given = (x, None, rstd, None, None, cores)
+    given = (x, Norm(None, rstd), cores)
     assert error(ops.norm_rotate(*given, torch.bfloat16)[0][-tail:], exact) < 8e-3
     needs = (True, False, True)
     grad_x, _, grad_rstd, _, _, grad_cores = ops.norm_rotate_grad([x], *given, *needs)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from oftfx import ops
+from oftfx.ops.norm_rotate import Norm
 
 kernel = pytest.importorskip("oftfx.ops.triton.norm_rotate")
 
@@ -27,13 +28,14 @@ def case(count, rows, n, b, device, kind="layer", x_dtype=HALF):
     bias = torch.randn(n * b, device=device).to(x_dtype) if kind == "layer" else None
     # As the reference computes: with the cores in the rotation's dtype.
     cores = (0.3 / b**0.5 * torch.randn(count, n, b, b, device=device)).to(HALF).float()
-    given = (x.to(x_dtype), mean, rstd, weight, bias, list(cores.unbind()))
+    given = (x.to(x_dtype), Norm(mean, rstd, weight, bias), list(cores.unbind()))
     return [grad.to(HALF) for grad in grads], given
 
 
 def double(given):
-    *norm, cores = (None if t is None else t for t in given)
-    return *(None if t is None else t.double() for t in norm), [core.double() for core in cores]
+    x, norm, cores = given
+    wide = Norm(*(None if t is None else t.double() for t in norm))
+    return x.double(), wide, [core.double() for core in cores]
 
 
 def exact_grads(grads, given, need_affine=False):
@@ -86,12 +88,12 @@ def test_norms_without_means_or_weights_and_wider_residuals(kind, x_dtype, devic
 
 
 def test_zero_cores_leave_the_rounded_norm_to_the_last_bit(device):
-    _, (x, mean, rstd, weight, bias, cores) = case(2, 65, 5, 32, device)
+    _, (x, norm, cores) = case(2, 65, 5, 32, device)
     zeros = [torch.zeros_like(core) for core in cores]
-    norm = ((x.float() - mean) * rstd).double() * weight + bias
-    for out in kernel.norm_rotate(x, mean, rstd, weight, bias, zeros, HALF):
-        assert error(out, norm) < ROUNDING
-        other = ops.norm_rotate(x, mean, rstd, weight, bias, zeros, HALF)[0]
+    exact = ((x.float() - norm.mean) * norm.rstd).double() * norm.weight + norm.bias
+    for out in kernel.norm_rotate(x, norm, zeros, HALF):
+        assert error(out, exact) < ROUNDING
+        other = ops.norm_rotate(x, norm, zeros, HALF)[0]
         assert (out != other).float().mean() < 1e-3  # where a + b·c is one instruction
 
 
@@ -126,7 +128,7 @@ def test_operands_may_have_any_strides(layout, device):
     cores = [(0.1 * torch.randn(b, b, 2, device=device)).permute(2, 0, 1)]
     cores.append(0.1 * torch.randn(2, b, b, device=device))
     cores = [core.half().float() for core in cores]
-    given = (x, mean, rstd, weight, bias, cores)
+    given = (x, Norm(mean, rstd, weight, bias), cores)
     grads = [torch.randn(width, device=device).half().expand(x.shape), torch.randn_like(x)]
     for out, exact in zip(
         kernel.norm_rotate(*given, HALF),
@@ -148,7 +150,7 @@ def test_operands_may_have_any_strides(layout, device):
 def test_no_rows_give_no_rows_and_zero_gradients(shape, device):
     x, cores = torch.zeros(shape, device=device).half(), list(torch.randn(2, 2, 4, 4).to(device))
     rstd = torch.zeros(*shape[:-1], 1, device=device)
-    given = (x, None, rstd, None, None, cores)
+    given = (x, Norm(None, rstd), cores)
     assert [out.shape for out in kernel.norm_rotate(*given, HALF)] == [x.shape] * 2
     grad_x, _, grad_rstd, grad_cores = kernel.norm_rotate_grad([x, x], *given, True, True)
     assert (grad_x.shape, grad_rstd.shape) == (x.shape, rstd.shape)
