@@ -25,7 +25,8 @@ from torch.export import ExportedProgram
 from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
-from oftfx.modules import Adapted, bare, unhook
+from oftfx.modules import CHILD, Adapted, Class, bare, become, rotating, unhook
+from oftfx.progress import waiting
 from oftfx.regions import closed, differentiable
 from oftfx.sites import matmul, quantiser_of
 from oftfx.sites.quantised import stand_in
@@ -55,13 +56,15 @@ def unwrap(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def capture(model: Model, example_inputs: Any = None) -> Capture:
+def capture(model: Model, example_inputs: Any = None, adapted: str | None = None) -> Capture:
     """Traces a model; its parameters, buffers and state stay untouched.
 
     Args:
         model: An nn.Module, GraphModule or ExportedProgram.
         example_inputs: For an nn.Module: a tensor, a tuple of positional or a dict of keyword
             arguments. None builds them from a transformers model's own main input.
+        adapted: Name of the part of an nn.Module to trace with its adapters, empty for all of it;
+            None traces the base. A graph shows its own in any case.
 
     Raises:
         CaptureError: The model cannot be traced; names the line of the user's code.
@@ -70,7 +73,7 @@ def capture(model: Model, example_inputs: Any = None) -> Capture:
         return read(host_of(differentiable(model)))
     if isinstance(model, fx.GraphModule):
         return read(host_of(differentiable(_twin(model)) if closed(model) else model))
-    return _module(model, example_inputs)
+    return _module(model, example_inputs, adapted)
 
 
 def read(host: Host) -> Capture:
@@ -93,12 +96,12 @@ def _unpack_shapes(found: Capture) -> None:
                     found.tensors[alias] = torch.empty(shape, device="meta")
 
 
-def _module(model: nn.Module, example_inputs: Any) -> Capture:
+def _module(model: nn.Module, example_inputs: Any, adapted: str | None) -> Capture:
     if example_inputs is None:
         args, kwargs = (), model_inputs.example_inputs(model)
     else:
         args, kwargs = optree.tree_map(_on_meta, cast("Any", arguments(example_inputs)))
-    shadow = _shadow(model)
+    shadow = _shadow(model, adapted)
     try:
         found = _trace(shadow, args, kwargs)
     except Exception as error:
@@ -130,7 +133,14 @@ def _trace(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     # A new code object per capture: Dynamo's cache entry hangs on it and dies with it, instead of
     # counting towards the recompile limit of the model's own forward.
     frame = types.FunctionType(_call.__code__.replace(), _call.__globals__)
-    with torch.enable_grad(), _lists_index(), _Recorder(found), warnings.catch_warnings():
+    title = f"tracing {type(shadow).__name__}"
+    with (
+        waiting(title),
+        torch.enable_grad(),
+        _lists_index(),
+        _Recorder(found),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # Dynamo's advice on the user's code, not on planning
         torch.compile(frame, backend=_collect, dynamic=False)(shadow, args, kwargs)
     return found
@@ -205,13 +215,12 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return model(*args, **kwargs)
 
 
-def _shadow(model: nn.Module) -> nn.Module:
+def _shadow(model: nn.Module, adapted: str | None = None) -> nn.Module:
     """A copy of the model on `meta`, in evaluation mode: no memory, no side effects on the model.
 
-    Adapters it has already are left out: what is planned is the base. A quantised layer is there
-    as the float layer it stands for. Every floating parameter
-    requires a gradient there, so that no inference-only fast path hides a matmul inside an opaque
-    kernel.
+    Adapters are left out but for those of one part, ``adapted``: what is planned is the base. A
+    quantised layer is there as the float layer it stands for. Every floating parameter requires a
+    gradient there, so that no inference-only fast path hides a matmul inside an opaque kernel.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -228,9 +237,18 @@ def _shadow(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied for tracing: {_first_line(error)}\n"
             'Remove the attribute that copy.deepcopy refuses, or use capture="modules".'
         ) from error
-    for module in list(shadow.modules()):
-        if isinstance(module, Adapted):
-            bare(module)
+    for name, module in model.named_modules():
+        if not isinstance(module, Adapted):
+            continue
+        twin = shadow.get_submodule(name)
+        if adapted is None or not f"{name}.".startswith(f"{adapted}." if adapted else ""):
+            if isinstance(twin, Adapted):
+                bare(twin)
+        elif not isinstance(twin, Adapted):  # what stands in for a quantised layer
+            twin.add_module(CHILD, copy.deepcopy(module.oft, memo))
+            base: Class = type(twin)
+            become(twin, rotating(base))
+    for module in shadow.modules():
         unhook(module)  # its hooks would move `meta` to real devices
     return shadow
 

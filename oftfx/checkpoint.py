@@ -27,6 +27,7 @@ from oftfx.fingerprint import Fingerprint
 from oftfx.host import parameters_of
 from oftfx.interop import peft
 from oftfx.plan import Plan, Site
+from oftfx.progress import tracked
 from oftfx.rotations import method_of, output_shapes
 from oftfx.sites import is_quantised
 from oftfx.weights import Weights
@@ -174,7 +175,8 @@ def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
 def _fingerprint(model: Model, plan: Plan) -> dict[str, list[float] | None]:
     """A few values of each adapted weight; None where it is on `meta`."""
     weights = Fingerprint(model)
-    return {site.weight: weights.samples(site.weight) for site in plan.sites}
+    sites = tracked(plan.sites, "sampling the base")
+    return {site.weight: weights.samples(site.weight) for site in sites}
 
 
 def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
@@ -240,7 +242,7 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
 
 def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> None:
     weights = Fingerprint(model)
-    for site in plan.sites:
+    for site in tracked(plan.sites, "checking the base"):
         shape = weights.shape(site.weight)
         if shape is None:
             raise CheckpointError(

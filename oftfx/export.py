@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from oftfx.capture import unwrap
 from oftfx.errors import CaptureError
+from oftfx.progress import waiting
 
 _BATCH, _LENGTH = 2, 8
 """Of the example; one of either would be taken for a constant."""
@@ -54,7 +55,7 @@ def program(model: nn.Module) -> ExportedProgram:
     ids = torch.ones(_BATCH, _LENGTH, dtype=torch.long, device=device)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
-        with torch.no_grad():
+        with waiting(f"exporting {type(inner).__name__}"), torch.no_grad():
             return torch.export.export(
                 _Logits(inner).eval(), (ids, torch.ones_like(ids)), dynamic_shapes=(sizes, sizes)
             )
@@ -94,7 +95,8 @@ def export(
     # torch looks at the ending of the temporary name too.
     fresh = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        _WRITERS[format](exported, fresh)
+        with waiting(f"writing {path.name}" if format == "pt2" else f"compiling {path.name}"):
+            _WRITERS[format](exported, fresh)
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)

@@ -48,13 +48,18 @@ class Health:
         """(sites,) radians, the largest angle by which the rotation turns a plane: 2·arctan‖Q‖₂."""
         return 2 * torch.arctan(self.norm)
 
+    @property
+    def diverged(self) -> Tensor:
+        """(sites,) bool, whether the map is no rotation: no number, or a series at ‖Q‖₂ ≥ 1."""
+        series = torch.tensor(self.series, device=self.norm.device)
+        return self.norm.isnan() | (series & (self.norm >= 1))
+
     def warn(self) -> None:
         """Warns once per site that diverged: not finite, or a series with ‖Q‖₂ ≥ 1.
 
         Waits for the device.
         """
-        series = torch.tensor(self.series, device=self.norm.device)
-        reached = (self.norm.isnan() | (series & (self.norm >= 1))).tolist()
+        reached = self.diverged.tolist()
         new = [i for i, outside in enumerate(reached) if outside and self.thetas[i] not in _WARNED]
         if not new:
             return

@@ -71,7 +71,7 @@ def _graph_uses(capture: Capture, graph: fx.GraphModule) -> Iterator[Use]:
             name = capture.parameters.get(start)
             if name is None:
                 continue
-            owner = _caller(node)
+            owner = caller(node)
             weight = _as_owner_calls_it(capture.aliases[name], owner, start)
             x = spelled.x.of(node) if spelled and spelled.w.of(node) is read else None
             if spelled is None or x is None:
@@ -101,7 +101,7 @@ def _module_uses(capture: Capture, graph: fx.GraphModule, node: fx.Node) -> Iter
             yield Use(graph, node, weight, owner, why_not=type(module).__name__)
 
 
-def _caller(node: fx.Node) -> str:
+def caller(node: fx.Node) -> str:
     """Fqn of the module whose code made this node, or as much of its end as the tracer knew."""
     stack = node.meta.get("nn_module_stack")
     if not stack:

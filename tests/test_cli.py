@@ -96,6 +96,11 @@ def test_finetune_then_merge(oftfx, model_dir, text_file, tmp_path):
     assert "transformer.h.0.attn.c_attn" in table
     _, text, _ = oftfx("explain", model_dir, out / "adapter", "--json")
     assert all(site["norm"] > 0 for site in json.loads(text)["sites"])
+    page = tmp_path / "new" / "page.html"
+    code, table, _ = oftfx("explain", model_dir, out / "adapter", "--html", page)
+    assert code == 0
+    assert "transformer.h.0.attn.c_attn" in table
+    assert page.read_text("utf-8").count("<svg") == 2
 
 
 @pytest.fixture(scope="module")

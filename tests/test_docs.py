@@ -5,6 +5,7 @@ is what it prints, or the oftfx error or warning it ends with; line breaks and l
 are not compared. A snippet's title is its file name.
 """
 
+import ast
 import contextlib
 import io
 import re
@@ -118,6 +119,46 @@ def test_the_guides_provider_works(monkeypatch):
     rotated = model(x)
     assert not torch.equal(rotated, expected)
     torch.testing.assert_close(oftfx.merge(model)(x), rotated)
+
+
+def said(tree: ast.AST) -> Iterator[ast.expr]:
+    """What a module raises, warns of or exits with."""
+    for node in ast.walk(tree):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if not isinstance(call, ast.Call) or not call.args:
+            continue
+        if call is not node or ast.unparse(call.func) in ("warnings.warn", "sys.exit"):
+            yield call.args[0]
+
+
+def pattern(message: ast.expr) -> str:
+    """A regular expression of all that an f-string can become."""
+    match message:
+        case ast.Constant(value=str(text)):
+            return re.escape(text)
+        case ast.JoinedStr(values=parts):
+            return "".join(map(pattern, parts))
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return pattern(left) + pattern(right)
+    return ".+?"
+
+
+def test_troubleshooting_quotes_real_messages():
+    """Headings are part of what the section's snippet prints; tables quote the source."""
+    text = (DOCS / "troubleshooting.md").read_text("utf-8")
+    sections = re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    headed = [(title.strip("` "), body) for title, body in sections if title.startswith("`")]
+    assert len(headed) > 15
+    for message, body in headed:
+        printed = " ".join(re.findall(r"^```text\n(.*?)^```", body, re.M | re.S))
+        assert message in re.sub(r"\s+", " ", printed), message
+    trees = (ast.parse(path.read_text("utf-8")) for path in Path(oftfx.__path__[0]).rglob("*.py"))
+    known = [re.compile(pattern(each), re.S) for tree in trees for each in said(tree)]
+    known = [each for each in known if len(each.pattern.replace(".+?", "")) > 12]
+    quoted = re.findall(r"^\| `([^`]+)`", text, re.M)
+    assert len(quoted) > 5
+    for message in quoted:
+        assert any(each.fullmatch(message) for each in known), message
 
 
 def test_cli_page_lists_every_option_and_no_other():

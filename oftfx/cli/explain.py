@@ -16,20 +16,35 @@ def explain(
     ],
     adapter: Annotated[Path, typer.Argument(help="An adapter directory.")],
     dtype: Dtype = "auto",
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Also write it to this file: one page with a heat map of all layers and the graph "
+            "of one, before and after.",
+            show_default=False,
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show how a saved adapter is run, layer by layer, and how far it has turned each.
 
-    **Example**
+    **Examples**
 
     `oftfx explain ./my-model tuned/adapter`
+
+    `oftfx explain ./my-model tuned/adapter --html explained.html`
     """
+    screen = console(stderr=True)
     import oftfx
     from oftfx.train import models
     from oftfx.train.progress import stage
 
-    with stage(console(stderr=True), "Loading the model"):
+    with stage(screen, "Loading the model"):
         model, _ = models.load(base, dtype)
         oftfx.load(model, adapter)
-    found = oftfx.explain(model)
+    with stage(screen, "Explaining"):
+        found = oftfx.explain(model, layer="auto" if html else None)
+        if html:
+            found.save_html(html)
     print(found.to_json() if json else found)

@@ -54,15 +54,15 @@ def export(
 
     `oftfx export ./my-model tuned/adapter --out program --format pt2`
     """
-    import oftfx
-    from oftfx.train.progress import stage
-    from oftfx.train.publish import publish
-
     if rank is not None and format != "lora":
         raise SpecError(f"--rank is no option of --format {format}.")
     if adapted and format not in ("pt2", "aoti"):
         raise SpecError(f"--adapted is no option of --format {format}.")
     screen = console()
+    import oftfx
+    from oftfx.train.progress import stage
+    from oftfx.train.publish import publish
+
     folded = lora = None
     with opened(base, adapter, out, dtype, force, screen) as (loaded, fresh):
         model, tokenizer = loaded

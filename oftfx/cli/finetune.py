@@ -108,9 +108,9 @@ def finetune(
 
     `oftfx finetune --model org/name --data book.txt --quant nf4`
     """
+    screen = console()
     from oftfx.train import Job, run, show
 
-    screen = console()
     job = Job(
         model=model,
         data=data,

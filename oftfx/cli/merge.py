@@ -14,10 +14,10 @@ def merge(
 
     `oftfx merge ./my-model tuned/adapter --out merged`
     """
+    screen = console()
     from oftfx.train.progress import stage
     from oftfx.train.publish import publish
 
-    screen = console()
     with (
         opened(base, adapter, out, dtype, force, screen) as (loaded, fresh),
         stage(screen, "Folding"),

@@ -25,10 +25,11 @@ def plan(
 
     `oftfx plan org/name --block-size 64 --targets q_proj --targets v_proj --json`
     """
+    screen = console(stderr=True)
     import oftfx
     from oftfx.train import models
     from oftfx.train.progress import stage
 
-    with stage(console(stderr=True), "Planning"):
+    with stage(screen, "Planning"):
         found = oftfx.plan(models.load_skeleton(model), spec)
     print(found.to_json() if json else found)

@@ -21,6 +21,7 @@ from oftfx.fold.weight import Fold, check_finite
 from oftfx.host import Host, host_of
 from oftfx.match import Use
 from oftfx.ops.factor import SCALE, Factor
+from oftfx.progress import tracked
 from oftfx.regions import differentiable
 from oftfx.sites.matmul import (
     aten,
@@ -87,7 +88,7 @@ def merge_graph(
         if any(site.name in graph.aliases[use.weight] for site in sites if not site.packed):
             _read_own_name(host, use, graph.aliases[use.weight])
     measured = []
-    for site in sites:
+    for site in tracked(sites, "folding"):
         untied = len(graph.aliases[site.name]) > 1
         each = _store(host, site, report, options, untied)
         if each is not None and site.factors:

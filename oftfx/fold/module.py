@@ -16,6 +16,7 @@ from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, warn_of_loss
 from oftfx.fold.weight import Fold, check_finite
 from oftfx.modules import Adapted, State, bare, ordered, site_name
+from oftfx.progress import tracked
 from oftfx.sites import pretrained
 from oftfx.sites.quantised import Quantiser, device_of, to_linear
 
@@ -78,7 +79,7 @@ def merge_module(
     names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     measured: list[Cost | None] = []
     any_untied = False
-    for site, kept in zip(found, folds, strict=True):
+    for site, kept in tracked([*zip(found, folds, strict=True)], "folding"):
         if kept is None:
             assert site.quantiser is not None
             measured.append(_store_quantised(site, site.quantiser, report, dtype, requantize))

@@ -129,7 +129,8 @@ def _calibration(spec: oftfx.Spec, blocks: "Dataset") -> list[dict[str, Tensor]]
 
 
 def _run(job: Job, out: Path, console: Console) -> Report:
-    documents = _read(job)  # bad text is cheaper to find than a model is to load
+    with stage(console, "Reading the text"):
+        documents = _read(job)  # bad text is cheaper to find than a model is to load
     with stage(console, "Loading the model"):
         model, tokenizer = models.load(job.model, job.dtype, job.quant)
         device = torch.accelerator.current_accelerator(check_available=True)
@@ -151,8 +152,9 @@ def _run(job: Job, out: Path, console: Console) -> Report:
     curves.held_out.insert(0, (0, before.held_out.mean().item()))
     curves.held_out.append((job.steps, after.held_out.mean().item()))
 
-    oftfx.save(model, out / "adapter")
-    sites = _health(model)
+    with stage(console, "Saving the adapter"):
+        oftfx.save(model, out / "adapter")
+        sites = _health(model)
     reload = (
         _fold(model, tokenizer, texts, job.dtype, out / "merged", console) if job.merge else None
     )
@@ -174,7 +176,8 @@ def _run(job: Job, out: Path, console: Console) -> Report:
         reload=reload,
         curves=curves,
     )
-    plot.draw(report, out / "training.png")
+    with stage(console, "Drawing"):
+        plot.draw(report, out / "training.png")
     return report
 
 

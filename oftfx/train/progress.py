@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from oftfx.progress import remarking
+
 
 class Stage:
     """A running stage; moves its own line."""
@@ -49,5 +51,7 @@ def stage(console: Console, title: str, total: int | None = None) -> Iterator[St
     ]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, note="")
-        yield Stage(progress, task)
+        line = Stage(progress, task)
+        with remarking(line.note):
+            yield line
         progress.update(task, total=total or 1, completed=total or 1)

@@ -115,3 +115,17 @@ def test_what_is_not_adapted_is_not_explained():
     model = oftfx.adapt(Attention(), SPEC, example_inputs=rows(torch.float32))
     with pytest.raises(PlanError, match="second"):
         oftfx.explain(model, "second")
+
+
+def test_the_mean_angle_is_that_of_random_inputs():
+    model = oftfx.adapt(small("mlp", torch.float32), SPEC, example_inputs=rows(torch.float32))
+    (site, _), x = oftfx.explain(model).sites, torch.randn(4096, 8)
+    y = model[0].oft.default(x)
+    angles = torch.arccos(torch.cosine_similarity(x, y, dim=-1).clamp(-1, 1))
+    assert site.mean_angle == pytest.approx(angles.mean().item(), rel=0.2)
+    assert 0 < site.mean_angle < site.angle
+
+
+def test_nothing_has_turned_at_the_start():
+    found = explained(Attention(), OFT(block_size=4))
+    assert {(site.mean_angle, site.angle, site.diverged) for site in found.sites} == {(0, 0, False)}
