@@ -467,3 +467,27 @@ def test_the_models_used_here_have_what_they_test():
     assert {type(m).__name__ for m in Conv().modules()} == {"Conv", "Conv1D"}
     kinds = oftfx.plan(Functional(), SPEC, rows(torch.float32)).sites
     assert [site.kind for site in kinds] == ["functional"] * 3
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        OFT(block_size=4, init_std=0.1),
+        oftfx.HRA(rank=2),
+        oftfx.LOFT(rank=2, support="random"),
+        oftfx.LOFT(rank=2, support="coordinate"),
+        oftfx.PSOFT(rank=2),
+    ],
+    ids=lambda spec: f"{type(spec).__name__} {getattr(spec, 'support', '')}",
+)
+def test_the_default_device_does_not_matter(spec):
+    """Models are made within `torch.device("cuda")`, and adapted there."""
+    plain, inside = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    inside.load_state_dict(plain.state_dict())
+    oftfx.adapt(plain, spec, capture="modules")
+    with torch.device("meta"):  # wherever there is no GPU
+        oftfx.adapt(inside, spec, capture="modules")
+    pairs = zip(plain.state_dict().items(), inside.state_dict().items(), strict=True)
+    for (name, value), (other, beside) in pairs:
+        assert name == other
+        assert torch.equal(value, beside), name

@@ -126,7 +126,7 @@ def _mean_angle(held: Held, width: int) -> float:
 
     Of unit vectors u and v the angle is 2·arcsin(‖u − v‖/2), exact to the last digit near 0.
     """
-    factors = method_of(held.spec).factors(built(held.spec, held.tensors), held.spec)
+    factors = method_of(held.spec).factors(built(held.spec, held.tensors, held.scale), held.spec)
     first = next(iter(held.tensors.values()))
     wide = torch.promote_types(first.dtype, torch.float32)
     x = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def _fold_from(model: nn.Module | ExportedProgram, adapter: str, site: Site) -> 
     turn = layer.oft[adapter]
     outs = (turn.out,) if turn.readers is None else turn.readers.outs
     block = getattr(turn, "rotation", turn).block
-    if block is None or turn.outputs or len(layer.oft) > 1:
+    if block is None or turn.outputs or [t for t in layer.oft.values() if t.enabled] != [turn]:
         return None
     return fold_from(outs, block, layer.weight.dtype, layer.weight.device)
 

@@ -28,10 +28,12 @@ def misfit(spec: HRA, width: int) -> str | None:
 
 def start(spec: HRA, width: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random directions in equal pairs, which cancel; ``init_std`` sets the pairs apart."""
-    pairs = torch.randn(spec.rank // 2, width, generator=generator, dtype=torch.float64)
+    pairs = torch.randn(
+        spec.rank // 2, width, generator=generator, dtype=torch.float64, device="cpu"
+    )
     u = pairs.repeat_interleave(2, 0) / width**0.5
     if spec.init_std:
-        apart = torch.randn(u.shape, generator=generator, dtype=torch.float64)
+        apart = torch.randn(u.shape, generator=generator, dtype=torch.float64, device="cpu")
         u = u + apart * spec.init_std / width**0.5
     return {"u": u}
 

@@ -105,7 +105,9 @@ def around_zero(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) 
     """Zeros, or numbers of the spec's standard deviation, float64."""
     if not spec.init_std:
         return torch.zeros(shape)
-    return torch.randn(shape, generator=generator, dtype=torch.float64) * spec.init_std
+    return (
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * spec.init_std
+    )
 
 
 def rate(spec: Blocks) -> float:

@@ -86,19 +86,21 @@ def principal_exact(weight: Tensor, rank: int, generator: torch.Generator) -> Te
 
 def random(width: int, rank: int, generator: torch.Generator) -> Tensor:
     """Directions of a uniformly random subspace, (r, d), float64, on the CPU."""
-    return directions(width, rank, generator, torch.empty(0, dtype=torch.float64)).mT.contiguous()
+    return directions(
+        width, rank, generator, torch.empty(0, dtype=torch.float64, device="cpu")
+    ).mT.contiguous()
 
 
 def coordinate(width: int, rank: int, generator: torch.Generator) -> Tensor:
     """Distinct random coordinates, (r, d), float64, on the CPU."""
-    support = torch.zeros(rank, width, dtype=torch.float64)
-    support[torch.arange(rank), torch.randperm(width, generator=generator)[:rank]] = 1
+    support = torch.zeros(rank, width, dtype=torch.float64, device="cpu")
+    support[torch.arange(rank), torch.randperm(width, generator=generator, device="cpu")[:rank]] = 1
     return support
 
 
 def directions(width: int, count: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Orthonormal columns that span a uniformly random subspace, (d, count)."""
-    values = torch.randn(width, count, generator=generator, dtype=torch.float64)
+    values = torch.randn(width, count, generator=generator, dtype=torch.float64, device="cpu")
     return basis_of(values.to(like))
 
 
@@ -111,7 +113,7 @@ def orthonormal(columns: Tensor, count: int, generator: torch.Generator) -> Tens
     """An orthonormal basis of the columns' span, completed to ``count`` by random directions."""
     if (missing := min(count, columns.shape[0]) - columns.shape[1]) > 0:
         size = (columns.shape[0], missing)
-        more = torch.randn(size, generator=generator, dtype=torch.float64)
+        more = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
         # As long as the given ones, next to which they would be noise or make noise of them.
         columns = torch.cat([basis_of(columns), more.to(columns) / size[0] ** 0.5], 1)
     return basis_of(columns)
