@@ -1,6 +1,7 @@
 """Orthogonal finetuning as a compiler pass for PyTorch."""
 
 from oftfx.adapter import adapt, disabled, parameters, remove
+from oftfx.adapters import Adapter, adapters, interpolate, rows, scale, use
 from oftfx.calibrate import Calibration, calibrate
 from oftfx.checkpoint import load, save
 from oftfx.compile import compile
@@ -33,6 +34,7 @@ __all__ = [
     "OFT",
     "PSOFT",
     "QGOFT",
+    "Adapter",
     "Calibration",
     "CaptureError",
     "CheckpointError",
@@ -52,6 +54,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "adapt",
+    "adapters",
     "calibrate",
     "compile",
     "differentiable",
@@ -59,6 +62,7 @@ __all__ = [
     "explain",
     "export",
     "health",
+    "interpolate",
     "load",
     "merge",
     "parameters",
@@ -66,5 +70,8 @@ __all__ = [
     "plan",
     "project",
     "remove",
+    "rows",
     "save",
+    "scale",
+    "use",
 ]

@@ -44,7 +44,8 @@ def adapt(
             adapted copy is returned that shares the base's tensors.
         spec: What to adapt and how, or a plan made before, perhaps of the same model in another
             form.
-        name: Names the adapter. Several adapters compose in the order they were added.
+        name: Names the adapter. A second one is added behind those in use, and composes with them;
+            [`use`][oftfx.use] chooses among several.
         example_inputs: As for [`plan`][oftfx.plan].
         capture: As for [`plan`][oftfx.plan].
         calibration: For methods whose directions depend on the loss (LOFT's "skew" and
@@ -106,13 +107,18 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
         name: One adapter; None for all.
 
     Raises:
-        PlanError: The model is an ExportedProgram, which has no state to switch.
+        PlanError: The model has no adapter of this name; or it is an ExportedProgram, which has no
+            state to switch.
     """
     inner = unwrap(model)
     if isinstance(inner, ExportedProgram):
         raise PlanError("an ExportedProgram cannot be switched: keep the base, or oftfx.remove.")
     if not isinstance(inner, fx.GraphModule):
-        with modules.disabled(inner, name):
+        if name is not None and name not in modules.in_order(inner):
+            raise modules.absent(inner, name)
+        with modules.kept(inner):
+            for _, rotation in modules.rotations(inner, name):
+                rotation.enabled = False
             yield
         return
     adapted = inner.graph
@@ -131,16 +137,22 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
 def parameters(model: Model, name: str | None = None) -> list[nn.Parameter]:
     """The trainable parameters of a model's adapters: what an optimizer needs.
 
+    Args:
+        model: An adapted model.
+        name: One adapter, in use or not; None for those in use.
+
     Raises:
-        PlanError: The model has no adapter (or none of this name), or is an exported one whose
-            quantised layers let no gradient through.
+        PlanError: The model has no adapter (or none of this name, or none in use), or is an
+            exported one whose quantised layers let no gradient through.
     """
     found = named_parameters(model, name)
     if isinstance(inner := unwrap(model), (fx.GraphModule, ExportedProgram)):
         check_differentiable(inner)
+    elif name is None:
+        used = modules.in_use(inner)
+        found = {k: p for k, p in found.items() if any(modules.is_rotation(k, n) for n in used)}
     if not found:
-        kind = type(unwrap(model)).__name__
-        raise PlanError(f"{kind} has no adapter{f' {name!r}' if name else ''}.")
+        raise modules.absent(inner, name)
     return list(found.values())
 
 

@@ -12,6 +12,7 @@ from oftfx.errors import PlanError
 from oftfx.fixed import Fixed
 from oftfx.modules import (
     CHILD,
+    RECORD,
     Adapted,
     Class,
     Rotation,
@@ -29,7 +30,6 @@ from oftfx.readers import Readers
 from oftfx.sites import pretrained, quantiser_of, shape_of
 from oftfx.sites.quantised import device_of
 
-RECORD = "_oftfx"
 BANK = "_oftfx_bank"
 
 
@@ -183,6 +183,7 @@ def displace(model: nn.Module, names: Iterable[str] | None) -> None:
         for adapter in list(module.oft) if names is None else names:
             if adapter in module.oft:
                 del module.oft[adapter]
+                module.oft_order = tuple(name for name in module.oft_order if name != adapter)
         if not len(module.oft):
             bare(module)
 

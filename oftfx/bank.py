@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from oftfx.modules import Rotation, built
-from oftfx.readers import traceable
+from oftfx.readers import plain
 
 
 class Bank:
@@ -55,7 +55,8 @@ class Bank:
             batches: dict[Any, list[Rotation]] = {}
             for rotation in members:
                 if rotation.enabled and _ready(rotation):
-                    kind = tuple((t.dtype, t.device) for t in rotation.tensors().values())
+                    tensors = rotation.tensors().values()
+                    kind = (rotation.scaling, *((t.dtype, t.device) for t in tensors))
                     batches.setdefault(kind, []).append(rotation)
             for batch in batches.values():
                 if len(batch) > 1:
@@ -126,17 +127,16 @@ def _running_again() -> bool:
 def _ready(rotation: Rotation) -> bool:
     """Whether its parameters are plain tensors: not sharded, flattened, wrapped or on `meta`."""
     for name, tensor in rotation.tensors().items():
-        plain = type(tensor) in (Tensor, nn.Parameter) and traceable(tensor)
-        if not plain or tensor.is_meta or tuple(tensor.shape) != rotation.shapes[name]:
+        if not plain(tensor) or tensor.is_meta or tuple(tensor.shape) != rotation.shapes[name]:
             return False
     return any(tensor.requires_grad for tensor in rotation.tensors().values())
 
 
 def _build(members: list[Rotation]) -> Iterator[Given]:
-    """Builds the cores of rotations of one spec and shape, and gives each its share."""
+    """Builds the cores of rotations of one spec, shape and scale, and gives each its share."""
     held = [rotation.tensors() for rotation in members]
     stacked = {name: torch.stack([tensors[name] for tensors in held]) for name in held[0]}
-    cores = built(members[0].spec, stacked)
+    cores = built(members[0].spec, stacked, members[0].scaling)
     shares = zip(*(core.unbind() for core in cores), strict=True)
     for rotation, tensors, share in zip(members, held, shares, strict=True):
         given = Given(list(tensors.values()), share)

@@ -67,7 +67,7 @@ def save(
     """
     inner = unwrap(model)
     plan = _plan(inner, name)
-    values = _values(inner, plan, name)
+    values = values_of(inner, plan, name)
     if rank is not None and (format != "lora" or rank < 1):
         raise ValueError(f"rank={rank}: must be ≥ 1, and is for format='lora' alone.")
     report = None
@@ -119,7 +119,7 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
             raise
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
     with torch.no_grad():
-        for key, parameter in _values(unwrap(adapted), plan, name).items():
+        for key, parameter in values_of(unwrap(adapted), plan, name).items():
             parameter.copy_(values[key])
     return adapted
 
@@ -141,7 +141,7 @@ def restore(model: Model, directory: str | os.PathLike[str], name: str = "defaul
         )
     _check_base(inner, plan, base, Path(directory))
     with torch.no_grad():
-        for key, parameter in _values(inner, plan, name).items():
+        for key, parameter in values_of(inner, plan, name).items():
             parameter.copy_(values[key])
 
 
@@ -154,7 +154,7 @@ def _plan(model: Model, name: str) -> Plan:
     return record_holder(model, name)[name].plan
 
 
-def _values(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
+def values_of(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
     """The adapter's tensors, those that are never trained included, by site."""
     held = parameters_of(model)
     values: dict[str, Tensor] = {}

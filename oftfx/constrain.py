@@ -17,13 +17,13 @@ def penalty(model: Model, name: str | None = None) -> Tensor:
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
-        name: One adapter; None for all.
+        name: One adapter, in use or not; None for those in use.
 
     Returns:
         (), differentiable with respect to the rotations' parameters, on the device of the first.
 
     Raises:
-        PlanError: The model has no adapter (or none of this name).
+        PlanError: The model has no adapter (or none of this name, or none in use).
     """
     found = rotations_of(unwrap(model), name)
     device = next(iter(found[0].tensors.values())).device
@@ -47,10 +47,10 @@ def project(model: Model, name: str | None = None) -> None:
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
-        name: One adapter; None for all.
+        name: One adapter, in use or not; None for those in use.
 
     Raises:
-        PlanError: The model has no adapter (or none of this name).
+        PlanError: The model has no adapter (or none of this name, or none in use).
     """
     for rotation in rotations_of(unwrap(model), name):
         if (projected := projection_of(rotation.spec)) is not None:

@@ -12,10 +12,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from oftfx import insert, modules
 from oftfx.capture import Model, unwrap
-from oftfx.errors import OftfxWarning, PlanError
+from oftfx.errors import OftfxWarning
 from oftfx.host import host_of
 from oftfx.ops.factor import SCALE
-from oftfx.rotations import method_of
+from oftfx.rotations import method_of, scaled
 from oftfx.spec import Spec
 from oftfx.table import table
 
@@ -89,20 +89,21 @@ class Health:
 
 @torch.no_grad()
 def health(model: Model, name: str | None = None) -> Health:
-    """The health of every rotation of a model, without waiting for the device.
+    """The health of every rotation of a model at its scale, without waiting for the device.
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
-        name: One adapter; None for all.
+        name: One adapter, in use or not; None for those in use.
 
     Raises:
-        PlanError: The model has no adapter (or none of this name).
+        PlanError: The model has no adapter (or none of this name, or none in use).
     """
     found = rotations_of(unwrap(model), name)
     norms: list[Tensor] = [torch.empty(0)] * len(found)
     errors = list(norms)
     for spec, stacked, members in batches(found):
-        norm, error = method_of(spec).health(stacked, spec)
+        known = scaled(stacked, spec, found[members[0]].scale)
+        norm, error = method_of(spec).health(known, spec)
         for i, n, e in zip(members, norm.float(), error.float(), strict=True):
             norms[i], errors[i] = n, e
     device = norms[0].device
@@ -116,15 +117,16 @@ def health(model: Model, name: str | None = None) -> Health:
 
 
 class Held(NamedTuple):
-    """A rotation of a model of any kind: its site, its parameters by name, and its spec."""
+    """A rotation of a model of any kind: its site, its parameters by name, its spec, its scale."""
 
     site: str
     tensors: dict[str, Tensor]
     spec: Spec
+    scale: float = 1.0
 
 
 def rotations_of(model: nn.Module | ExportedProgram, name: str | None = None) -> list[Held]:
-    """Every rotation of a model, of one adapter or of all.
+    """Every rotation of a model, of one adapter or of those in use.
 
     Raises:
         PlanError: There is none.
@@ -137,21 +139,22 @@ def rotations_of(model: nn.Module | ExportedProgram, name: str | None = None) ->
         found = [Held(r.site, r.tensors(host), insert.spec_of(r, plans)) for r in once.values()]
     else:
         found = [
-            Held(fqn, dict(rotation.tensors()), rotation.spec)
+            Held(fqn, dict(rotation.tensors()), rotation.spec, rotation.scaling)
             for fqn, rotation in modules.rotations(model, name)
+            if rotation.enabled or name is not None
         ]
     if not found:
-        raise PlanError(f"{type(model).__name__} has no adapter{f' {name!r}' if name else ''}.")
+        raise modules.absent(model, name)
     return found
 
 
 def batches(found: list[Held]) -> Iterator[tuple[Spec, dict[str, Tensor], list[int]]]:
-    """Rotations of one spec and shape together: their stacked parameters, and their places."""
+    """Rotations of one spec, shape and scale: their stacked parameters, and their places."""
     alike: dict[Any, list[int]] = {}
-    for i, (_, tensors, spec) in enumerate(found):
+    for i, (_, tensors, spec, scale) in enumerate(found):
         layout = tuple((name, t.shape, t.device) for name, t in tensors.items())
-        alike.setdefault((spec, layout), []).append(i)
-    for (spec, layout), members in alike.items():
+        alike.setdefault((spec, scale, layout), []).append(i)
+    for (spec, _, layout), members in alike.items():
         wide = torch.promote_types(spec.dtype, torch.float32)
         stacked = {
             name: torch.stack([found[i].tensors[name] for i in members]).to(wide)

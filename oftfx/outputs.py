@@ -23,13 +23,18 @@ class Outputs(nn.Module):
         seed: Seeds the initial values when the spec asks for random ones.
 
     Attributes:
+        out: How many outputs it has.
         outputs: Shapes of the parameters, by name.
+        scaling: How much of what the parameters do is done; [`oftfx.scale`][oftfx.scale] sets it.
     """
+
+    scaling: float = 1.0
 
     def __init__(self, spec: Spec, out: int, device: torch.device, seed: int) -> None:
         super().__init__()
         self.spec = spec
         self.seed = seed
+        self.out = out
         self.outputs = output_shapes(spec, out)
         for name, shape in self.outputs.items():
             value = torch.empty(shape, dtype=spec.dtype, device=device)
@@ -44,14 +49,19 @@ class Outputs(nn.Module):
         for name, shape in self.outputs.items():
             self.get_parameter(name).copy_(around_zero(self.spec, shape, generator))
 
+    def magnitudes(self) -> list[Tensor]:
+        """What is applied of the parameters."""
+        held: list[Tensor] = [getattr(self, name) for name in self.outputs]
+        return held if self.scaling == 1 else [value * self.scaling for value in held]
+
     def scales(self) -> tuple[Factor, ...]:
         """The factors that map the outputs."""
-        return tuple(Factor(SCALE, (getattr(self, name), None)) for name in self.outputs)
+        return tuple(Factor(SCALE, (magnitude, None)) for magnitude in self.magnitudes())
 
     def scaled(self, y: Tensor, bias: Tensor | None) -> Tensor:
         """The matmul's y, (..., out), with all but the bias scaled."""
-        for name in self.outputs:
-            y = SCALE(y, getattr(self, name), bias)
+        for magnitude in self.magnitudes():
+            y = SCALE(y, magnitude, bias)
         return y
 
     def turned(self, rows: Tensor) -> Tensor:

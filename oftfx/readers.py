@@ -55,11 +55,18 @@ class Readers:
 
     Args:
         rotations: By reader; one that several share, or one each.
+
+    Attributes:
+        blocks: Whether each turns blocks.
+        outs: How many outputs each reader has; none where they share a rotation.
     """
 
     def __init__(self, rotations: dict[Any, Turns]) -> None:
         self.rotations = rotations
         self.turns = list(dict.fromkeys(rotations.values()))
+        self.blocks = all(turn.block is not None for turn in self.turns)
+        own = len(self.turns) == len(rotations)
+        self.outs = tuple(reader.out for reader in rotations) if own else ()
         self.useful = True
         self._kept: Kept | None = None
 
@@ -165,6 +172,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)
     return None
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what it seems: not sharded, wrapped, quantised or under a transform."""
+    return type(tensor) in (Tensor, nn.Parameter) and traceable(tensor)
 
 
 def traceable(tensor: Tensor) -> bool:

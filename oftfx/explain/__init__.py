@@ -24,10 +24,12 @@ from oftfx.explain.grid import grid
 from oftfx.explain.layer import LayerGraph, layer_graph
 from oftfx.health import Held, health, rotations_of
 from oftfx.host import host_of, parameters_of
-from oftfx.modules import Adapted, built, is_rotation
+from oftfx.modules import Adapted, built, in_use, is_rotation
+from oftfx.ops.cost import fold_from
 from oftfx.plan import Plan, Site
 from oftfx.progress import tracked
-from oftfx.rotations import method_of, oft
+from oftfx.rotations import method_of, oft, scaled
+from oftfx.sites import linear
 from oftfx.spec import Spec
 
 __all__ = ["ExplainedSite", "Explanation", "explain"]
@@ -46,21 +48,25 @@ def explain(
 
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
-        name: One adapter; None for all.
+        name: One adapter, in use or not; None for those in use.
         layer: A part of the model whose graph to capture as well, for the picture in
             [`save_html`][oftfx.Explanation.save_html]: a module's name, or "auto" for the first of
             the layers with the most sites. None captures nothing, which takes no time.
         example_inputs: To trace a ``layer`` with, as for [`plan`][oftfx.plan].
 
     Raises:
-        PlanError: The model has no adapter (or none of this name), or is a trace that remembers no
-            plan.
+        PlanError: The model has no adapter (or none of this name, or none in use), or is a trace
+            that remembers no plan.
     """
     inner = unwrap(model)
+    plans = _plans(inner)
+    shown = list(plans) if name is None else [name]
+    if name is None and not isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        shown = in_use(inner)
     sites = [
         site
-        for adapter, plan in _plans(inner).items()
-        if name in (None, adapter)
+        for adapter, plan in plans.items()
+        if adapter in shown
         for site in _explained(inner, adapter, plan)
     ]
     if not sites:
@@ -110,6 +116,7 @@ def _explained(
             site.num_trainable,
             0 if site.shared else _bytes(held[site.fqn]),
             diverged[site.rotation],
+            _fold_from(model, adapter, site),
         )
 
 
@@ -119,7 +126,8 @@ def _mean_angle(held: Held, width: int) -> float:
 
     Of unit vectors u and v the angle is 2·arcsin(‖u − v‖/2), exact to the last digit near 0.
     """
-    factors = method_of(held.spec).factors(built(held.spec, held.tensors), held.spec)
+    tensors = scaled(held.tensors, held.spec, held.scale)
+    factors = method_of(held.spec).factors(built(held.spec, tensors), held.spec)
     first = next(iter(held.tensors.values()))
     wide = torch.promote_types(first.dtype, torch.float32)
     x = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0))
@@ -141,6 +149,18 @@ def _lowering(site: Site, spec: Spec, rotations: int) -> str:
     if site.shared:
         return "shared"
     return "grouped" if rotations > 1 and method_of(spec) is oft else "rotate"
+
+
+def _fold_from(model: nn.Module | ExportedProgram, adapter: str, site: Site) -> int | None:
+    if isinstance(model, (fx.GraphModule, ExportedProgram)) or site.kind != linear.KIND:
+        return None
+    layer: Any = model.get_submodule(site.weight.rpartition(".")[0])
+    turn = layer.oft[adapter]
+    outs = (turn.out,) if turn.readers is None else turn.readers.outs
+    block = getattr(turn, "rotation", turn).block
+    if block is None or turn.outputs or len(layer.oft) > 1:
+        return None
+    return fold_from(outs, block, layer.weight.dtype, layer.weight.device)
 
 
 def _bytes(held: Held) -> int:

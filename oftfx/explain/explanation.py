@@ -35,6 +35,8 @@ class ExplainedSite:
         num_trainable: Trainable numbers it holds; 0 when another site holds them.
         bytes: Of its parameters.
         diverged: Whether its map is no rotation any more: no number, or from a series at ‖Q‖ ≥ 1.
+        fold_from: From so many rows of its input on, the tokens of a batch, an eager training step
+            folds its weight instead; None where it never does.
     """
 
     fqn: str
@@ -50,11 +52,17 @@ class ExplainedSite:
     num_trainable: int
     bytes: int
     diverged: bool
+    fold_from: int | None = None
 
     @property
     def angle(self) -> float:
         """Radians, the largest angle by which the rotation turns a plane: 2·arctan‖Q‖₂."""
         return 2 * math.atan(self.norm)
+
+    @property
+    def run(self) -> str:
+        """The lowering in words, and from how many rows on it is another."""
+        return self.lowering + (f", {self.fold_from} rows fold" if self.fold_from else "")
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class Explanation:
         alike: dict[tuple[str, ...], list[ExplainedSite]] = {}
         for site in self.sites:
             row = (shape_of(site.fqn), site.adapter, site.kind, _size(site), site.method)
-            alike.setdefault((*row, site.lowering, f"{site.num_trainable:,}"), []).append(site)
+            alike.setdefault((*row, site.run, f"{site.num_trainable:,}"), []).append(site)
         adapters = {site.adapter for site in self.sites}
         rows = [
             (

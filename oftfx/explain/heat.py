@@ -154,7 +154,7 @@ def _cell(site: ExplainedSite | None, scales: Sequence[_Scale]) -> str:
         places.append(f"--{metric.key}:{place:.2f}")
         texts.append(f'<span class="only {metric.key}">{metric.text(value)}</span>')
         told.append(f"{metric.label}: {metric.text(value)}{metric.unit}")
-    size = f"{site.in_features} → {site.out_features}, {site.method}, {site.lowering}"
+    size = f"{site.in_features} → {site.out_features}, {site.method}, {site.run}"
     tip = "<br>".join(map(escape, (site.fqn, size, *told)))
     broken = ' class="broken"' if site.diverged else ""
     return (

@@ -8,12 +8,14 @@ The fold is the rotation itself, applied to the rows of W with the cores transpo
 the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R1ᵀ.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from oftfx import modules
 from oftfx.adapter import named_parameters
 from oftfx.capture import unwrap
 from oftfx.errors import MergeError
@@ -21,6 +23,8 @@ from oftfx.fold.graph import merge_graph
 from oftfx.fold.module import merge_module
 from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, MergeReport
+from oftfx.host import host_of
+from oftfx.insert import inserted
 
 __all__ = ["MergeReport", "MergedSite", "merge"]
 
@@ -32,6 +36,7 @@ def merge(
     model: M,
     report: Literal[False] = False,
     *,
+    names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     requantize: bool = False,
 ) -> M: ...
@@ -40,6 +45,7 @@ def merge(
     model: M,
     report: Literal[True],
     *,
+    names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     requantize: bool = False,
 ) -> tuple[M, MergeReport]: ...
@@ -47,10 +53,13 @@ def merge(
     model: M,
     report: bool = False,
     *,
+    names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     requantize: bool = False,
 ) -> M | tuple[M, MergeReport]:
-    """Folds every adapter into the weights and gives a plain model back.
+    """Folds the adapters in use into the weights and gives a plain model back.
+
+    Those that are not in use go with it: save them before.
 
     A tied weight that only one of its users rotates gets a tensor of its own; a transformers model
     then forgets the tie in its config, so that saving keeps both.
@@ -64,6 +73,8 @@ def merge(
         model: An adapted nn.Module or GraphModule, merged in place; or an ExportedProgram, of
             which a merged copy is returned.
         report: Also measure what it cost.
+        names: The adapters to fold, in the order x meets them; None for those in use. A graph's are
+            all folded, in the order they have in it.
         dtype: Of a model with quantised layers: the dtype of all its parameters afterwards, of a
             graph that of those that were quantised; bfloat16 for None. A float model keeps the
             dtypes it has.
@@ -72,6 +83,7 @@ def merge(
             much survived.
 
     Raises:
+        PlanError: The model has no adapter of a name in ``names``.
         MergeError: There is nothing to merge, or a weight or rotation cannot be folded (on
             `meta`, not finite, of a library that cannot dequantise), or ``dtype`` or
             ``requantize`` do not fit the model. The model is untouched.
@@ -84,8 +96,19 @@ def merge(
         raise MergeError(f"nothing to merge: {type(inner).__name__} has no adapter.")
     merged: Any
     if isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        folded = list(dict.fromkeys(found.adapter for found in inserted(host_of(inner))))
+        if names is not None and list(names) != folded:
+            raise MergeError(
+                f"names={list(names)}: a graph folds all it holds, which is {folded}, in this "
+                "order: oftfx.remove the others before, or merge the nn.Module."
+            )
         merged, costs = merge_graph(inner, report, options)
     else:
-        merged, costs = merge_module(inner, report, options)
+        folded = modules.in_use(inner) if names is None else modules.chosen(inner, names)
+        if not folded:
+            raise MergeError(f"nothing to merge: {modules.absent(inner)}")
+        with modules.kept(inner):
+            modules.select(inner, folded)
+            merged, costs = merge_module(inner, report, options)
     result = merged if isinstance(model, ExportedProgram) else model
-    return (result, MergeReport(tuple(costs))) if report else result
+    return (result, MergeReport(tuple(costs), tuple(folded))) if report else result

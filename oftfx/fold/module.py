@@ -15,7 +15,7 @@ from oftfx.fold.cost import Cost, cost, settled
 from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, warn_of_loss
 from oftfx.fold.weight import Fold, check_finite
-from oftfx.modules import Adapted, Rotation, SharedRotation, bare, site_name
+from oftfx.modules import Adapted, State, bare, ordered, site_name
 from oftfx.progress import tracked
 from oftfx.sites import pretrained
 from oftfx.sites.quantised import Quantiser, device_of, to_linear
@@ -29,7 +29,7 @@ class _Site:
     module: nn.Module
     name: str
     layout: str
-    rotations: list[Rotation | SharedRotation]
+    rotations: list[State]
     quantiser: Quantiser | None = None
 
     def fold(self, dtype: torch.dtype = torch.bfloat16) -> Fold:
@@ -186,9 +186,11 @@ def _module_sites(model: nn.Module) -> Iterator[_Site]:
         for name, layout in layouts.items():
             held: list[Any] = [
                 rotation[name] if isinstance(rotation, nn.ModuleDict) else rotation
-                for rotation in module.oft.values()
+                for rotation in ordered(module)
                 if not isinstance(rotation, nn.ModuleDict) or name in rotation
             ]
+            if not (held := [rotation for rotation in held if rotation.enabled]):
+                continue  # its adapters are not in use
             yield _Site(site_name(fqn, name), module, name, layout, held, quantiser)
 
 

@@ -33,9 +33,15 @@ class MergedSite:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging cost, per site; ``str()`` is a table."""
+    """What merging cost, per site; ``str()`` is a table.
+
+    Attributes:
+        sites: What was folded.
+        adapters: Those that were folded, in the order x met them.
+    """
 
     sites: tuple[MergedSite, ...]
+    adapters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         requantised = any(site.survived is not None for site in self.sites)
@@ -52,7 +58,10 @@ class MergeReport:
         ]
         survived = ["survived"] if requantised else []
         header = ("site", "output", "orthogonality", "rounding", *survived, "")
-        return table(header, rows, right="output orthogonality rounding survived")
+        shown = table(header, rows, right="output orthogonality rounding survived")
+        if len(self.adapters) < 2:
+            return shown
+        return f"{shown}\n\nfolded, in the order x met them: {', '.join(self.adapters)}"
 
 
 def percent(share: float | None) -> str:

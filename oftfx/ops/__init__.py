@@ -1,6 +1,7 @@
 """The semantic ops, `torch.ops.oftfx.*`: what a rotation is, in eager, exported and compiled."""
 
 from oftfx.ops.cayley import cayley, cayley_grad
+from oftfx.ops.folded_linear import folded_linear
 from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
 from oftfx.ops.norm_rotate import norm_rotate, norm_rotate_grad
@@ -24,6 +25,7 @@ __all__ = [
     "cayley_grad",
     "defer",
     "deferred_linear",
+    "folded_linear",
     "givens",
     "givens_grad",
     "glu_rotate",

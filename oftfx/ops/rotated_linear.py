@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oftfx.ops import packed
+from oftfx.ops.cost import folds_packed
 from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.fold import core_grad, fits, misfit
 from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
 from oftfx.ops.precision import as_given, exactly
@@ -50,14 +52,6 @@ def rotated_linear(x: Tensor, core: Tensor, weight: Packed, bias: Tensor | None 
     return result
 
 
-def folds(rows: int, out: int, device: torch.device) -> bool:
-    """Whether to rotate the rows of W, and not those of x: what there are fewer bytes of.
-
-    On a GPU, those of W are read and written anyway.
-    """
-    return rows * (4 if device.type == "cuda" else 1) >= out
-
-
 def folded(weight: Packed, core: Tensor, dtype: torch.dtype) -> Tensor:
     """``W blockdiag(I + C_1 … I + C_n)ᵀ``, (out, n·b), in this dtype."""
     fast = kernels("dequantise", weight.data.device)
@@ -82,7 +76,8 @@ def dequantised(weight: Packed, dtype: torch.dtype) -> Tensor:
 @as_given
 def _rotated_linear(x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
     weight = Packed(*stored)
-    _check(x, core, weight)
+    if not fits(x, core, weight.shape):
+        raise RuntimeError(misfit("rotated_linear", x, core, weight.shape))
     if _folds(x, weight):
         return F.linear(x, folded(weight, core, x.dtype), bias)
     return F.linear(rotate(x, core), dequantised(weight, x.dtype), bias)
@@ -95,9 +90,9 @@ ROTATED_LINEAR = define(
 
 @torch.library.register_fake("oftfx::rotated_linear", lib=LIBRARY)
 def _(x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
-    weight = Packed(*stored)
-    torch._check(_fits(x, core, weight), lambda: _misfit(x, core, weight))
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    shape = Packed(*stored).shape
+    torch._check(fits(x, core, shape), lambda: misfit("rotated_linear", x, core, shape))
+    return x.new_empty(*x.shape[:-1], shape[0])
 
 
 def rotated_linear_grad(
@@ -129,11 +124,7 @@ def _rotated_linear_grad(
         inner = grad @ dequantised(weight, x.dtype)
         return rotate_grad(inner, x, core, need_x, need_core)
     grad_x = grad @ folded(weight, core, x.dtype)
-    grad_core = core.new_empty(0)
-    if need_core:
-        # d(x·M) = dx M⁻ᵀ, so xᵀ d(x·M) needs no pass over the activations that xᵀ dx does not.
-        _, gram = rotate_grad(grad_x, x, core, need_x=False, need_core=True)
-        grad_core = _divided(gram, core.to(x.dtype))
+    grad_core = core_grad(grad_x, x, core) if need_core else core.new_empty(0)
     return grad_x if need_x else grad.new_empty(0), grad_core
 
 
@@ -151,42 +142,9 @@ def _(
     return grad.new_empty(x.shape if need_x else 0), core.new_empty(core.shape if need_core else 0)
 
 
-def _divided(gram: Tensor, core: Tensor) -> Tensor:
-    """``gram_i (I + C_i)⁻ᵀ``, exact for a truncated series too, whose R is not quite orthogonal."""
-    fast = kernels("divide", gram.device)
-    if fast is not None and fast.fits(gram, core):
-        with torch.cuda.device_of(gram):
-            result: Tensor = fast.divided(gram, core)
-        return result
-    dtype = torch.promote_types(gram.dtype, torch.float32)
-    turn = core.to(dtype) + torch.eye(core.shape[-1], dtype=dtype, device=core.device)
-    # The variant that does not wait for the device to tell of singular blocks.
-    quotient, _ = torch.linalg.solve_ex(turn.mT, gram.to(dtype), left=False)
-    return quotient.to(gram.dtype)
-
-
 def _folds(x: Tensor, weight: Packed) -> bool:
     out, width = weight.shape
-    return folds(x.numel() // max(1, width), out, x.device)
-
-
-def _fits(x: Tensor, core: Tensor, weight: Packed) -> bool:
-    n, b, c = core.shape
-    width = x.shape[-1]
-    return b == c and width == weight.shape[1] and (width == n * b or (n == 1 and width % b == 0))
-
-
-def _misfit(x: Tensor, core: Tensor, weight: Packed) -> str:
-    return (
-        f"oftfx::rotated_linear: x of shape {tuple(x.shape)}, a core of shape {tuple(core.shape)} "
-        f"and a weight of shape {tuple(weight.shape)} do not fit: the last axis of x must be the "
-        "weight's, and the number of blocks times their width."
-    )
-
-
-def _check(x: Tensor, core: Tensor, weight: Packed) -> None:
-    if not _fits(x, core, weight):
-        raise RuntimeError(_misfit(x, core, weight))
+    return folds_packed(x.numel() // max(1, width), out, x.device)
 
 
 def defer(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...]:

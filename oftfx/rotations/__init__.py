@@ -100,6 +100,30 @@ def projection_of(
     return _PROJECTIONS.get(type(spec))
 
 
+def is_free(spec: Spec) -> bool:
+    """Whether a spec's maps need be no rotations, so that none leads from the identity to them."""
+    return isinstance(spec, QGOFT) or getattr(spec, "core", None) == "free"
+
+
+def is_linear(spec: Spec) -> bool:
+    """Whether a spec's parameters are the generators of its rotations: entries of Q, or angles."""
+    return not (is_free(spec) or isinstance(spec, HRA))
+
+
+def scaled(tensors: Mapping[str, Tensor], spec: Spec, scale: float) -> Mapping[str, Tensor]:
+    """A site's parameters this far along its rotations, at least float32; themselves at 1.
+
+    Those of Q, which turn the same planes by ``2·arctan(s·θ)``; GOFT's angles, HRA's between the
+    directions of a pair; vectors and magnitudes, whose 0 is the identity too.
+    """
+    if scale == 1:
+        return tensors
+    if isinstance(spec, HRA):
+        return hra.scaled(tensors, scale)
+    kept = method_of(spec).FIXED
+    return {name: t if name in kept else oft.wide(t) * scale for name, t in tensors.items()}
+
+
 def fixed(spec: Spec, width: int, seed: int, weight: Weight) -> dict[str, Tensor]:
     """Values of the tensors that a rotation keeps but never trains, on any device."""
     method = method_of(spec)

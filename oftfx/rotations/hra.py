@@ -59,6 +59,26 @@ def health(tensors: Mapping[str, Tensor], spec: HRA) -> tuple[Tensor, Tensor]:
     return sine / (1 - sine.square()).sqrt(), torch.zeros_like(sine)
 
 
+def scaled(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Directions whose reflections turn the plane of each pair by this much of what they do.
+
+    Two reflections turn by twice the angle φ between their directions, and so do those of the
+    directions between them, at ``s·φ``. Either sign of a direction is the same reflection; the
+    nearer one is taken.
+    """
+    rows = householder.unit(tensors["u"])
+    first, second = rows[..., ::2, :], rows[..., 1::2, :]
+    second = torch.where((first * second).sum(-1, keepdim=True) < 0, -second, second)
+    apart = second - first  # exactly zero for an equal pair, which stays one
+    along = (first * apart).sum(-1, keepdim=True)  # cos φ − 1
+    across = apart - along * first
+    sine = torch.linalg.vector_norm(across, dim=-1, keepdim=True)
+    angle = scale * torch.atan2(sine, 1 + along)
+    ratio = torch.where(sine > 0, torch.sin(angle) / sine.where(sine > 0, 1), scale)
+    between = torch.cos(angle) * first + ratio * across
+    return {"u": torch.stack((first, between), -2).flatten(-3, -2)}
+
+
 def penalty(tensors: Mapping[str, Tensor], spec: HRA) -> Tensor:
     """``λ‖I − UUᵀ‖_F²`` of each site's unit rows, ``(…)``."""
     unit = householder.unit(tensors["u"])

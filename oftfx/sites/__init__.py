@@ -54,7 +54,7 @@ def quantiser_of(module: nn.Module) -> Quantiser | None:
     return provider if isinstance(provider, Quantiser) else None
 
 
-FUSING: tuple[Fusing, ...] = (bitsandbytes.LINEAR4BIT,)
+FUSING: tuple[Fusing, ...] = (linear, bitsandbytes.LINEAR4BIT)
 
 
 def fusing(cls: type[nn.Module]) -> Fusing | None:

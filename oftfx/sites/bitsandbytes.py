@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from oftfx.errors import OftfxWarning
+from oftfx.ops.cost import folds_packed
 from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
-from oftfx.ops.rotated_linear import deferred_linear, folds, rotated_linear
+from oftfx.ops.rotated_linear import deferred_linear, rotated_linear
 from oftfx.sites import gemm_4bit
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
@@ -42,6 +43,7 @@ class Linear4bit(_Layer):
 
     KIND = "linear4bit"
     CLASS = "bitsandbytes.nn.modules.Linear4bit"
+    DEFERS = True
 
     def fault(self, module: Any) -> str:
         """Why nothing can be trained through this layer as it is; empty when it can."""
@@ -104,13 +106,15 @@ class Linear4bit(_Layer):
         parameter.data, parameter.quant_state = data, new
         module._parameters["weight"], module.quant_state = parameter, new
 
-    def fuses(self, module: Any, x: Tensor, dtype: torch.dtype, block: int | None) -> bool:
+    def fuses(
+        self, module: Any, x: Tensor, dtype: torch.dtype, block: int | None, outs: tuple[int, ...]
+    ) -> bool:
         """Where a kernel turns the weight while it dequantises it, as the layer does anyway."""
         fast, state = kernels("dequantise", x.device), _state(module)
         rows = x.numel() // max(1, x.shape[-1])
         if fast is None or state is None or rows <= LEAST_ROWS:
             return False
-        if not folds(rows, module.out_features, x.device):
+        if not folds_packed(rows, module.out_features, x.device):
             return False
         weight, computed = packed_of(module.weight.data, state), module.compute_dtype or dtype
         fits: bool = fast.fits(weight, block, computed)

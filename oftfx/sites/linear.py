@@ -1,12 +1,19 @@
 """`torch.nn.Linear`: weight stored (out, in)."""
 
-from torch import nn
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from oftfx.ops.cost import fold_from
+from oftfx.ops.folded_linear import folded_linear
+from oftfx.readers import autocast_dtype, plain
 from oftfx.sites.matmul import Layout
 
 KIND = "linear"
 CLASS = "torch.nn.modules.linear.Linear"
 LAYOUT: Layout = "out_in"
+DEFERS = False
 
 
 def owns(module: nn.Module) -> bool:
@@ -17,3 +24,23 @@ def owns(module: nn.Module) -> bool:
     """
     cls = getattr(module, "oft_base", type(module))
     return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward
+
+
+def fuses(
+    module: Any, x: Tensor, dtype: torch.dtype, block: int | None, outs: tuple[int, ...]
+) -> bool:
+    """Whether its weight can be folded, and that costs less than rotating so many rows."""
+    least = None if block is None else fold_from(outs, block, dtype, x.device)
+    if least is None or x.numel() < least * x.shape[-1]:
+        return False
+    weight, bias = module.weight, module.bias
+    return (
+        all(plain(tensor) for tensor in (x, weight, bias) if tensor is not None)
+        and not weight.requires_grad
+        and (weight.dtype == dtype or autocast_dtype(x) is not None)
+    )
+
+
+def rotated_linear(module: Any, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
+    """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``."""
+    return folded_linear(x, core, module.weight, module.bias)

@@ -57,11 +57,20 @@ class Quantiser(Protocol):
 
 
 class Fusing(Protocol):
-    """A quantiser of layers that one op can both rotate and multiply for."""
+    """A [`Provider`][oftfx.sites.Provider] of layers whose matmul can rotate as well, in one op."""
 
     CLASS: str
+    DEFERS: bool
+    """Whether layers that read one x leave the gradients they have in common to each other."""
 
-    def fuses(self, module: nn.Module, x: Tensor, dtype: torch.dtype, block: int | None) -> bool:
+    def fuses(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        dtype: torch.dtype,
+        block: int | None,
+        outs: tuple[int, ...],
+    ) -> bool:
         """Whether that costs less than rotating x first, and gives the layer's bits where C = 0.
 
         Args:
@@ -69,6 +78,8 @@ class Fusing(Protocol):
             x: Its input.
             dtype: What x is cast to before.
             block: Width of the rotation's blocks.
+            outs: How many outputs the layers have that read x, each with a rotation of its own;
+                none of them where they share one.
         """
 
     def rotated_linear(self, module: nn.Module, x: Tensor, core: Tensor, deferred: bool) -> Tensor:

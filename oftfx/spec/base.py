@@ -103,6 +103,10 @@ class Spec:
                 changes |= fields
         return dataclasses.replace(self, **changes) if changes else self
 
+    def without_rules(self) -> Self:
+        """The spec less which sites it is for."""
+        return dataclasses.replace(self, targets=ALL_LINEAR, exclude=(), overrides={})
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict of the fields that differ from their defaults.
 

@@ -12,6 +12,7 @@ import oftfx
 from oftfx.attach import record_holder
 from oftfx.checkpoint import MANIFEST, restore
 from oftfx.errors import PlanError
+from oftfx.modules import in_use
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -52,13 +53,14 @@ def keep_adapter_alone(trainer: "Trainer") -> None:
 
 
 def _only_adapter(model: Any) -> str | None:
-    """The name of the model's one adapter, if nothing else is trained."""
+    """The name of the model's one adapter in use, if nothing else is trained."""
     try:
-        names = list(record_holder(model))
+        held = record_holder(model)
     except PlanError:
         return None
+    names = [name for name in in_use(model) if name in held]
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if len(names) > 1 or trained != {id(p) for p in oftfx.parameters(model)}:
+    if len(names) != 1 or trained != {id(p) for p in oftfx.parameters(model)}:
         return None
     return names[0]
 
@@ -66,5 +68,5 @@ def _only_adapter(model: Any) -> str | None:
 def _restored(model: Any, directory: str) -> bool:
     if not (Path(directory) / MANIFEST).is_file():
         return False
-    restore(model, directory, next(iter(record_holder(model))))
+    restore(model, directory, in_use(model)[0])
     return True

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from oftfx import ops
 from oftfx.ops import packed
+from oftfx.ops.cost import folds_packed
 from oftfx.ops.packed import Packed
-from oftfx.ops.rotated_linear import folds
 from tests.packed import quantised, random_packed
 
 OP = torch.ops.oftfx.rotated_linear.default
@@ -64,7 +64,7 @@ def test_value_and_gradients_are_those_of_dequantising_and_rotating(case):
 def test_the_gradient_is_exact_for_a_series_that_is_no_rotation(order, rows):
     """``R`` itself in place of ``R⁻ᵀ`` would be wrong in the first digits here."""
     weight = random_packed(24, 16)
-    assert folds(rows, 24, CPU) is (rows == 40)
+    assert folds_packed(rows, 24, CPU) is (rows == 40)
     theta = 0.3 * torch.randn(2, 28, dtype=torch.float64)
     core = ops.cayley(theta, 8, order).requires_grad_()
     x = torch.randn(rows, 16, dtype=torch.float64)

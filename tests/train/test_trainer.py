@@ -112,6 +112,19 @@ def test_what_is_trained_besides_is_in_the_checkpoint(model, blocks, tmp_path):
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
 
 
+def test_a_checkpoint_holds_the_one_of_several_that_is_in_use(model, blocks, tmp_path):
+    base = copy.deepcopy(model)
+    for name in ("kept", "trained"):
+        oftfx.adapt(model, SPEC, name)
+    oftfx.use(model, "trained")
+    trainer = make_trainer(model, blocks, tmp_path, steps=1, save_steps=1)
+    watch(trainer)
+    trainer.train()
+    assert not any(value.any() for value in oftfx.parameters(model, "kept"))
+    last = oftfx.load(base, tmp_path / "checkpoint-1")
+    assert all(map(torch.equal, rotations(model), rotations(last)))
+
+
 def test_a_checkpoint_of_another_spec_is_refused(model, blocks, tmp_path):
     twin = copy.deepcopy(model)
     oftfx.save(oftfx.adapt(model, SPEC), tmp_path)

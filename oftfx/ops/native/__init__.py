@@ -11,7 +11,7 @@ from types import ModuleType
 
 from oftfx.ops.native.binding import library
 
-FAMILIES = ("cayley", "rotate", "rotate_group")
+FAMILIES = ("cayley", "fold", "rotate", "rotate_group")
 
 
 @functools.cache

@@ -19,6 +19,8 @@ POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "rotate": (*[POINTER] * 3, *[NUMBER] * 4),
     "rotate_grad": (*[POINTER] * 5, *[NUMBER] * 4),
+    "fold": (*[POINTER] * 3, *[NUMBER] * 3),
+    "fold_grad": (*[POINTER] * 4, *[NUMBER] * 3),
     "cayley": (*[POINTER] * 2, *[NUMBER] * 3),
     "cayley_grad": (*[POINTER] * 3, *[NUMBER] * 3),
 }

@@ -25,7 +25,7 @@
 #define TILE 32    /* rows that stay in the first-level cache, a multiple of HIGH */
 #define TASKS 64   /* rows are cut where there are fewer blocks than this, */
 #define LEAST 256  /* but never into runs of fewer rows than this */
-#define HELD 32768 /* floats of cores that stay in the second-level cache */
+#define HELD 65536 /* floats of cores that stay in the second-level cache */
 #define MOST 8     /* rotations of one tensor */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -51,6 +51,7 @@ typedef struct job {
     const float *source[MOST], *x, *core[MOST];
     float *out[MOST], *gram[MOST], *part;
     int64_t count, rows, n, b, splits, group;
+    int transposed, divides;
     /* and of a core */
     const float *theta, *grad;
     int64_t order;
@@ -84,10 +85,18 @@ static int run(job *all, parallel fork, int64_t threads) {
 
 /* ---- the register tile ---- */
 
-/* acc += a·b, a's entry (i, k) at a[i·down + k·along], b's rows `step` apart. */
+/* Memory that will be needed soon, of two operands. */
+typedef struct {
+    const float *x, *y;
+} soon;
+
+/* acc += a·b, a's entry (i, k) at a[i·down + k·along], b's rows `step` apart. On the way it asks for
+ * what is needed soon, a line a step: all at once would wait for each other, and rows this far
+ * apart the processor does not foresee. */
 INLINE void madd(vec acc[HIGH][2], int wide, const float *a, int64_t down, int64_t along,
-                 const float *b, int64_t step, int64_t depth) {
+                 const float *b, int64_t step, int64_t depth, soon next) {
     for (int64_t k = 0; k < depth; k++) {
+        if (next.x) __builtin_prefetch((k & 1 ? next.y : next.x) + k / 2 * LANES, 0, 2);
         vec b0 = load(b + k * step), b1 = wide > 1 ? load(b + k * step + LANES) : b0;
 #pragma GCC unroll 16
         for (int i = 0; i < HIGH; i++) {
@@ -101,56 +110,60 @@ INLINE void madd(vec acc[HIGH][2], int wide, const float *a, int64_t down, int64
 /* One tile of out = from + a·b; nothing is added where `from` is null. */
 INLINE void tile(int wide, float *out, int64_t out_step, const float *from, int64_t from_step,
                  const float *a, int64_t down, int64_t along, const float *b, int64_t step,
-                 int64_t depth) {
+                 int64_t depth, soon next) {
     vec acc[HIGH][2];
 #pragma GCC unroll 16
     for (int i = 0; i < HIGH; i++)
         for (int v = 0; v < wide; v++)
             acc[i][v] = from ? load(from + i * from_step + v * LANES) : (vec){0};
-    madd(acc, wide, a, down, along, b, step, depth);
+    madd(acc, wide, a, down, along, b, step, depth, next);
 #pragma GCC unroll 16
     for (int i = 0; i < HIGH; i++)
         for (int v = 0; v < wide; v++) store(out + i * out_step + v * LANES, acc[i][v]);
 }
 
-/* out = from + a·b, high × wide; out's and from's rows `step` apart. */
-INLINE void product(float *out, const float *from, int64_t step, int64_t high, int64_t wide,
-                    const float *a, int64_t down, int64_t along, const float *b, int64_t b_step,
-                    int64_t depth) {
-    for (int64_t j = 0; j < wide; j += 2 * LANES)
-        for (int64_t i = 0; i < high; i += HIGH) {
-            const float *begin = from ? from + i * step + j : NULL;
-            float *end = out + i * step + j;
-            if (wide - j > LANES)
-                tile(2, end, step, begin, step, a + i * down, down, along, b + j, b_step, depth);
-            else
-                tile(1, end, step, begin, step, a + i * down, down, along, b + j, b_step, depth);
-        }
+/* out = from + a·b, HIGH × wide; out's and from's rows `step` apart. */
+INLINE void product(float *out, const float *from, int64_t step, int64_t wide, const float *a,
+                    int64_t down, int64_t along, const float *b, int64_t b_step, int64_t depth,
+                    soon next) {
+    for (int64_t j = 0; j < wide; j += 2 * LANES, next = (soon){0}) {
+        const float *begin = from ? from + j : NULL;
+        if (wide - j > LANES)
+            tile(2, out + j, step, begin, step, a, down, along, b + j, b_step, depth, next);
+        else
+            tile(1, out + j, step, begin, step, a, down, along, b + j, b_step, depth, next);
+    }
 }
 
 /* ---- rotations ---- */
 
-/* Some rows of a block: `at` the first, `step` apart; and the rows that come next. */
+/* Some rows of a block: `at` the first, `step` apart. */
 typedef struct {
-    const float *at, *next;
-    int64_t step, next_step;
+    const float *at;
+    int64_t step;
 } rows_of;
 
-/* Asks for rows that come next. They lie too far apart for the processor to foresee. */
-INLINE void ask(rows_of rows, int64_t begin, int64_t end, int64_t column, int64_t wide) {
-    for (int64_t row = begin; row < end; row++)
-        for (int64_t j = column; j < column + wide; j += 16)
-            __builtin_prefetch(rows.next + row * rows.next_step + j);
+/* The rows after those at work, line after line: `width` floats of each, `step` apart. */
+typedef struct {
+    soon first;
+    int64_t width, step, done;
+} walk;
+
+INLINE soon take(walk *ahead, int64_t steps) {
+    int64_t row = ahead->done / ahead->width, column = ahead->done % ahead->width;
+    ahead->done += (steps + 1) / 2 * LANES;
+    row = row * ahead->step + column;
+    return (soon){ahead->first.x + row, ahead->first.y + row};
 }
 
 INLINE void turn_tile(int wide, float *out, int64_t out_step, const rows_of *source,
-                      float *const *core, int64_t count, int64_t row, int64_t column, int64_t b) {
+                      float *const *core, int64_t count, int64_t row, int64_t column, int64_t b,
+                      walk *ahead) {
     vec acc[HIGH][2] = {0};
-    for (int64_t s = 0; s < count; s++) {
-        ask(source[s], row, row + HIGH, column, wide * LANES);
+    for (int64_t s = 0; s < count; s++)
         madd(acc, wide, source[s].at + row * source[s].step, source[s].step, 1,
-             core[s] + column * b, wide * LANES, b);
-    }
+             core[s] + column * b, wide * LANES, b,
+             column + s ? (soon){0} : take(ahead, b));
     /* What is turned is added last: the product is small beside it, and keeps its digits. */
     for (int64_t s = 0; s < count; s++)
 #pragma GCC unroll 16
@@ -165,26 +178,22 @@ INLINE void turn_tile(int wide, float *out, int64_t out_step, const rows_of *sou
 
 /* out = Σ source + source·core, of `high` rows; the cores packed. */
 static void turn(float *out, int64_t out_step, const rows_of *source, float *const *core,
-                 int64_t count, int64_t high, int64_t b) {
+                 int64_t count, int64_t high, int64_t b, walk *ahead) {
     int64_t wide = padded(b);
     for (int64_t column = 0; column < wide; column += 2 * LANES)
         for (int64_t row = 0; row < high; row += HIGH)
             if (wide - column > LANES)
-                turn_tile(2, out, out_step, source, core, count, row, column, b);
+                turn_tile(2, out, out_step, source, core, count, row, column, b, ahead);
             else
-                turn_tile(1, out, out_step, source, core, count, row, column, b);
+                turn_tile(1, out, out_step, source, core, count, row, column, b, ahead);
 }
 
 /* gram += xᵀ·y over `high` rows. */
-static void add_gram(float *gram, rows_of x, rows_of y, int64_t high, int64_t b) {
+static void add_gram(float *gram, rows_of x, rows_of y, int64_t high, int64_t b, walk *ahead) {
     int64_t wide = padded(b);
-    for (int64_t i = 0; i < wide; i += HIGH) {
-        int64_t begin = i * high / wide, end = (i + HIGH) * high / wide;
-        ask(x, begin, end, 0, b);
-        ask(y, begin, end, 0, b);
-        product(gram + i * wide, gram + i * wide, wide, HIGH, wide, x.at + i, 1, x.step, y.at,
-                y.step, high);
-    }
+    for (int64_t i = 0; i < wide; i += HIGH)
+        product(gram + i * wide, gram + i * wide, wide, wide, x.at + i, 1, x.step, y.at, y.step,
+                high, take(ahead, high));
 }
 
 /* The core's columns in panels as wide as a tile, zeros where it has none. */
@@ -217,7 +226,7 @@ static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy) {
     int64_t wide = padded(b);
     if (wide > b || high % HIGH) memset(copy, 0, (size_t)(TILE * wide) * sizeof(float));
     copy_rows(copy, wide, rows.at, rows.step, high, b);
-    return (rows_of){copy, rows.next, wide, rows.next_step};
+    return (rows_of){copy, wide};
 }
 
 /* A run of rows of some neighbouring blocks. */
@@ -236,39 +245,45 @@ static patch patch_of(const job *all, int64_t index) {
     return own;
 }
 
-/* How far the rows that come next are: of the next block, or of the first one further down. */
-INLINE int64_t next_of(const job *all, const patch *own, int64_t block) {
-    if (block + 1 < own->blocks) return all->b;
-    return TILE * all->n * all->b - block * all->b;
+/* The rows after these of a patch, of two operands; the same ones again after the last. */
+INLINE walk after(const job *all, const patch *own, int64_t row, const float *x, const float *y) {
+    int64_t step = all->n * all->b, next = row + TILE < own->end ? row + TILE : row;
+    int64_t place = next * step + own->first * all->b;
+    return (walk){{x + place, y + place}, own->blocks * all->b, step, 0};
 }
 
 /* A patch, turned by each core. */
 static void forward_task(const job *all, int64_t index, float *scratch) {
     int64_t b = all->b, wide = padded(b), step = all->n * b, size = b * wide;
     patch own = patch_of(all, index);
+    int64_t down = all->transposed ? 1 : b, along = all->transposed ? b : 1;
     float *core = scratch, *copy = core + all->count * all->group * size;
     float *out_copy = copy + TILE * wide;
     for (int64_t s = 0; s < all->count; s++)
         for (int64_t block = 0; block < own.blocks; block++)
             pack(core + (s * all->group + block) * size,
-                 all->core[s] + (own.first + block) * b * b, b, 1, b);
-    for (int64_t row = own.begin; row < own.end; row += TILE)
+                 all->core[s] + (own.first + block) * b * b, down, along, b);
+    for (int64_t row = own.begin; row < own.end; row += TILE) {
+        walk ahead[MOST];
+        for (int64_t s = 0; s < all->count; s++)
+            ahead[s] = after(all, &own, row, all->x, all->out[s]);
         for (int64_t block = 0; block < own.blocks; block++) {
             int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
             int64_t place = row * step + (own.first + block) * b;
             int fits = wide == b && whole == high;
-            rows_of source = {all->x + place, all->x + place + next_of(all, &own, block), step, step};
+            rows_of source = {all->x + place, step};
             if (!fits) source = staged(source, high, b, copy);
             for (int64_t s = 0; s < all->count; s++) {
                 float *by = core + (s * all->group + block) * size, *out = all->out[s] + place;
                 if (fits) {
-                    turn(out, step, &source, &by, 1, high, b);
+                    turn(out, step, &source, &by, 1, high, b, ahead + s);
                 } else {
-                    turn(out_copy, wide, &source, &by, 1, whole, b);
+                    turn(out_copy, wide, &source, &by, 1, whole, b, ahead + s);
                     copy_rows(out, step, out_copy, wide, high, b);
                 }
             }
         }
+    }
 }
 
 /* The gradient of a patch of x, and its share of those of the cores. */
@@ -284,33 +299,38 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
                 pack(core + (block * count + s) * size,
                      all->core[s] + (own.first + block) * b * b, 1, b, b);
     if (all->part) memset(gram, 0, (size_t)(count * own.blocks * square) * sizeof(float));
-    for (int64_t row = own.begin; row < own.end; row += TILE)
+    for (int64_t row = own.begin; row < own.end; row += TILE) {
+        walk ahead[MOST], out_ahead = after(all, &own, row, all->out[0], all->out[0]);
+        if (!all->part) out_ahead.first.y = after(all, &own, row, all->source[0], NULL).first.x;
+        for (int64_t s = 0; s < count; s++)
+            ahead[s] = after(all, &own, row, all->x, all->source[s]);
         for (int64_t block = 0; block < own.blocks; block++) {
             int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
-            int64_t place = row * step + (own.first + block) * b, next = next_of(all, &own, block);
+            int64_t place = row * step + (own.first + block) * b;
             int fits = wide == b && whole == high;
             rows_of source[MOST];
             float *by[MOST];
             for (int64_t s = 0; s < count; s++) {
-                const float *at = all->source[s] + place;
-                source[s] = (rows_of){at, at + next, step, step};
+                source[s] = (rows_of){all->source[s] + place, step};
                 if (!fits) source[s] = staged(source[s], high, b, copy + s * TILE * wide);
                 by[s] = core + (block * count + s) * size;
             }
             if (all->part) {
-                rows_of x = {all->x + place, all->x + place + next, step, step};
+                rows_of x = {all->x + place, step};
                 if (!fits) x = staged(x, high, b, copy + count * TILE * wide);
                 for (int64_t s = 0; s < count; s++)
-                    add_gram(gram + (block * count + s) * square, x, source[s], high, b);
+                    add_gram(gram + (block * count + s) * square, x, source[s], high, b,
+                             ahead + s);
             }
             if (!all->out[0]) continue;
             if (fits) {
-                turn(all->out[0] + place, step, source, by, count, high, b);
+                turn(all->out[0] + place, step, source, by, count, high, b, &out_ahead);
             } else {
-                turn(out_copy, wide, source, by, count, whole, b);
+                turn(out_copy, wide, source, by, count, whole, b, &out_ahead);
                 copy_rows(all->out[0] + place, step, out_copy, wide, high, b);
             }
         }
+    }
     if (!all->part) return;
     for (int64_t block = 0; block < own.blocks; block++)
         for (int64_t s = 0; s < count; s++) {
@@ -322,17 +342,57 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
         }
 }
 
-/* The runs' shares of one block's core gradients, added in order. */
+/* m·(I + C)⁻ᵀ, which is m·R·(RᵀR)⁻¹ of R = I + C: RᵀR is positive definite, and for a rotation
+ * nearly the identity, so elimination needs no pivots. */
+static void divide(float *m, const float *core, int64_t b, float *scratch) {
+    int64_t wide = padded(b), size = wide * wide;
+    float *c = scratch, *square = c + size, *given = square + size, *value = given + size;
+    float *share = value + size;
+    memset(scratch, 0, (size_t)(3 * size) * sizeof(float));
+    copy_rows(c, wide, core, b, b, b);
+    copy_rows(given, wide, m, b, b, b);
+    for (int64_t i = 0; i < b; i++)
+        for (int64_t j = 0; j < b; j++)
+            square[i * wide + j] = (i == j) + c[i * wide + j] + c[j * wide + i];
+    for (int64_t i = 0; i < wide; i += HIGH) {
+        float *own = square + i * wide;
+        product(own, own, wide, wide, c + i, 1, wide, c, wide, b, (soon){0});
+        own = given + i * wide;
+        product(value + i * wide, own, wide, wide, own, wide, 1, c, wide, b, (soon){0});
+    }
+    for (int64_t k = 0; k < b; k++) { /* columns of both, until the square is the identity */
+        float inverse = 1 / square[k * wide + k];
+        for (int64_t j = 0; j < wide; j++) share[j] = square[k * wide + j] * inverse;
+        share[k] = 1 - inverse;
+        for (int64_t i = 0; i < b; i++) {
+            float entry = value[i * wide + k];
+            for (int64_t j = 0; j < wide; j += LANES)
+                store(value + i * wide + j, load(value + i * wide + j) - entry * load(share + j));
+        }
+        for (int64_t i = k + 1; i < b; i++) {
+            float entry = square[i * wide + k];
+            for (int64_t j = 0; j < wide; j += LANES)
+                store(square + i * wide + j, load(square + i * wide + j) - entry * load(share + j));
+        }
+    }
+    copy_rows(m, b, value, wide, b, b);
+}
+
+/* The runs' shares of one block's core gradients, added in order; then divided where that is asked. */
 static void sum_task(const job *all, int64_t block, float *scratch) {
     int64_t entries = all->b * all->b;
-    (void)scratch;
     for (int64_t s = 0; s < all->count; s++) {
         float *to = all->gram[s] + block * entries;
-        memcpy(to, all->part + (block * all->count + s) * entries, (size_t)entries * sizeof(float));
-        for (int64_t run = 1; run < all->splits; run++) {
-            const float *share = all->part + ((run * all->n + block) * all->count + s) * entries;
-            for (int64_t i = 0; i < entries; i++) to[i] += share[i];
+        if (all->splits > 1) {
+            const float *share = all->part + (block * all->count + s) * entries;
+            int64_t next = all->n * all->count * entries;
+            memcpy(to, share, (size_t)entries * sizeof(float));
+            for (int64_t run = 1; run < all->splits; run++) {
+                share += next;
+                for (int64_t i = 0; i < entries; i++) to[i] += share[i];
+            }
         }
+        if (all->divides) divide(to, all->core[s] + block * entries, all->b, scratch);
     }
 }
 
@@ -344,26 +404,54 @@ static int64_t splits(int64_t rows, int64_t n) {
 
 /* Blocks that one thread takes together, so that its rows are long; no result depends on it. */
 static void share(job *all, int64_t threads) {
-    int64_t fair = (all->n * all->splits + 3 * threads - 1) / (3 * threads);
+    int64_t fair = (all->n * all->splits + threads - 1) / threads;
     int64_t most = HELD / (all->b * padded(all->b) * all->count);
     all->group = least(all->n, least(fair, most));
     if (all->group < 1) all->group = 1;
     all->tasks = (all->n + all->group - 1) / all->group * all->splits;
 }
 
+static int forward(job all, parallel fork, int64_t threads) {
+    all.task = forward_task;
+    all.splits = splits(all.rows, all.n);
+    share(&all, threads);
+    all.room = (all.count * all.group * all.b + 2 * TILE) * padded(all.b);
+    return run(&all, fork, threads);
+}
+
+static int backward(job all, int grams, parallel fork, int64_t threads) {
+    int64_t wide = padded(all.b);
+    all.task = backward_task;
+    all.splits = splits(all.rows, all.n);
+    share(&all, threads);
+    all.room = (all.count * all.group * (all.b + wide) + (all.count + 2) * TILE) * wide;
+    all.part = grams ? all.gram[0] : NULL;
+    if (!grams || (all.splits == 1 && !all.divides)) return run(&all, fork, threads);
+    float *parts = NULL;
+    if (all.splits > 1) {
+        parts = malloc((size_t)(all.splits * all.n * all.count * all.b * all.b) * sizeof(float));
+        if (!parts) return 1;
+        all.part = parts;
+    }
+    int failed = run(&all, fork, threads);
+    all.task = sum_task;
+    all.tasks = all.n;
+    all.room = all.divides ? (4 * wide + 1) * wide : 0;
+    failed = failed || run(&all, fork, threads);
+    free(parts);
+    return failed;
+}
+
 /* out[s] = x + x·blockdiag(core[s]), s < count. All contiguous: x and out (rows, n·b), cores
  * (n, b, b). Gives back 0, or 1 where there was no memory. */
 int oftfx_rotate(const float *x, const float *const *core, float *const *out, int64_t count,
                  int64_t rows, int64_t n, int64_t b, parallel fork, int64_t threads) {
-    job all = {.task = forward_task, .x = x, .count = count, .rows = rows, .n = n, .b = b,
-               .splits = splits(rows, n)};
+    job all = {.x = x, .count = count, .rows = rows, .n = n, .b = b};
     for (int64_t s = 0; s < count; s++) {
         all.core[s] = core[s];
         all.out[s] = out[s];
     }
-    share(&all, threads);
-    all.room = (count * all.group * b + 2 * TILE) * padded(b);
-    return run(&all, fork, threads);
+    return forward(all, fork, threads);
 }
 
 /* out = Σ grad[s] + grad[s]·blockdiag(core[s])ᵀ and gram[s] = xᵀ·grad[s] of each block, both where
@@ -371,28 +459,33 @@ int oftfx_rotate(const float *x, const float *const *core, float *const *out, in
 int oftfx_rotate_grad(const float *const *grad, const float *x, const float *const *core,
                       float *out, float *const *gram, int64_t count, int64_t rows, int64_t n,
                       int64_t b, parallel fork, int64_t threads) {
-    job all = {.task = backward_task, .x = x, .count = count, .rows = rows, .n = n, .b = b,
-               .splits = splits(rows, n)};
+    job all = {.x = x, .count = count, .rows = rows, .n = n, .b = b};
     all.out[0] = out;
     for (int64_t s = 0; s < count; s++) {
         all.source[s] = grad[s];
         all.core[s] = core[s];
         if (gram) all.gram[s] = gram[s];
     }
-    share(&all, threads);
-    all.room = (count * all.group * (b + padded(b)) + (count + 2) * TILE) * padded(b);
-    if (!gram || all.splits == 1) {
-        all.part = gram ? gram[0] : NULL;
-        return run(&all, fork, threads);
-    }
-    all.part = malloc((size_t)(all.splits * n * count * b * b) * sizeof(float));
-    if (!all.part) return 1;
-    int failed = run(&all, fork, threads);
-    all.task = sum_task;
-    all.tasks = n;
-    failed = failed || run(&all, fork, threads);
-    free(all.part);
-    return failed;
+    return backward(all, gram != NULL, fork, threads);
+}
+
+/* out = w + w·blockdiag(core)ᵀ: a weight (rows, n·b), folded. */
+int oftfx_fold(const float *w, const float *core, float *out, int64_t rows, int64_t n, int64_t b,
+               parallel fork, int64_t threads) {
+    job all = {.x = w, .count = 1, .rows = rows, .n = n, .b = b, .transposed = 1};
+    all.core[0] = core;
+    all.out[0] = out;
+    return forward(all, fork, threads);
+}
+
+/* The core's gradient behind a folded weight, of each block: xᵀ·grad·(I + core)⁻ᵀ, grad that of x. */
+int oftfx_fold_grad(const float *grad, const float *x, const float *core, float *out, int64_t rows,
+                    int64_t n, int64_t b, parallel fork, int64_t threads) {
+    job all = {.x = x, .count = 1, .rows = rows, .n = n, .b = b, .divides = 1};
+    all.source[0] = grad;
+    all.core[0] = core;
+    all.gram[0] = out;
+    return backward(all, 1, fork, threads);
 }
 
 /* ---- cores: the steps of oftfx/rotations/cayley.py ---- */
@@ -409,7 +502,9 @@ static void unpack(float *q, const float *theta, float sign, int64_t b) {
 
 static void multiply(float *out, const float *from, const float *a, const float *b, int64_t size) {
     int64_t wide = padded(size);
-    product(out, from, wide, wide, wide, a, wide, 1, b, wide, size);
+    for (int64_t i = 0; i < wide * wide; i += HIGH * wide)
+        product(out + i, from ? from + i : NULL, wide, wide, a + i, wide, 1, b, wide, size,
+                (soon){0});
 }
 
 /* Q² and 2Q + 2Q², and Horner's values one after the other from `value` on, order/2 or one. */

@@ -17,6 +17,7 @@ def kernels(family: str, device: torch.device) -> ModuleType | None:
     """The kernels of one family for this GPU; None where PyTorch does the work."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None  # no bf16 tensor cores, or none that split float32 products
-    if importlib.util.find_spec("triton") is None:
+    name = f"{__name__}.{family}"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(name) is None:
         return None
-    return importlib.import_module(f"{__name__}.{family}")
+    return importlib.import_module(name)

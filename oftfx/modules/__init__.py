@@ -1,0 +1,181 @@
+"""Modules that hold the trainable state, and the classes an adapted module takes on.
+
+    Linear                       OFT[Linear]               (a cached subclass of Linear)
+      weight, bias                 weight, bias
+                                   oft: ModuleDict
+                                     default: Rotation
+                                       theta
+
+Only the class changes: the object, its names, its parameters and its place in the model stay, so
+everything that holds on to the module keeps working, compiled graphs included.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from oftfx.errors import PlanError
+from oftfx.modules.classes import (
+    CHILD,
+    Adapted,
+    Class,
+    bare,
+    become,
+    folding,
+    hooked,
+    ordered,
+    own_forward,
+    rotating,
+    unhook,
+)
+from oftfx.modules.rotation import NOTE, Rotation, SharedRotation, built
+
+State: TypeAlias = Rotation | SharedRotation
+RECORD = "_oftfx"
+"""Where an adapted model remembers its adapters, by name, in the order they were added."""
+
+__all__ = [
+    "CHILD",
+    "NOTE",
+    "RECORD",
+    "Adapted",
+    "Class",
+    "Rotation",
+    "SharedRotation",
+    "State",
+    "absent",
+    "bare",
+    "become",
+    "built",
+    "chosen",
+    "folding",
+    "holders",
+    "hooked",
+    "in_order",
+    "in_use",
+    "is_rotation",
+    "kept",
+    "ordered",
+    "own_forward",
+    "parameter_path",
+    "rotating",
+    "rotations",
+    "select",
+    "site_name",
+    "unhook",
+]
+
+
+def parameter_path(weight: str, name: str, functional: bool = False) -> str:
+    """Where a rotation lives: `fc.oft.default` for `fc.weight`, `fc.oft.default.w` for `fc.w`."""
+    owner, _, leaf = weight.rpartition(".")
+    return ".".join(filter(None, (owner, CHILD, name, leaf if functional else "")))
+
+
+def is_rotation(parameter: str, name: str | None = None) -> bool:
+    """Whether a parameter of this name is a rotation's, of one adapter or of any."""
+    which = r"\w+" if name is None else name
+    return re.fullmatch(rf"(.+\.)?{CHILD}\.{which}\.(\w+\.)?\w+", parameter) is not None
+
+
+def site_name(owner: str, parameter: str) -> str:
+    """A site's fqn: its weight's name without a trailing ".weight"."""
+    return (f"{owner}.{parameter}" if owner else parameter).removesuffix(".weight")
+
+
+def holders(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, str, State]]:
+    """What adapters hold of a model's sites: adapter, the site's fqn, and the state there.
+
+    Args:
+        model: An nn.Module, or anything that contains one.
+        name: One adapter; None for all.
+    """
+    for fqn, module in model.named_modules():
+        if not isinstance(module, Adapted):
+            continue
+        for adapter, held in module.oft.items():
+            by_parameter = held.items() if isinstance(held, nn.ModuleDict) else [("weight", held)]
+            for parameter, state in by_parameter:
+                if name in (None, adapter) and isinstance(state, Rotation | SharedRotation):
+                    yield adapter, site_name(fqn, parameter), state
+
+
+def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Rotation]]:
+    """Every rotation of a model with its site's fqn; of one adapter, or of all."""
+    for _, fqn, state in holders(model, name):
+        if isinstance(state, Rotation):
+            yield fqn, state
+
+
+def in_order(model: nn.Module) -> dict[str, bool]:
+    """Whether each of a model's adapters is in use; in the order x meets them."""
+    modules = list(model.modules())
+    chosen = (name for m in modules if isinstance(m, Adapted) for name in m.oft_order)
+    added = (name for m in modules for name in vars(m).get(RECORD, ()))
+    found = list(holders(model))
+    used = {adapter for adapter, _, state in found if state.enabled}
+    names = dict.fromkeys((*chosen, *added, *(adapter for adapter, *_ in found)))
+    return {name: name in used for name in names}
+
+
+def in_use(model: nn.Module) -> list[str]:
+    """A model's adapters that are in use, in the order x meets them."""
+    return [name for name, used in in_order(model).items() if used]
+
+
+def absent(model: Any, name: str | None = None) -> PlanError:
+    """What to raise where a model lacks an adapter: this one, or any in use for None."""
+    kind, held = type(model).__name__, list(in_order(model)) if isinstance(model, nn.Module) else []
+    if not held:
+        return PlanError(f"{kind} has no adapter{f' {name!r}' if name else ''}.")
+    if name is not None:
+        return PlanError(f"{kind} has no adapter {name!r}; it has {sorted(held)}.")
+    return PlanError(
+        f"{kind} has no adapter in use, of {sorted(held)}: oftfx.use(model, {held[0]!r})."
+    )
+
+
+def chosen(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+    """The adapters that are meant.
+
+    Raises:
+        PlanError: The model has no adapter of a name, or one is named twice.
+    """
+    found = [names] if isinstance(names, str) else list(names)
+    known = in_order(model)
+    for name in found:
+        if name not in known:
+            raise absent(model, str(name))
+    if len(set(found)) < len(found):
+        raise PlanError(f"{found} names an adapter twice: it has one place in the order.")
+    return found
+
+
+def select(model: nn.Module, names: Sequence[str]) -> None:
+    """Puts these adapters to use and no others, in this order."""
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.oft_order = tuple(names)
+    for adapter, _, state in holders(model):
+        if isinstance(state, Rotation):
+            state.enabled = adapter in names
+        if state.readers is not None:
+            state.readers.useful = True  # whoever read apart behind another adapter may not now
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """After it, those adapters are in use that were before, in their order."""
+    orders = [(m, m.oft_order) for m in model.modules() if isinstance(m, Adapted)]
+    held = [(rotation, rotation.enabled) for _, rotation in rotations(model)]
+    try:
+        yield
+    finally:
+        for module, order in orders:
+            if isinstance(module, Adapted):  # still
+                module.oft_order = order
+        for rotation, enabled in held:
+            rotation.enabled = enabled

@@ -1,0 +1,29 @@
+"""Layers that turn their weight instead of x, in the op that multiplies by it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftfx.modules.rotation import Rotation, SharedRotation
+from oftfx.readers import autocast_dtype, cast
+from oftfx.sites.quantised import Fusing
+
+
+def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | None:
+    """A layer's output where it turns its weight instead of x, in a training step; else None."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    if len(turns) != 1 or not isinstance(turn := turns[0], Rotation | SharedRotation):
+        return None  # a calibration's probe wants to see x
+    rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
+    readers = turn.readers
+    if turn.outputs or rotation.block is None or not (readers is None or readers.blocks):
+        return None
+    outs = (turn.out,) if readers is None else readers.outs
+    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block, outs):
+        return None
+    if readers is not None and layers.DEFERS:
+        return layers.rotated_linear(module, *readers.defer(turn, x), deferred=True)
+    (factor,) = rotation.applied()
+    return layers.rotated_linear(module, cast(x), factor.operands[0], deferred=False)

@@ -1,0 +1,234 @@
+"""The trainable state of one adapter at one site."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.fx import traceback
+
+from oftfx.ops.factor import Factor
+from oftfx.ops.precision import exactly
+from oftfx.outputs import Outputs
+from oftfx.readers import Readers, rotated, traceable
+from oftfx.rotations import Method, block_of, method_of, scaled
+from oftfx.rotations.oft import dropped
+from oftfx.spec import Spec
+
+NOTE = "oftfx_spec"
+"""Where the nodes of an exported module keep the spec of their rotation, as JSON."""
+
+
+class Given(Protocol):
+    """Cores that were built for a rotation beforehand, with those of others."""
+
+    def take(self, tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
+        """The cores, if they are those of these parameters and may be used now."""
+
+
+class Rotation(Outputs):
+    """The trainable rotation of one input, ``x ← x·M``, and what its first reader's outputs train.
+
+    Args:
+        spec: Resolved for this site.
+        width: Width of the input.
+        device: Where the parameters live.
+        seed: Seeds the initial values when the spec asks for random ones.
+        out: How many outputs its site has.
+    """
+
+    def __init__(self, spec: Spec, width: int, device: torch.device, seed: int, out: int) -> None:
+        super().__init__(spec, out, device, seed)
+        self.width = width
+        self.readers: Readers | None = None
+        self._note = json.dumps(spec.without_rules().to_json())
+        self.enabled = True
+        self.block = block_of(spec)
+        self.shapes = self.method.shapes(spec, width)
+        for name, shape in self.shapes.items():
+            trained = name not in self.method.FIXED
+            # What is never trained has no optimizer state either, so it keeps its digits.
+            dtype = spec.dtype if trained else torch.promote_types(spec.dtype, torch.float32)
+            value = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+        self.given: Given | None = None
+        self._cached: tuple[Any, Any, tuple[Tensor, ...]] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values: the identity, or the spec's random start.
+
+        What is never trained depends on the weight: [`fill`][oftfx.modules.Rotation.fill] sets it.
+        """
+        self.reset_outputs()
+        generator = torch.Generator().manual_seed(self.seed)
+        self.fill(self.method.start(self.spec, self.width, generator))
+
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Sets parameters, by name."""
+        for name, value in values.items():
+            self.get_parameter(name).copy_(value)
+
+    @property
+    def method(self) -> Method:
+        """The mathematics of its spec."""
+        return method_of(self.spec)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rotation's parameters by name, as whoever manages them left them for this forward."""
+        held = self._parameters
+        if len(held) == len(self.shapes):
+            return held  # type: ignore[return-value]
+        return {name: getattr(self, name) for name in self.shapes}
+
+    def cores(self) -> tuple[Tensor, ...]:
+        """What the factors are made of; kept between calls while no gradient is wanted."""
+        tensors = self.tensors()
+        if torch.compiler.is_compiling():
+            return built(self.spec, tensors, self.scaling)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+            # A training step is coming: it may write to the parameters in ways that leave no
+            # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
+            self._cached = None
+            given = None if self.given is None else self.given.take(list(tensors.values()))
+            return given or built(self.spec, tensors, self.scaling)
+        if not all(map(traceable, tensors.values())):
+            return built(self.spec, tensors, self.scaling)
+        inference = torch.is_inference_mode_enabled()
+        key = (
+            inference,
+            self.scaling,
+            *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()),
+        )
+        if self._cached is None or self._cached[0] != key:
+            # The storages are kept beside their addresses, which cannot be another's meanwhile.
+            held = [tensor.detach() for tensor in tensors.values()]
+            self._cached = (key, held, built(self.spec, tensors, self.scaling))
+        return self._cached[2]
+
+    def factors(self) -> tuple[Factor, ...]:
+        """``M = F_1·F_2·…``, in the order x meets them."""
+        return self.method.factors(self.cores(), self.spec)
+
+    def applied(self) -> tuple[Factor, ...]:
+        """The factors that a forward applies: while training, without the blocks it drops."""
+        return self.method.factors(self._dropped(self.cores()), self.spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x·M``, in autocast's dtype where that is on."""
+        if self.readers is None or torch.compiler.is_compiling():
+            with self._noted():
+                return rotated(x, self.applied())
+        return self.readers.rotate(self, x)
+
+    def _noted(self) -> AbstractContextManager[None]:
+        """Within it, the nodes of an exported graph remember the spec they came from."""
+        return annotated(self._note) if torch.compiler.is_exporting() else nullcontext()
+
+    def _dropped(self, cores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Multiplicative dropout: in training mode some blocks are the identity."""
+        rate = getattr(self.spec, "dropout", 0.0)
+        if not (self.training and rate):
+            return cores
+        return tuple(dropped(core, rate, self.width) for core in cores)
+
+    def turned(self, rows: Tensor) -> Tensor:
+        """``W Mᵀ`` factor by factor, in W's dtype or the core's, whichever is wider.
+
+        Args:
+            rows: W, (out, in).
+        """
+        cores = self._dropped(self.cores())
+        # torch.promote_types would leave a node of its own in an exported graph.
+        rows = rows.to(max(rows.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
+        with self._noted():
+            for factor in reversed(self.method.factors(cores, self.spec)):
+                rows = factor.transposed()(rows)
+        return rows
+
+    def extra_repr(self) -> str:
+        """The width and the fields that differ from the defaults."""
+        fields = ", ".join(f"{k}={v}" for k, v in self.spec.to_json().items() if k != "method")
+        return ", ".join(filter(None, (f"width={self.width}", fields)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotation":
+        self.given = self._cached = None
+        if self.readers is not None:
+            self.readers.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "given": None, "_cached": None}
+
+
+def built(spec: Spec, tensors: Mapping[str, Tensor], scale: float = 1.0) -> tuple[Tensor, ...]:
+    """A method's cores, in full precision under autocast too, which would halve their digits.
+
+    Args:
+        spec: Of the method.
+        tensors: The parameters, of one site or stacked.
+        scale: How far along the rotation, as for [`oftfx.scale`][oftfx.scale].
+    """
+    with exactly(next(iter(tensors.values())).device):
+        return method_of(spec).cores(scaled(tensors, spec, scale), spec)
+
+
+@contextmanager
+def annotated(note: str) -> Iterator[None]:
+    """Within it, the nodes of a trace get a note in their metadata, which graph edits keep."""
+    tracer = (
+        nullcontext() if torch.compiler.is_dynamo_compiling() else traceback.preserve_node_meta()
+    )
+    with tracer, traceback.annotate({NOTE: note}):
+        yield
+
+
+class SharedRotation(Outputs):
+    """Another site's rotation: a reference without names; and what this site's outputs train.
+
+    Args:
+        rotation: What the first site of the group holds.
+        out: How many outputs this site has.
+        device: Where its own parameters live.
+        seed: Seeds their initial values.
+    """
+
+    def __init__(self, rotation: Rotation, out: int, device: torch.device, seed: int) -> None:
+        super().__init__(rotation.spec, out, device, seed)
+        self._held = (rotation,)  # a tuple hides the module from the module tree
+        self.readers: Readers | None = None
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values of its own."""
+        self.reset_outputs()
+
+    @property
+    def rotation(self) -> Rotation:
+        """The rotation that the first site of the group holds."""
+        return self._held[0]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the shared rotation is in use."""
+        return self.rotation.enabled
+
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors of the rotation."""
+        return self.rotation.factors()
+
+    def applied(self) -> tuple[Factor, ...]:
+        """The factors that a forward applies."""
+        return self.rotation.applied()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x·M``."""
+        if self.readers is None or torch.compiler.is_compiling():
+            return self.rotation(x)
+        return self.readers.rotate(self, x)
+
+    def turned(self, rows: Tensor) -> Tensor:
+        """``W Mᵀ``."""
+        return self.rotation.turned(rows)
