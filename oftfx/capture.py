@@ -251,6 +251,7 @@ def _shadow(model: nn.Module, adapted: str | None = None) -> nn.Module:
             twin.add_module(CHILD, copy.deepcopy(module.oft, memo))
             base: Class = type(twin)
             become(twin, rotating(base))
+            vars(twin)["oft_order"] = module.oft_order
     for module in shadow.modules():
         unhook(module)  # its hooks would move `meta` to real devices
     return shadow

@@ -64,6 +64,11 @@ class ExplainedSite:
         """Radians, the largest angle by which the rotation turns a plane: 2·arctan‖Q‖₂."""
         return 2 * math.atan(self.norm)
 
+    @property
+    def run(self) -> str:
+        """The lowering in words, and from how many rows on it is another."""
+        return self.lowering + (f", {self.fold_from} rows fold" if self.fold_from else "")
+
 
 @dataclass(frozen=True)
 class Explanation:

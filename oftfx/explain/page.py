@@ -83,6 +83,11 @@ def _runs(found: Explanation) -> str:
     words = "".join(
         f"<li><b>{name}</b>: {LOWERINGS[name]}</li>" for name in LOWERINGS if name in used
     )
+    if any(site.fold_from for site in found.sites):
+        words += (
+            "<li><b>rows fold</b>: with so many rows of input (tokens of a batch) or more, an "
+            "eager training step folds the rotation into the weight instead</li>"
+        )
     return (
         "<section><h2>How each site is run, and what it takes</h2>"
         f"{_table(header, rows, RIGHT.split())}<ul>{words}</ul></section>"
@@ -138,7 +143,7 @@ def _all(sites: Sequence[ExplainedSite]) -> str:
         (
             site.fqn,
             site.adapter,
-            site.lowering,
+            site.run,
             *(metric.text(metric.value(site)) for metric in METRICS),
             f"{site.num_trainable:,}",
             mebibytes(site.bytes),

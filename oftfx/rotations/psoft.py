@@ -30,7 +30,7 @@ def misfit(spec: Any, width: int) -> str | None:
 def start(spec: PSOFT, width: int, generator: torch.Generator) -> dict[str, Tensor]:
     """The identity, or skew entries of the spec's standard deviation; the vectors are 1."""
     trained = {name: shape for name, shape in shapes(spec, width).items() if name not in FIXED}
-    vectors = {name: torch.zeros(shape) for name, shape in trained.items()}
+    vectors = {name: torch.zeros(shape, device="cpu") for name, shape in trained.items()}
     return vectors | {"theta": oft.around_zero(spec, trained["theta"], generator)}
 
 
