@@ -301,8 +301,8 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
                      all->core[s] + (own.first + block) * b * b, 1, b, b);
     if (all->part) memset(gram, 0, (size_t)(count * own.blocks * square) * sizeof(float));
     for (int64_t row = own.begin; row < own.end; row += TILE) {
-        walk ahead[MOST], out_ahead = after(all, &own, row, all->out[0], all->out[0]);
-        if (!all->part) out_ahead.first.y = after(all, &own, row, all->source[0], NULL).first.x;
+        const float *read = all->part ? all->out[0] : all->source[0]; /* a Gram asks for it else */
+        walk ahead[MOST], out_ahead = after(all, &own, row, all->out[0], read);
         for (int64_t s = 0; s < count; s++)
             ahead[s] = after(all, &own, row, all->x, all->source[s]);
         for (int64_t block = 0; block < own.blocks; block++) {
