@@ -37,8 +37,8 @@ def export(
         bool,
         typer.Option(
             "--adapted",
-            help="pt2, aoti: keep the rotations apart from the weights, bit for bit what was "
-            "trained.",
+            help="pt2, aoti: keep the rotations apart from the weights, which are then not rounded "
+            "again.",
         ),
     ] = False,
     cache: Annotated[
