@@ -66,7 +66,9 @@ class Sketch(ABC):
         """Adds the random directions outside the basis."""
         width = len(self.basis)
         probes = min(PROBES, width - self.columns)
-        more = torch.randn(width, probes, generator=self.generator, dtype=torch.float64)
+        more = torch.randn(
+            width, probes, generator=self.generator, dtype=torch.float64, device="cpu"
+        )
         outside = more.to(self.basis)
         for _ in range(2):  # once more for what rounding left
             outside = outside - self.basis @ (self.basis.mT @ outside)
@@ -203,7 +205,7 @@ class Gradient(Sketch):
 
 def _squares(values: Tensor, rank: int) -> Tensor:
     """The first ``rank`` squared, zeros where there are fewer."""
-    out = torch.zeros(rank, dtype=torch.float64)
+    out = torch.zeros(rank, dtype=torch.float64, device="cpu")
     first = values[:rank].double().square().cpu()
     out[: len(first)] = first
     return out

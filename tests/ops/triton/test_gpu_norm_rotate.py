@@ -75,6 +75,19 @@ def test_values_and_gradients_are_those_of_float64(b, dtype):
             assert torch.equal(value, same)
 
 
+@pytest.mark.parametrize("b", [32, 64])
+def test_gradients_of_one_rotations_readers_are_turned_back_together(b):
+    x, norm, cores = on_gpu("rms", 1, (4096, 3584), b, torch.bfloat16, torch.bfloat16)
+    grads = [torch.randn_like(x) for _ in range(3)]
+    needs = (True, False, True)
+    *found, (core,) = ops.norm_rotate_grad(grads, x, norm, cores, *needs)
+    wide = [grad.double() for grad in grads]
+    *exact, (exact_core,) = ops.norm_rotate_grad(wide, *double((x, norm, cores)), *needs)
+    for value, reference in zip((*found, core), (*exact, exact_core), strict=True):
+        if value.numel():
+            assert error(value, reference) < 0.016
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind):
     given = on_gpu(kind, 2, (33, 64), 32, torch.bfloat16, torch.bfloat16)

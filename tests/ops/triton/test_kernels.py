@@ -45,6 +45,7 @@ from oftfx.ops.triton import (
     divide,
     givens,
     glu_rotate,
+    norm_rotate,
     rotate,
     rotate_group,
 )
@@ -74,6 +75,15 @@ for count in (2, 3):
     check(work.launch, name, *["*fp32"] * 3, *[name] * 3)
     work = rotate_group._work(*sizes, 96, strides, (True, True), cpu)
     check(work.launch, *[name] * 4, *["*fp32"] * 3, name, "*fp32")
+for rotations, readers in ((3, 0), (1, 3)):
+    dtypes = (bf16, bf16, f32, None, f32, bf16, None)
+    problem = norm_rotate.Problem(99, 3, 32, rotations, 96, dtypes, cpu)
+    name, strides = "*bf16", (1024, 1, 32)
+    norm, cores = ["*fp32", "*fp32", "*bf16", "*fp32"], ["*fp32"] * 3
+    work = norm_rotate._work(problem, 0, strides, 0, ())
+    check(work.launch, name, *norm, *cores, *[name] * 3)
+    work = norm_rotate._work(problem, 96, strides, readers, (True, True))
+    check(work.launch, *[name] * 4, *norm, *cores, name, "*fp32", "*fp32")
 for kind, b, dtype, name in (
     (("silu", True), 32, bf16, "*bf16"),
     (("gelu", True), 33, bf16, "*bf16"),

@@ -97,6 +97,18 @@ def test_zero_cores_leave_the_rounded_norm_to_the_last_bit(device):
         assert (out != other).float().mean() < 1e-3  # where a + b·c is one instruction
 
 
+@pytest.mark.parametrize("readers", [2, 3])
+def test_gradients_of_one_rotations_readers_are_turned_back_together(readers, device):
+    grads, (x, norm, cores) = case(readers, 70, 5, 16, device)
+    given = (x, norm, cores[:1])
+    grad_x, grad_mean, grad_rstd, (grad_core,) = kernel.norm_rotate_grad(grads, *given, True, True)
+    exact_x, exact_mean, exact_rstd, _, _, (exact_core,) = exact_grads(grads, given)
+    assert error(grad_x, exact_x) < ROUNDING
+    assert error(grad_mean, exact_mean) < 5e-6
+    assert error(grad_rstd, exact_rstd) < 5e-6
+    assert error(grad_core, exact_core) < ROUNDING
+
+
 @pytest.mark.parametrize(("need_x", "need_cores"), [(True, False), (False, True), (False, False)])
 def test_half_the_gradient_is_the_same_half(need_x, need_cores, device):
     grads, given = case(3, 70, 5, 8, device)
@@ -187,5 +199,9 @@ def test_serves_what_it_says():
     half = torch.zeros(8, dtype=HALF)
     assert fits(grads=[half, half])
     assert not fits(grads=[half, half.float()])
+    assert fits(1, grads=[half] * 3)
+    assert not fits(1, grads=[half] * 4)
+    assert not fits(2, grads=[half] * 3)
+    assert not fits(1, b=128, grads=[half] * 2)
     mixed = [torch.zeros(1, 8, 8), torch.zeros(1, 8, 8, dtype=HALF)]
     assert not kernel.fits(half, mixed, HALF)
