@@ -58,7 +58,7 @@ class Quantiser(Protocol):
 
 
 class Fusing(Protocol):
-    """A [`Provider`][oftfx.sites.Provider] of layers that one op both rotates and multiplies for."""
+    """A [`Provider`][oftfx.sites.Provider] of layers whose rotation and matmul are one op."""
 
     CLASS: str
     DEFERS: bool

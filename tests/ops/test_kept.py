@@ -75,7 +75,7 @@ def test_a_product_that_was_written_to_is_kept_itself():
 
 
 def test_where_a_factor_was_written_to_the_forward_still_runs():
-    a, b, x = gated()
+    _, b, x = gated()
     with torch.no_grad():
         b.detach().mul_(2)
     assert torch.equal(ops.rotate(x, CORE.clone().requires_grad_()), ops.rotate(x.detach(), CORE))
