@@ -154,7 +154,7 @@ def assert_rounded(
         layer = after.get_submodule(site.fqn)
         stored, state = floats(layer), getattr(layer, "quant_state", None)
         given = exact if state is None else exact.to(state.dtype)
-        assert torch.equal(stored, floats(make(as_linear(given)))), site
+        assert torch.equal(stored, floats(make(as_linear(given.cpu())))), site
         rounding, change = stored - exact, exact - was
         relative = float(rounding.norm() / exact.norm())
         assert abs(site.rounding_error - relative) < 1e-3 * relative, site
