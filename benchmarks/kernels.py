@@ -51,7 +51,7 @@ def rotation(tokens: int, width: int, b: int, dtype: torch.dtype) -> dict[str, f
 def group(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
     """Rotations of one bfloat16 tensor, in one op and in one each, gradients added."""
     x, *grads = torch.randn(count + 1, tokens, width, device="cuda").bfloat16().unbind()
-    cores = list(0.1 * torch.randn(count, width // b, b, b, device="cuda").unbind())
+    cores = list((0.1 * torch.randn(count, width // b, b, b, device="cuda")).unbind())
 
     def apart() -> Tensor:
         pairs = zip(grads, cores, strict=True)

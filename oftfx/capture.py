@@ -5,6 +5,7 @@ GraphModule      taken as it is
 ExportedProgram  taken as it is, parameters read off its signature
 """
 
+import contextlib
 import copy
 import re
 import traceback
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, cast
 import optree
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import fake_tensor_tls
 from torch.export import ExportedProgram
 
 from oftfx import inputs as model_inputs
@@ -128,10 +130,25 @@ def _trace(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     # A new code object per capture: Dynamo's cache entry hangs on it and dies with it, instead of
     # counting towards the recompile limit of the model's own forward.
     frame = types.FunctionType(_call.__code__.replace(), _call.__globals__)
-    with torch.enable_grad(), _Recorder(found), warnings.catch_warnings():
+    with torch.enable_grad(), _lists_index(), _Recorder(found), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Dynamo's advice on the user's code, not on planning
         torch.compile(frame, backend=_collect, dynamic=False)(shadow, args, kwargs)
     return found
+
+
+@contextlib.contextmanager
+def _lists_index() -> Iterator[None]:
+    """Lets traced code index with a list, `x[..., [-1], :]`.
+
+    torch makes the list a tensor on x's device, unseen by the fake mode; on `meta`, unlike on a
+    real device, that mode then refuses it (torch 2.11 to 2.13).
+    """
+    before = fake_tensor_tls.allow_non_fake_inputs_override
+    fake_tensor_tls.allow_non_fake_inputs_override = True
+    try:
+        yield
+    finally:
+        fake_tensor_tls.allow_non_fake_inputs_override = before
 
 
 class _Recorder:

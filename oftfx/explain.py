@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -16,8 +17,10 @@ from oftfx.errors import PlanError
 from oftfx.health import Held, health, rotations_of
 from oftfx.host import host_of
 from oftfx.modules import Adapted
+from oftfx.ops.cost import fold_from
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, oft
+from oftfx.sites import linear
 from oftfx.spec import Spec
 from oftfx.table import compact, counted, shape_of, table
 
@@ -43,6 +46,8 @@ class ExplainedSite:
         orthogonality_error: ‖RᵀR − I‖₂, likewise.
         num_trainable: Trainable numbers it holds; 0 when another site holds them.
         bytes: Of its parameters.
+        fold_from: From so many rows of its input on, the tokens of a batch, an eager training step
+            folds its weight instead; None where it never does.
     """
 
     fqn: str
@@ -56,6 +61,7 @@ class ExplainedSite:
     orthogonality_error: float
     num_trainable: int
     bytes: int
+    fold_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Explanation:
         alike: dict[tuple[str, ...], list[ExplainedSite]] = {}
         for site in self.sites:
             row = (shape_of(site.fqn), site.adapter, site.kind, _size(site), site.method)
-            alike.setdefault((*row, site.lowering, f"{site.num_trainable:,}"), []).append(site)
+            alike.setdefault((*row, _run(site), f"{site.num_trainable:,}"), []).append(site)
         adapters = {site.adapter for site in self.sites}
         rows = [
             (
@@ -175,6 +181,7 @@ def _explained(
             *turned[site.rotation],
             site.num_trainable,
             0 if site.shared else _bytes(held[site.fqn]),
+            _fold_from(model, adapter, site),
         )
 
 
@@ -191,6 +198,18 @@ def _lowering(site: Site, spec: Spec, rotations: int) -> str:
     return "grouped" if rotations > 1 and method_of(spec) is oft else "rotate"
 
 
+def _fold_from(model: nn.Module | ExportedProgram, adapter: str, site: Site) -> int | None:
+    if isinstance(model, (fx.GraphModule, ExportedProgram)) or site.kind != linear.KIND:
+        return None
+    layer: Any = model.get_submodule(site.weight.rpartition(".")[0])
+    turn = layer.oft[adapter]
+    outs = (turn.out,) if turn.readers is None else turn.readers.outs
+    block = getattr(turn, "rotation", turn).block
+    if block is None or turn.outputs or len(layer.oft) > 1:
+        return None
+    return fold_from(outs, block, layer.weight.dtype, layer.weight.device)
+
+
 def _bytes(held: Held) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in held.tensors.values())
 
@@ -204,6 +223,10 @@ def _compiled(model: nn.Module | ExportedProgram, whole: bool) -> int:
 
 def _counts() -> dict[str, int]:
     return dict(torch._dynamo.utils.counters["oftfx"])
+
+
+def _run(site: ExplainedSite) -> str:
+    return site.lowering + (f", {site.fold_from} rows fold" if site.fold_from else "")
 
 
 def _size(site: ExplainedSite) -> str:

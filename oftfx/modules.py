@@ -264,9 +264,9 @@ def rotating(base: Class) -> type[nn.Module]:
     layers = fusing(base)
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if layers is not None and (output := _fused(self, layers, input)) is not None:
-            return output
         used = [rotation for rotation in self.oft.values() if rotation.enabled]
+        if layers is not None and (output := _fused(self, layers, used, input)) is not None:
+            return output
         for rotation in used:
             input = rotation(input)
         output = base.forward(self, input, *args, **kwargs)
@@ -280,20 +280,17 @@ def rotating(base: Class) -> type[nn.Module]:
     return type(name, (Adapted, base), {**body, "__doc__": base.__doc__})
 
 
-def _fused(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
+def _fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | None:
     """A layer's output where it turns its weight instead of x, in a training step; else None."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    turns = [rotation for rotation in module.oft.values() if rotation.enabled]
     if len(turns) != 1 or not isinstance(turn := turns[0], Rotation | SharedRotation):
         return None  # a calibration's probe wants to see x
     rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
     readers = turn.readers
-    together = [rotation] if readers is None else readers.turns
-    if turn.outputs or any(each.block is None for each in together):
+    if turn.outputs or rotation.block is None or not (readers is None or readers.blocks):
         return None
-    readings = [turn] if readers is None else readers.rotations
-    outs = [each.out for each in readings] if len(readings) == len(together) else ()
+    outs = (turn.out,) if readers is None else readers.outs
     if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block, outs):
         return None
     if readers is not None and layers.DEFERS:

@@ -55,11 +55,18 @@ class Readers:
 
     Args:
         rotations: By reader; one that several share, or one each.
+
+    Attributes:
+        blocks: Whether each turns blocks.
+        outs: How many outputs each reader has; none where they share a rotation.
     """
 
     def __init__(self, rotations: dict[Any, Turns]) -> None:
         self.rotations = rotations
         self.turns = list(dict.fromkeys(rotations.values()))
+        self.blocks = all(turn.block is not None for turn in self.turns)
+        own = len(self.turns) == len(rotations)
+        self.outs = tuple(reader.out for reader in rotations) if own else ()
         self.useful = True
         self._kept: Kept | None = None
 

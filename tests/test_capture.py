@@ -241,6 +241,16 @@ def test_modules_that_hold_loose_tensors_can_be_traced():
     assert model.more[0].device.type == "cpu"
 
 
+def test_code_that_indexes_with_a_list_can_be_traced():
+    """As transformers' Falcon does."""
+
+    class Last(Block):
+        def forward(self, x):
+            return super().forward(x)[..., [-1]]
+
+    assert len(oftfx.plan(Last(), SPEC, torch.randn(2, 8)).sites) == 3
+
+
 def test_tensors_made_on_the_default_device_can_be_traced():
     class Makes(nn.Module):
         def __init__(self):

@@ -7,9 +7,11 @@ import torch
 
 import oftfx
 from oftfx import HRA, OFT, PlanError
+from oftfx.ops.cost import fold_from
 from tests.small import Attention, Functional, llama, rows, small, tokens
 
 SPEC = OFT(block_size=4, init_std=0.2)
+CPU = torch.device("cpu")
 
 
 def explained(model, spec=SPEC, inputs=None):
@@ -41,6 +43,16 @@ def test_methods_of_other_maps_rotate_each_for_itself():
 
 def test_weights_used_without_a_layer_are_folded_on_the_fly():
     assert set(lowerings(explained(Functional())).values()) == {"folded on the fly"}
+
+
+def test_it_says_from_how_many_rows_on_a_weight_is_folded():
+    """The readers of one tensor together; blocks too narrow for the kernels never."""
+    found = explained(Attention(32), OFT(block_size=16), rows(torch.float32, 32))
+    rule = {site.fqn: site.fold_from for site in found.sites}
+    one, three = (fold_from(outs, 16, torch.float32, CPU) for outs in ((32,), (32,) * 3))
+    assert rule == {"q": three, "k": three, "v": three, "out": one}
+    assert one is None or f"rotate, {one} rows fold" in str(found)
+    assert {site.fold_from for site in explained(Attention()).sites} == {None}
 
 
 def test_norms_and_errors_are_those_of_its_health():

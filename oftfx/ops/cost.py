@@ -1,32 +1,34 @@
 """Rotate x, or fold the weight: which of the two costs less.
 
-In products of a row by every block of a core, 2·b operations a column of x: rotating takes
-three for each of x's T rows (x, its gradient, the core's), folding one for each of W's ``out`` rows
-and one for each of x's (the core's gradient), besides a division of each block's gradient by
-the block, which costs about as much as 2·b rows do.
+In products of a row by every block of a core, 2·b operations a column of x: rotating takes three
+for each of x's T rows (x, its gradient, the core's), folding one for each of W's ``out`` rows and
+one for each of x's (the core's gradient). By arithmetic alone folding would win from T = out/2 on.
+But a rotated x is in the cache when it is multiplied; a folded weight is written to memory, kept
+until the backward and read twice: on a CPU both were measured to cost the same between T = out
+and T = 1.5·out, so
 
-    rotate   3·T
-    fold     out + T + 2·b                          so fold from  T = out/2 + b  on
+    fold from  T = 2·out  on.
 
-That is where arithmetic decides, on a CPU. A GPU waits for bytes, and there one kernel rotates for
-all readers of x and adds their gradients up besides, while a folded weight takes memory until
-the backward: float weights are folded by passes and by merging only.
+A GPU waits for bytes: there one kernel rotates for all readers of x and adds their gradients up
+besides, and what is folded would take as much memory as the whole model does. Float weights are not
+folded there, unless that is asked for.
 """
 
+import functools
 import os
-from collections.abc import Sequence
 
 import torch
 
 from oftfx.ops.kernels import kernels
 
 
+@functools.cache
 def fold_from(
-    outs: Sequence[int], block: int, dtype: torch.dtype, device: torch.device
+    outs: tuple[int, ...], block: int, dtype: torch.dtype, device: torch.device
 ) -> int | None:
     """The number of rows from which a layer's float weight is folded in a training step.
 
-    ``OFTFX_FOLD=0`` in the environment folds none, ``OFTFX_FOLD=1`` all that an op can fold.
+    ``OFTFX_FOLD=0`` in the environment folds none, ``OFTFX_FOLD=1`` all that the op takes.
 
     Args:
         outs: How many outputs the layers have that read one x, each with a rotation of its own:
@@ -47,7 +49,7 @@ def fold_from(
     fast = kernels("fold", device) if device.type == "cpu" else None
     if fast is None or not fast.fits(dtype, block):
         return None
-    return -(-sum(outs) // (2 * len(outs))) + block
+    return 2 * sum(outs) // len(outs)
 
 
 def folds_packed(rows: int, out: int, device: torch.device) -> bool:

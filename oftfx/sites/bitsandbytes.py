@@ -3,7 +3,6 @@
 import copy
 import functools
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,7 +107,7 @@ class Linear4bit(_Layer):
         module._parameters["weight"], module.quant_state = parameter, new
 
     def fuses(
-        self, module: Any, x: Tensor, dtype: torch.dtype, block: int | None, outs: Sequence[int]
+        self, module: Any, x: Tensor, dtype: torch.dtype, block: int | None, outs: tuple[int, ...]
     ) -> bool:
         """Where a kernel turns the weight while it dequantises it, as the layer does anyway.
 

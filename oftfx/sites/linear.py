@@ -1,6 +1,5 @@
 """`torch.nn.Linear`: weight stored (out, in)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def owns(module: nn.Module) -> bool:
 
 
 def fuses(
-    module: Any, x: Tensor, dtype: torch.dtype, block: int | None, outs: Sequence[int]
+    module: Any, x: Tensor, dtype: torch.dtype, block: int | None, outs: tuple[int, ...]
 ) -> bool:
     """Whether its weight can be folded, and that costs less than rotating so many rows."""
     least = None if block is None else fold_from(outs, block, dtype, x.device)

@@ -1,6 +1,5 @@
 """What is the same for every library of quantised layers."""
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -58,7 +57,11 @@ class Quantiser(Protocol):
 
 
 class Fusing(Protocol):
+<<<<<<< HEAD
     """A [`Provider`][oftfx.sites.Provider] of layers whose rotation and matmul are one op."""
+=======
+    """A [`Provider`][oftfx.sites.Provider] of layers whose matmul can rotate as well, in one op."""
+>>>>>>> 3c32dc87df5141375fbb76b78471266b92f65a64
 
     CLASS: str
     DEFERS: bool
@@ -70,7 +73,7 @@ class Fusing(Protocol):
         x: Tensor,
         dtype: torch.dtype,
         block: int | None,
-        outs: Sequence[int],
+        outs: tuple[int, ...],
     ) -> bool:
         """Whether that costs less than rotating x first, and gives the layer's bits where C = 0.
 

@@ -48,6 +48,34 @@ def check(x, cores, grads):
     torch.testing.assert_close(doubles(grad_cores), expected_cores, rtol=1e-5, atol=1e-4)
 
 
+def check_fold(weight, core, grad):
+    """Folding has the bits of a rotation by the transposed core; and its gradient, float64's."""
+    assert torch.equal(fold.folded(weight, core), rotate.rotate(weight, core.mT))
+    gram = ops.block_gram(weight.double(), grad.double(), core.double())
+    turn = torch.eye(core.shape[-1], dtype=torch.float64) + core.double()
+    expected = gram @ torch.linalg.inv(turn).mT
+    got = fold.core_grad(grad, weight, core).double()
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+@needs_a_compiler
+@given(
+    rows=st.integers(1, 130), n=st.integers(1, 5), b=st.integers(2, 49), seed=st.integers(0, 2**16)
+)
+def test_folds_of_any_size(rows, n, b, seed):
+    torch.manual_seed(seed)
+    weight, (core,), (grad,) = case(rows, n, b)
+    check_fold(weight, core / b**0.5, grad)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(("rows", "n", "b"), [(1100, 2, 32), (300, 1, 256)])
+def test_large_folds(rows, n, b):
+    """Rows that are cut into runs, and the widest block."""
+    weight, (core,), (grad,) = case(rows, n, b)
+    check_fold(weight, core / b**0.5, grad)
+
+
 @needs_a_compiler
 @given(
     rows=st.integers(0, 130),
