@@ -57,11 +57,7 @@ class Quantiser(Protocol):
 
 
 class Fusing(Protocol):
-<<<<<<< HEAD
-    """A [`Provider`][oftfx.sites.Provider] of layers whose rotation and matmul are one op."""
-=======
     """A [`Provider`][oftfx.sites.Provider] of layers whose matmul can rotate as well, in one op."""
->>>>>>> 3c32dc87df5141375fbb76b78471266b92f65a64
 
     CLASS: str
     DEFERS: bool
