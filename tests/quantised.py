@@ -7,7 +7,9 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from oftfx import sites
+from oftfx import MergeReport, sites
+from oftfx.ops.packed import scales
+from oftfx.sites.bitsandbytes import packed_of
 from tests.small import llama
 
 
@@ -105,40 +107,90 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
         assert torch.equal(one, other), key
 
 
-def noise_of(make: Callable[[nn.Linear], nn.Module]) -> float:
-    """What a format's rounding does to Gaussian weights, relative: it does no more to rotated ones.
+def as_linear(weight: Tensor) -> nn.Linear:
+    """A float layer of this weight."""
+    linear = nn.Linear(*weight.shape[::-1], bias=False, device=weight.device)
+    linear.weight.data = weight.clone()
+    return linear
 
-    From 256 × 256 numbers, so known to better than 1 %.
-    """
-    torch.manual_seed(0)
-    linear = nn.Linear(256, 256, bias=False)
-    nn.init.normal_(linear.weight)
-    layer = make(copy.deepcopy(linear))
+
+def floats(layer: nn.Module) -> Tensor:
+    """What a quantised layer's weight stands for, float32."""
     quantiser = sites.quantiser_of(layer)
     assert quantiser is not None
-    error = quantiser.dequantise(layer) - linear.weight.detach()
-    return float(error.norm() / linear.weight.norm())
+    return quantiser.dequantise(layer).detach()
 
 
-def assert_rounded_at_random(report, exact: nn.Module, before: nn.Module, noise: float) -> None:
-    """That requantising did to each site's folded weight what rounding does, and nothing more.
+def assert_rounded(
+    report: MergeReport,
+    after: nn.Module,
+    folded: nn.Module,
+    before: nn.Module,
+    make: Callable[[nn.Linear], nn.Module],
+) -> None:
+    """That requantising stored what quantising the folded weight anew does, and reports it.
 
-    Let F be the folded weight, W the one before and E = V − F what rounding did. Where F − W is
-    wide against the steps between numbers, E does not know of it, but that rounding pulls F towards
-    W's norm by some ‖E‖²/‖F‖². So with N numbers ``survived = 1 + ⟨E, F − W⟩/‖F − W‖²`` has a
-    standard deviation of ‖E‖/(√N·‖F − W‖); five of them are allowed.
+    Let F be the folded weight, W the one before, V the stored one and E = V − F what rounding did.
+    The errors are by definition, so equal to those found here but for float32's digits: E's norm is
+    that of the difference of two float32 weights, and has the fewest.
+
+    The output's error is ‖x·Eᵀ‖/‖x·Fᵀ‖ for 16 normal x, and so the weight's on average; five
+    standard deviations, as `spread` gives them, are allowed above and below the line.
+
+    What survived is 1 + ⟨E, F − W⟩/‖F − W‖². Where F − W is wide against the steps between numbers,
+    E does not know of it, but that rounding pulls F towards W's norm by some ‖E‖²/‖F‖². The
+    product of N numbers that do not know of each other has a standard deviation of
+    ‖E‖·‖F − W‖/√N; five of them are allowed.
 
     Args:
         report: Of merging with ``requantize=True``.
-        exact: The same model, folded to floats.
+        after: The model that gave.
+        folded: The same model, folded to float32.
         before: The base, dequantised.
-        noise: The format's, as `noise_of` gives it.
+        make: Quantises a layer, as the base's were.
     """
     for site in report.sites:
-        folded, was = (m.get_submodule(site.fqn).weight.double() for m in (exact, before))
-        # A weight of a few thousand numbers strays from the noise of many by some percent.
-        assert site.rounding_error < 1.15 * noise, site
-        assert site.output_error < 1.5 * noise, site
-        change = float((folded - was).norm() / folded.norm())
-        deviation = site.rounding_error / (change * folded.numel() ** 0.5)
-        assert abs(site.survived - 1) < 5 * deviation + site.rounding_error**2, (site, deviation)
+        exact, was = (m.get_submodule(site.fqn).weight.detach() for m in (folded, before))
+        layer = after.get_submodule(site.fqn)
+        stored, state = floats(layer), getattr(layer, "quant_state", None)
+        given = exact if state is None else exact.to(state.dtype)
+        assert torch.equal(stored, floats(make(as_linear(given.cpu())))), site
+        rounding, change = stored - exact, exact - was
+        relative = float(rounding.norm() / exact.norm())
+        assert abs(site.rounding_error - relative) < 1e-3 * relative, site
+        above, below = 5 * spread(rounding), 5 * spread(exact)
+        assert (1 - above) / (1 + below) < (site.output_error / relative) ** 2, site
+        assert (site.output_error / relative) ** 2 < (1 + above) / (1 - below), site
+        deviation = float(rounding.norm() / change.norm()) / exact.numel() ** 0.5
+        assert abs(site.survived - 1) < 5 * deviation + relative**2, (site, deviation)
+
+
+def spread(weight: Tensor) -> float:
+    """Relative standard deviation of ‖x·Wᵀ‖² for 16 normal x: terms of variance 2‖WᵀW‖²."""
+    return float((weight.mT @ weight).norm() / weight.square().sum()) * (2 / 16) ** 0.5
+
+
+def most_rounding(layer: nn.Module, exact: Tensor) -> Tensor:
+    """How far a number may be from the one that was quantised, at most; (out, in).
+
+    4 bits: a number is a level, in [−1, 1], of its block's largest absolute value s. The nearest
+    level is half the widest gap between levels away at most, and what s lost when it was quantised
+    itself counts once at most. 8 bits: levels are 1/127 of the row's largest absolute value apart;
+    the numbers, and with them the row's largest, come in float16.
+    """
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        largest = exact.abs().amax(1, keepdim=True)
+        return (largest * (1 / 254 + 2 * 2**-11)).expand_as(exact)
+    packed = packed_of(layer.weight.data, layer.weight.quant_state)
+    largest = exact.reshape(-1, packed.block_size).abs().amax(1)
+    lost = (scales(packed) - largest).abs()
+    if packed.nested_absmax is not None:
+        width = packed.nested_block_size
+        steps = packed.nested_absmax.repeat_interleave(width)[: len(lost)]
+        assert (lost <= widest_gap(packed.nested_code) / 2 * steps * (1 + 1e-5)).all()
+    most = widest_gap(packed.code) / 2 * largest + lost
+    return most.repeat_interleave(packed.block_size).view(exact.shape)
+
+
+def widest_gap(levels: Tensor) -> float:
+    return float(levels.sort().values.diff().max())

@@ -50,7 +50,7 @@ class Operands(NamedTuple):
         )
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W, (out, in)."""
+        """W, (out, in), as the library reads it, which on CPUs has its own way with some blocks."""
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.B, self.scales(), self.blocksize, self.quant_type, list(self.shapeB), dtype
         )

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oftfx import ops
+from oftfx.ops import packed
 from oftfx.ops.kernels import kernels
-from oftfx.ops.native import build, cayley, fold, rotate, rotate_group
+from oftfx.ops.native import build, cayley, dequantise, fold, rotate, rotate_group
 from oftfx.ops.native.binding import library
 from oftfx.rotations import cayley as maths
+from tests.packed import random_packed
 
 CPU = torch.device("cpu")
 load = library.__wrapped__  # without its cache
@@ -99,6 +101,41 @@ def test_wide_blocks(b, rows):
 @pytest.mark.parametrize(("rows", "n", "b"), [(1030, 1, 32), (600, 3, 16), (2000, 40, 17)])
 def test_many_rows_are_cut_into_runs(rows, n, b):
     check(*case(rows, n, b, 2))
+
+
+@needs_a_compiler
+@given(
+    out=st.integers(1, 70),
+    n=st.integers(1, 5),
+    b=st.sampled_from([16, 32, 48, 256]),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    block_size=st.sampled_from([32, 64, 4096]),
+    double=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_4_bit_weights_of_any_size(out, n, b, quant_type, block_size, double, seed):
+    """Also of those that `fits` leaves to PyTorch, for bitsandbytes' sake alone."""
+    torch.manual_seed(seed)
+    weight = random_packed(out, n * b, quant_type, block_size, double)
+    core = 0.2 * torch.randn(n, b, b)
+    exact = packed.dequantised(weight, torch.float32)
+    assert torch.equal(dequantise.dequantised(weight, torch.float32), exact)
+    folded = dequantise.folded(weight, core, torch.float32)
+    assert torch.equal(folded, fold.folded(exact, core))
+    assert torch.equal(dequantise.folded(weight, 0 * core, torch.float32), exact)
+
+
+@needs_a_compiler
+def test_a_4_bit_weight_gives_the_same_bits_on_any_number_of_threads():
+    weight, core = random_packed(600, 96, double=True), 0.2 * torch.randn(3, 32, 32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(dequantise.folded(weight, core, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @needs_a_compiler

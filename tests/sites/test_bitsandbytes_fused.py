@@ -1,6 +1,7 @@
 """4-bit layers that turn their weight while they dequantise it, instead of their input.
 
-On a GPU they do so of themselves; here the ops are the same, and their kernels plain PyTorch.
+On a GPU they do so of themselves, on a CPU in float32 with wide blocks; here nearly all tests make
+them, with narrow ones, so that the ops are the same and their kernels plain PyTorch.
 """
 
 import copy
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import oftfx
 from oftfx import OFT, testing
+from oftfx.ops.native.binding import library
 from oftfx.sites.bitsandbytes import Linear4bit
 from tests.quantised import linear4bit, quantised, quantised_llama
 from tests.small import rows, tokens
@@ -20,18 +22,24 @@ SPEC = OFT(block_size=8, init_std=0.1)
 
 
 @pytest.fixture
-def fused(monkeypatch) -> list[bool]:
-    """For each layer that turned its weight, whether in company; all layers do."""
+def counted(monkeypatch) -> list[bool]:
+    """For each layer that an op rotated and multiplied for, whether in company."""
     calls: list[bool] = []
     real = Linear4bit.rotated_linear
 
-    def counted(self, module, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
+    def run(self, module, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
         calls.append(deferred)
         return real(self, module, x, core, deferred)
 
-    monkeypatch.setattr(Linear4bit, "rotated_linear", counted)
-    monkeypatch.setattr(Linear4bit, "fuses", lambda *_: True)
+    monkeypatch.setattr(Linear4bit, "rotated_linear", run)
     return calls
+
+
+@pytest.fixture
+def fused(counted, monkeypatch) -> list[bool]:
+    """The same where all layers do."""
+    monkeypatch.setattr(Linear4bit, "fuses", lambda *_: True)
+    return counted
 
 
 def chain(make: Callable[..., nn.Module] = linear4bit) -> nn.Module:
@@ -165,3 +173,30 @@ def test_without_gradients_and_compiled_the_input_is_turned(fused, fresh_compile
         model(x)
     torch.compile(model, backend="eager", fullgraph=True)(x)
     assert not fused
+
+
+needs_a_compiler = pytest.mark.skipif(library() is None, reason="no C compiler")
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("rows", [4, 128])
+def test_on_a_cpu_they_do_where_it_is_cheaper(rows, counted, monkeypatch):
+    """Alone always, as the op has the choice; in company where x is longer than they are wide."""
+    given = tokens(2, rows // 2)
+    testing.assert_identity_at_init(quantised_llama(linear4bit), OFT(block_size=16), given)
+    model = oftfx.adapt(quantised_llama(linear4bit), OFT(block_size=16, init_std=0.1)).train()
+    counted.clear()
+    got = testing.gradients(model, given)
+    assert (counted.count(False), counted.count(True)) == (2 * 2, 2 * 5 * (rows == 128))
+    for name, expected in testing.gradients(rotating(model, monkeypatch), given).items():
+        testing.assert_close(got[name], expected, name)
+
+
+@needs_a_compiler
+def test_on_a_cpu_layers_that_share_a_rotation_and_16_bits_turn_the_input(counted):
+    spec = OFT(block_size=16, init_std=0.1, share_inputs=True)
+    testing.gradients(oftfx.adapt(quantised_llama(linear4bit), spec).train(), tokens(2, 64))
+    assert counted == [False] * 4  # o and down, which share theirs with none
+    model = oftfx.adapt(chain(), OFT(block_size=16), capture="modules")
+    model(rows(torch.bfloat16, 64))
+    assert len(counted) == 4

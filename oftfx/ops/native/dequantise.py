@@ -11,6 +11,8 @@ from oftfx.ops.packed import Packed
 def fits(weight: Packed, block: int | None, dtype: torch.dtype) -> bool:
     """Whether the kernels take these: to float32, and blocks of a width that pays.
 
+    Scales must not go on from row to row: on CPUs bitsandbytes reads such weights otherwise.
+
     Args:
         weight: The weight.
         block: Width of the rotation's blocks; None for none.
@@ -20,8 +22,8 @@ def fits(weight: Packed, block: int | None, dtype: torch.dtype) -> bool:
     return (
         dtype == torch.float32
         and weight.absmax.dtype == stored
+        and weight.shape[1] % weight.block_size == 0
         and weight.block_size % 2 == 0
-        and weight.shape[1] % 2 == 0
         and (block is None or (block % STEP == 0 and block <= LARGEST))
     )
 

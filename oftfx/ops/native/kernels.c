@@ -559,9 +559,8 @@ static void dequantise_fold_task(const job *all, int64_t index, float *scratch) 
     }
 }
 
-/* out = W, (rows, n·b), or W·blockdiag(I + core)ᵀ where core is not null; b then a multiple of the
- * vectors' length, and n·b even in either case. The scales are bytes where nested_absmax is not
- * null. */
+/* out = W, (rows, n·b), or W·blockdiag(I + core)ᵀ where core is not null; b then a multiple of 16,
+ * and n·b even in either case. The scales are bytes where nested_absmax is not null. */
 int oftfx_dequantise(const uint8_t *data, const void *absmax, const float *code,
                      const float *nested_absmax, const float *nested_code, const float *offset,
                      const float *core, float *out, int64_t block_size, int64_t nested_block_size,
