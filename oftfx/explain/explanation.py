@@ -55,11 +55,6 @@ class ExplainedSite:
     fold_from: int | None = None
 
     @property
-    def run(self) -> str:
-        """Its lowering, and from where on it is another."""
-        return self.lowering + (f", {self.fold_from} rows fold" if self.fold_from else "")
-
-    @property
     def angle(self) -> float:
         """Radians, the largest angle by which the rotation turns a plane: 2·arctan‖Q‖₂."""
         return 2 * math.atan(self.norm)
