@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from oftfx.ops.glu_rotate import GLU_ROTATE, served
-from oftfx.passes.effects import barrier
+from oftfx.passes.effects import epochs
 from oftfx.passes.group import ROTATE
 from oftfx.passes.pattern import Capture, Cast, OneOf, call, match, value_of
 
@@ -51,16 +51,12 @@ class _Product(NamedTuple):
 
 def fuse_glu(graph: fx.GraphModule) -> int:
     """Fuses the rotations of gated products with them; returns how many."""
-    epochs: dict[fx.Node, int] = {}
-    epoch = 0
-    for node in graph.graph.nodes:
-        epoch += barrier(node)
-        epochs[node] = epoch
+    epoch = epochs(graph.graph)
     fused = 0
     for node in graph.graph.find_nodes(op="call_function", target=ROTATE):
         found = _product(node)
         # The op reads gate and up where the rotation was.
-        if found is None or len({epochs[one] for one in (*found.nodes, node)}) > 1:
+        if found is None or len({epoch[one] for one in (*found.nodes, node)}) > 1:
             continue
         if any(not {*found.nodes, node}.issuperset(one.users) for one in found.nodes):
             continue

@@ -279,8 +279,11 @@ def _backward(
                 y *= w
             if SHIFTED:
                 y += s
-            y = tl.trans(y.to(dtype))
-            found_0 = tl.dot(y, g_0, found_0, input_precision=PRECISION)
+            if WIDE > 64:  # the other way around, x would miss Triton's pipeline: see `beside`
+                found_0 = tl.dot(tl.trans(g_0), y.to(dtype), found_0, input_precision=PRECISION)
+            else:
+                y = tl.trans(y.to(dtype))
+                found_0 = tl.dot(y, g_0, found_0, input_precision=PRECISION)
             if COUNT > 1:
                 if SAME:
                     found_0 = tl.dot(y, g_1, found_0, input_precision=PRECISION)
@@ -293,6 +296,8 @@ def _backward(
                     found_2 = tl.dot(y, g_2, found_2, input_precision=PRECISION)
 
     if GRAM:
+        if WIDE > 64:
+            found_0 = tl.trans(found_0)
         count: tl.constexpr = 1 if SAME else COUNT
         entries = n.to(tl.int64) * (B * B)
         gram += split * count * entries + first.to(tl.int64) * (B * B)

@@ -109,8 +109,9 @@ def load_rows(
 @triton.jit
 def beside(x: tl.tensor, other: tl.tensor) -> tl.tensor:
     """Brings x, float32, into the registers where ``other``, what a product gave, has its own."""
-    if COMPILED:
-        # Left to choose, Triton computes what it needs in two places twice.
+    # Left to choose, Triton computes what it needs in two places twice. Of more columns than four
+    # warps multiply, it does so anyway, and has fewer registers for it.
+    if COMPILED and x.shape[1] <= 64:
         x = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=f,f,f", [x, other], dtype=tl.float32, is_pure=True, pack=1
         )
