@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from uuid import uuid4
 
 import pytest
 import torch
@@ -131,6 +132,6 @@ def test_the_caches_forget_what_another_version_of_the_ops_compiled(monkeypatch)
         assert counters["aot_autograd"]["autograd_cache_hit"] == 1
         torch._dynamo.reset()
         counters.clear()
-        monkeypatch.setattr("oftfx.backend._source", lambda: "another")
+        monkeypatch.setattr("oftfx.backend._source", lambda: uuid4().hex)  # no earlier run's
         oftfx.compile(model)(x)
         assert counters["aot_autograd"]["autograd_cache_miss"] == 1

@@ -94,7 +94,10 @@ def random(width: int, rank: int, generator: torch.Generator) -> Tensor:
 def coordinate(width: int, rank: int, generator: torch.Generator) -> Tensor:
     """Distinct random coordinates, (r, d), float64, on the CPU."""
     support = torch.zeros(rank, width, dtype=torch.float64, device="cpu")
-    support[torch.arange(rank), torch.randperm(width, generator=generator, device="cpu")[:rank]] = 1
+    support[
+        torch.arange(rank, device="cpu"),
+        torch.randperm(width, generator=generator, device="cpu")[:rank],
+    ] = 1
     return support
 
 

@@ -50,7 +50,7 @@ def check(x, cores, grads):
 
 def check_fold(weight, core, grad):
     """Folding has the bits of a rotation by the transposed core; and its gradient, float64's."""
-    assert torch.equal(fold.folded(weight, core), rotate.rotate(weight, core.mT))
+    assert torch.equal(fold.folded(weight, core), rotate.rotate(weight, core.mT, 1))
     gram = ops.block_gram(weight.double(), grad.double(), core.double())
     turn = torch.eye(core.shape[-1], dtype=torch.float64) + core.double()
     expected = gram @ torch.linalg.inv(turn).mT
@@ -252,8 +252,8 @@ def test_strided_operands_cores_of_other_dtypes_and_one_core_for_all():
 @needs_a_compiler
 def test_the_ops_run_them():
     x, (core,), (grad,) = case(20, 2, 32)
-    assert torch.equal(ops.rotate(x, core), rotate.rotate(x, core))
-    expected = rotate.rotate_grad(grad, x, core, True, False)
+    assert torch.equal(ops.rotate(x, core), rotate.rotate(x, core, 1))
+    expected = rotate.rotate_grad(grad, x, core, True, False, 1)
     assert all(map(torch.equal, ops.rotate_grad(grad, x, core, True, False), expected))
     theta = torch.randn(2, 496) / 64
     assert torch.equal(ops.cayley(theta, 32, 4), cayley.cayley(theta, 32, 4))
@@ -262,11 +262,14 @@ def test_the_ops_run_them():
 @needs_a_compiler
 def test_pytorch_keeps_other_dtypes_exact_cores_and_widths_that_fill_no_vector():
     assert kernels("rotate", CPU) is rotate
-    assert rotate.fits(torch.ones(2, 64), torch.ones(2, 32, 32))
+    assert rotate.fits(torch.ones(2, 64), torch.ones(2, 32, 32), 1)
+    assert not rotate.fits(torch.ones(2, 64), torch.ones(2, 32, 32), 2)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert not rotate.fits(torch.ones(2, 64, dtype=dtype), torch.ones(2, 32, 32, dtype=dtype))
+        assert not rotate.fits(
+            torch.ones(2, 64, dtype=dtype), torch.ones(2, 32, 32, dtype=dtype), 1
+        )
         assert not cayley.fits(torch.ones(2, 496, dtype=dtype), 32, 4)
-    assert not rotate.fits(torch.ones(2, 66), torch.ones(2, 33, 33))
+    assert not rotate.fits(torch.ones(2, 66), torch.ones(2, 33, 33), 1)
     assert not cayley.fits(torch.ones(2, 496), 32, None)
 
 
