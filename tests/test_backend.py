@@ -99,6 +99,7 @@ print(json.dumps({name: counters[name] for name in ("aot_autograd", "inductor", 
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     runs = [

@@ -75,7 +75,10 @@ def test_opcheck(name, transposed):
     torch.library.opcheck(GIVENS, (x.requires_grad_(), core.requires_grad_(), transposed))
 
 
-@pytest.mark.parametrize("name", ["power of two", "odd", "no rows", "1-D"])
+@pytest.mark.parametrize(
+    "name",
+    ["odd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("power of two", "no rows", "1-D"))],
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_the_gradient(name, transposed):
     x, core = case(name)

@@ -25,7 +25,16 @@ CASES = {
 every_case = pytest.mark.parametrize(("op", "make"), CASES.values(), ids=CASES)
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("op", "make"),
+    [
+        pytest.param(
+            *CASES[name], marks=[] if name in ("reflections", "norm") else pytest.mark.slow
+        )
+        for name in CASES
+    ],
+    ids=CASES,
+)
 def test_opcheck(op, make):
     torch.manual_seed(0)
     torch.library.opcheck(op, (make().requires_grad_(),))

@@ -385,6 +385,7 @@ def kept(model, **options) -> int:
     return len({t.untyped_storage().data_ptr() for t in tensors if t.numel() == embedded.numel()})
 
 
+@pytest.mark.slow
 def test_keeps_neither_the_norm_nor_what_it_was_turned_to():
     base = kept(llama().requires_grad_(False))
     model = oftfx.adapt(llama(), SPEC)
