@@ -14,10 +14,13 @@ from torch.export import ExportedProgram
 
 from oftfx.host import host_of
 from oftfx.insert import erase_operands, inserted, values_of
-from oftfx.ops import factor
+from oftfx.ops.factor import SCALE
+from oftfx.ops.givens import GIVENS
 from oftfx.ops.givens import of_aten as givens
+from oftfx.ops.rotate import ROTATE
 from oftfx.ops.rotate import of_aten as rotate
 from oftfx.ops.scale import of_aten as scale
+from oftfx.ops.subspace import SUBSPACE
 from oftfx.ops.subspace import of_aten as subspace
 
 
@@ -50,4 +53,5 @@ def lower(program: ExportedProgram) -> ExportedProgram:
     return lowered.run_decompositions({})  # runs the functions, and writes down what they run
 
 
-ATEN = dict(zip((*factor.MAPS, factor.SCALE), (givens, rotate, subspace, scale), strict=True))
+ATEN = {GIVENS: givens, ROTATE: rotate, SUBSPACE: subspace, SCALE: scale}
+"""Each op that maps x, or outputs, and the function of PyTorch's own ops that it stands for."""

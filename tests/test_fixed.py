@@ -1,4 +1,4 @@
-"""The tensors that are made once: of weights of every kind, one at a time, counted by a bar."""
+"""The tensors that are made once: one weight at a time, counted by a bar."""
 
 import weakref
 
