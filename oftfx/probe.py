@@ -9,6 +9,7 @@ any way. A weight that is used without a layer is probed itself.
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -138,11 +139,14 @@ class _Output(nn.Module):
 
     def __init__(self, probe: Probe) -> None:
         super().__init__()
-        self._held = (probe,)  # a tuple hides the probe from the module tree
+        # Not its owner: the sketch, as large as the supports, would wait for the garbage collector.
+        self._probe = weakref.ref(probe)
 
     def forward(self, y: Tensor) -> Tensor:
         """The matmul's output, as it is."""
-        self._held[0].watch(y)
+        probe = self._probe()
+        assert probe is not None
+        probe.watch(y)
         return y
 
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from oftfx import ops
 from oftfx.ops.factor import Factor
-
-ROTATE = torch.ops.oftfx.rotate.default
+from oftfx.ops.rotate import ROTATE
 
 
 class Turns(Protocol):

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from oftfx.errors import PlanError
 from oftfx.ops.factor import Factor
-from oftfx.ops.rotate import rotate
+from oftfx.ops.rotate import ROTATE, rotate
+from oftfx.ops.subspace import SUBSPACE
 from oftfx.readers import cast
-
-ROTATE = torch.ops.oftfx.rotate.default
-SUBSPACE = torch.ops.oftfx.subspace.default
 
 
 class Rows(NamedTuple):

@@ -25,7 +25,9 @@ def differentiate(op: Any, apply: Callable[..., Any]) -> None:
 
     Args:
         op: What [`define`][oftfx.ops.define.define] gave.
-        apply: Takes the op's arguments; the `apply` of an `autograd.Function`, say.
+        apply: Takes the op's arguments and gives its results: the `apply` of an
+            `autograd.Function`; or, for an op that is itself a gradient, its formula in ops that
+            have gradients, which makes it differentiable to any order.
     """
 
     def run(*args: Any) -> Any:

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from oftfx.ops import givens, rotate, scale, subspace  # noqa: F401  (registers torch.ops.oftfx)
+from oftfx.ops import scale  # noqa: F401  (registers torch.ops.oftfx)
+from oftfx.ops.givens import GIVENS
+from oftfx.ops.rotate import ROTATE
+from oftfx.ops.subspace import SUBSPACE
 from oftfx.rotations import cayley
 
 AT_ONCE = 2**23
@@ -95,16 +98,14 @@ def _subspace_defect(support: Tensor, kernel: Tensor) -> Tensor:
 
 MAPS: dict[Any, Map] = {
     # The defect of its worst stage: a stage is a factor, whose blocks are these.
-    torch.ops.oftfx.givens.default: Map(
+    GIVENS: Map(
         lambda core, transposed=False: (core, not transposed),
         lambda core, transposed=False: _block_defect(core),
     ),
-    torch.ops.oftfx.rotate.default: Map(
+    ROTATE: Map(
         lambda core, stride=1: (core.mT, stride), lambda core, stride=1: _block_defect(core)
     ),
-    torch.ops.oftfx.subspace.default: Map(
-        lambda support, kernel: (support, kernel.mT), _subspace_defect
-    ),
+    SUBSPACE: Map(lambda support, kernel: (support, kernel.mT), _subspace_defect),
 }
 """Every op that maps x."""
 

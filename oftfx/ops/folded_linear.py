@@ -15,7 +15,7 @@ from torch import Tensor
 from oftfx.ops.define import LIBRARY, below, define, differentiate
 from oftfx.ops.fold import core_grad, fits, folded, misfit
 from oftfx.ops.precision import as_given
-from oftfx.ops.rotate import block_gram, rotate
+from oftfx.ops.rotate import rotate_grad
 
 
 def folded_linear(x: Tensor, core: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -118,14 +118,13 @@ class _FoldedLinear(torch.autograd.Function):
         )
 
 
-def _differentiably(
+@as_given
+def _in_turn(
     grad: Tensor, x: Tensor, core: Tensor, weight: Tensor, turned: Tensor, need_core: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients once more, of ops that can be differentiated again."""
-    inner = grad @ weight.to(x.dtype)
-    grad_core = block_gram(x, inner, core) if need_core else core.new_empty(0)
-    return rotate(inner, core.mT), grad_core
+    """The matmul's gradient, then the rotation's."""
+    return rotate_grad(grad @ weight.to(x.dtype), x, core, need_x=True, need_core=need_core)
 
 
 differentiate(FOLDED_LINEAR, _FoldedLinear.apply)
-differentiate(FOLDED_LINEAR_GRAD, _differentiably)
+differentiate(FOLDED_LINEAR_GRAD, _in_turn)

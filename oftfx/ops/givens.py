@@ -100,22 +100,17 @@ def givens_grad(
     return result
 
 
-@as_given
 def _givens_grad(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
     fast = kernels("givens", x.device)
-    if fast is not None and fast.fits(x, core):
-        with torch.cuda.device_of(x):
-            result: tuple[Tensor, Tensor] = fast.givens_grad(
-                grad, x, core, need_x, need_core, transposed
-            )
-        return result
-    if need_core:
-        grad_x, grad_core = _gradients(grad, x, core, transposed)
-        return grad_x if need_x else grad.new_empty(0), grad_core
-    grad_x = _run(grad, core, not transposed) if need_x else grad.new_empty(0)
-    return grad_x, core.new_empty(0)
+    if fast is None or not fast.fits(x, core):
+        return _in_stages(grad, x, core, need_x, need_core, transposed)
+    with torch.cuda.device_of(x):
+        result: tuple[Tensor, Tensor] = fast.givens_grad(
+            grad, x, core, need_x, need_core, transposed
+        )
+    return result
 
 
 GIVENS_GRAD = define(
@@ -152,9 +147,9 @@ def _run(
     y = x.clone(memory_format=torch.contiguous_format)
     order = list(stages(x.shape[-1]))
     for step, blocks in reversed(order) if transposed else order:
-        second = y[..., step :: 2 * step]
-        first = y[..., :: 2 * step][..., : second.shape[-1]]
-        pairs = torch.stack((first, second), -1)
+        firsts = slice(0, 2 * step * (blocks.stop - blocks.start), 2 * step)
+        seconds = slice(step, None, 2 * step)
+        pairs = torch.stack((y[..., firsts], y[..., seconds]), -1)
         if read is not None:
             read[step] = pairs
         c = core[blocks].to(wide)
@@ -162,19 +157,23 @@ def _run(
             c = c.mT
         # Sums of two products, spelled out: a batched matmul of 2×2 blocks is far slower.
         a, b = pairs.to(wide).unbind(-1)
-        first.copy_(a + (a * c[:, 0, 0] + b * c[:, 1, 0]))
-        second.copy_(b + (a * c[:, 0, 1] + b * c[:, 1, 1]))
+        y[..., firsts] = a + (a * c[:, 0, 0] + b * c[:, 1, 0])
+        y[..., seconds] = b + (a * c[:, 0, 1] + b * c[:, 1, 1])
     return y
 
 
-def _gradients(
-    grad: Tensor, x: Tensor, core: Tensor, transposed: bool = False
+@as_given
+def _in_stages(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The transposed map of the gradient meets, stage by stage, the gradients of each result."""
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
+    turned = _run(grad, core, not transposed, outputs)
+    grad_x = turned if need_x else grad.new_empty(0)
+    if not need_core:
+        return grad_x, core.new_empty(0)
     _run(x, core, transposed, inputs)
-    grad_x = _run(grad, core, not transposed, outputs)
     grams = [
         torch.bmm(_by_pair(inputs[step]).mT, _by_pair(outputs[step])).to(core.dtype)
         for step, _ in stages(x.shape[-1])
@@ -221,38 +220,5 @@ class _Givens(torch.autograd.Function):
         return grad_x if need_x else None, grad_core if need_core else None, None
 
 
-class _GivensGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad: Tensor,
-        x: Tensor,
-        core: Tensor,
-        need_x: bool,
-        need_core: bool,
-        transposed: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(grad, x, core)
-        ctx.needs = need_x, need_core
-        ctx.transposed = transposed
-        result: tuple[Tensor, Tensor] = below(
-            GIVENS_GRAD, grad, x, core, need_x, need_core, transposed
-        )
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
-        """Second order, by differentiating the gradients' own formula."""
-        operands = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-        grad, x, core = operands
-        need_x, need_core = ctx.needs
-        with torch.enable_grad():
-            values = _gradients(grad, x, core, ctx.transposed)
-            wanted = [(values[0], grad_x)] * need_x + [(values[1], grad_core)] * need_core
-            outputs, cotangents = zip(*wanted, strict=True)
-            second = torch.autograd.grad(outputs, operands, cotangents, allow_unused=True)
-        return (*second, None, None, None)
-
-
 differentiate(GIVENS, _Givens.apply)
-differentiate(GIVENS_GRAD, _GivensGrad.apply)
+differentiate(GIVENS_GRAD, _in_stages)

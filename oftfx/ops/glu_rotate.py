@@ -31,8 +31,16 @@ class Activation(NamedTuple):
     grad: Callable[[Tensor, Tensor], Tensor]
 
 
+def _silu_grad(grad: Tensor, x: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)):
+        return aten.silu_backward.default(grad, x)
+    # Alone among these, PyTorch's own has no gradient in turn.
+    sigmoid = x.sigmoid()
+    return grad * sigmoid * (1 + x * (1 - sigmoid))
+
+
 ACTIVATIONS = {
-    "silu": Activation(F.silu, aten.silu_backward.default),
+    "silu": Activation(F.silu, _silu_grad),
     "gelu": Activation(F.gelu, aten.gelu_backward.default),
     "gelu_tanh": Activation(
         lambda x: F.gelu(x, approximate="tanh"),
@@ -67,9 +75,8 @@ def glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -
     return result
 
 
-def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    """``act(gate)·up``."""
-    value = ACTIVATIONS[activation].value(gate)
+def _times(value: Tensor, up: Tensor | None) -> Tensor:
+    """``value·up``, where the layer is gated."""
     return value if up is None else value * up
 
 
@@ -86,7 +93,7 @@ def _glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) 
     _check(gate, up, activation)
     fast = kernels("glu_rotate", gate.device)
     if fast is None or not fast.fits(gate, core):
-        return rotate(glu(gate, up, activation), core)
+        return rotate(_times(ACTIVATIONS[activation].value(gate), up), core)
     with torch.cuda.device_of(gate):
         result: Tensor = fast.glu_rotate(gate, up, core, activation)
     return result
@@ -144,14 +151,13 @@ def _in_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     act = ACTIVATIONS[activation]
     value = act.value(gate)
-    product = value if up is None else value * up
-    grad_product, grad_core = rotate_grad(grad, product, core, need_x, need_core)
-    if not need_x:
-        return gate.new_empty(0), gate.new_empty(0), grad_core
-    if up is None:
-        return act.grad(grad_product, gate).contiguous(), gate.new_empty(0), grad_core
-    grad_gate = act.grad(grad_product * up, gate).contiguous()
-    return grad_gate, grad_product * value, grad_core
+    grad_product, grad_core = rotate_grad(grad, _times(value, up), core, need_x, need_core)
+    grad_gate, grad_up = gate.new_empty(0), gate.new_empty(0)
+    if need_x:
+        grad_gate = act.grad(_times(grad_product, up), gate).contiguous()
+        if up is not None:
+            grad_up = grad_product * value
+    return grad_gate, grad_up, grad_core
 
 
 def _glu_rotate_grad(
@@ -230,48 +236,5 @@ class _GluRotate(torch.autograd.Function):
         )
 
 
-class _GluRotateGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
-        core: Tensor,
-        activation: str,
-        need_x: bool,
-        need_core: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(grad, gate, up, core)
-        ctx.rest = activation, need_x, need_core
-        result: tuple[Tensor, Tensor, Tensor] = below(
-            GLU_ROTATE_GRAD, grad, gate, up, core, activation, need_x, need_core
-        )
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *seeds: Tensor) -> tuple[Any, ...]:
-        """Second order, by differentiating what autograd makes of the parts."""
-        activation, need_x, need_core = ctx.rest
-        given: list[Any] = [
-            t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
-        ]
-        grad, gate, up, core = given
-        factors = [gate] if up is None else [gate, up]
-        outs: list[Tensor] = []
-        with torch.enable_grad():
-            product = glu(gate, up, activation)
-            grad_product, grad_core = rotate_grad(grad, product, core, need_x, need_core)
-            if need_x:
-                outs += torch.autograd.grad(product, factors, grad_product, create_graph=True)
-        weights = list(seeds[: len(outs)])
-        if need_core:
-            outs.append(grad_core)
-            weights.append(seeds[2])
-        leaves = [t for t in given if t is not None]
-        found = iter(torch.autograd.grad(outs, leaves, weights, allow_unused=True))
-        return *(None if t is None else next(found) for t in given), None, None, None
-
-
 differentiate(GLU_ROTATE, _GluRotate.apply)
-differentiate(GLU_ROTATE_GRAD, _GluRotateGrad.apply)
+differentiate(GLU_ROTATE_GRAD, _in_parts)

@@ -33,6 +33,17 @@ class Norm(NamedTuple):
     bias: Tensor | None = None
 
 
+class Gradients(NamedTuple):
+    """Those of x, of what a [`Norm`][oftfx.ops.Norm] has and of each core; empty if not needed."""
+
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor
+    cores: list[Tensor]
+
+
 _NORM = "Tensor? mean, Tensor rstd, Tensor? weight, Tensor? bias"
 
 
@@ -104,8 +115,8 @@ def norm_rotate_grad(
     need_x: bool,
     need_affine: bool,
     need_cores: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of [`norm_rotate`][oftfx.ops.norm_rotate]; what is not needed comes back empty.
+) -> Gradients:
+    """Gradients of [`norm_rotate`][oftfx.ops.norm_rotate].
 
     Args:
         grads: For each core, the gradients of what it turned the norm to, (..., n·b), one for
@@ -121,10 +132,7 @@ def norm_rotate_grad(
         Of x, mean, rstd, weight and bias, and of each core, in its dtype and shape; of x with the
         statistics held fixed.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]] = NORM_ROTATE_GRAD(
-        grads, x, cores, need_x, need_affine, need_cores, *norm
-    )
-    return result
+    return Gradients(*NORM_ROTATE_GRAD(grads, x, cores, need_x, need_affine, need_cores, *norm))
 
 
 def _norm_rotate_grad(
@@ -135,16 +143,16 @@ def _norm_rotate_grad(
     need_affine: bool,
     need_cores: bool,
     *given: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> Gradients:
     norm = Norm(*given)
     fast = kernels("norm_rotate", x.device)
     if need_affine or fast is None or not fast.fits(x, cores, grads[0].dtype, grads):
-        return _composed(_added(grads, len(cores)), x, norm, cores, need_x, need_affine, need_cores)
+        return _in_parts(_added(grads, len(cores)), x, norm, cores, need_x, need_affine, need_cores)
     with torch.cuda.device_of(x):
         grad_x, grad_mean, grad_rstd, grad_cores = fast.norm_rotate_grad(
             grads, x, norm, cores, need_x, need_cores
         )
-    return grad_x, grad_mean, grad_rstd, x.new_empty(0), x.new_empty(0), grad_cores
+    return Gradients(grad_x, grad_mean, grad_rstd, x.new_empty(0), x.new_empty(0), grad_cores)
 
 
 def _added(grads: list[Tensor], cores: int) -> list[Tensor]:
@@ -155,7 +163,7 @@ def _added(grads: list[Tensor], cores: int) -> list[Tensor]:
     return [torch.stack(grads[i : i + readers]).sum(0) for i in range(0, len(grads), readers)]
 
 
-def _composed(
+def _in_parts(
     grads: list[Tensor],
     x: Tensor,
     norm: Norm,
@@ -163,27 +171,25 @@ def _composed(
     need_x: bool,
     need_affine: bool,
     need_cores: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    mean, rstd, weight, bias = norm
-    grad_x, grad_mean, grad_rstd, grad_weight, grad_bias = (x.new_empty(0) for _ in range(5))
+) -> Gradients:
     y = normed(x, norm, grads[0].dtype)
     turned, grad_cores = rotate_group_grad(grads, y, cores, need_x or need_affine, need_cores)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    turned, rstd_wide = turned.to(wide), rstd.to(wide)
-    centred = x.to(wide) if mean is None else x.to(wide) - mean
-    if need_affine:
-        if weight is not None:
-            grad_weight = _columns(turned * centred * rstd_wide).to(weight.dtype)
-        if bias is not None:
-            grad_bias = _columns(turned).to(bias.dtype)
+    found = Gradients(*(x.new_empty(0) for _ in (x, *norm)), grad_cores)
+    centred = _centred(x, norm.mean)
+    turned, rstd = turned.to(centred.dtype), norm.rstd.to(centred.dtype)
+    if need_affine and norm.weight is not None:
+        columns = _columns(turned * centred * rstd)
+        found = found._replace(weight=columns.to(norm.weight.dtype))
+    if need_affine and norm.bias is not None:
+        found = found._replace(bias=_columns(turned).to(norm.bias.dtype))
     if need_x:
-        scaled = turned if weight is None else turned * weight
-        grad_rstd = (scaled * centred).sum(-1, keepdim=True).to(rstd.dtype)
-        scaled = scaled * rstd_wide
-        grad_x = scaled.to(x.dtype)
-        if mean is not None:
-            grad_mean = -scaled.sum(-1, keepdim=True).to(mean.dtype)
-    return grad_x, grad_mean, grad_rstd, grad_weight, grad_bias, grad_cores
+        scaled = turned if norm.weight is None else turned * norm.weight
+        grad_rstd = (scaled * centred).sum(-1, keepdim=True).to(norm.rstd.dtype)
+        scaled = scaled * rstd
+        found = found._replace(x=scaled.to(x.dtype), rstd=grad_rstd)
+        if norm.mean is not None:
+            found = found._replace(mean=-scaled.sum(-1, keepdim=True).to(norm.mean.dtype))
+    return found
 
 
 NORM_ROTATE_GRAD = define(
@@ -202,14 +208,14 @@ def _(
     need_affine: bool,
     need_cores: bool,
     *given: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> Gradients:
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         if tensor is None or not needed:
             return x.new_empty(0)
         return tensor.new_empty(tensor.shape)
 
     norm = Norm(*given)
-    return (
+    return Gradients(
         like(x, need_x),
         like(norm.mean, need_x),
         like(norm.rstd, need_x),
@@ -221,15 +227,19 @@ def _(
 
 def normed(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     """``(x − mean)·rstd·weight + bias``, rounded once."""
-    mean, rstd, weight, bias = norm
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(wide) if mean is None else x.to(wide) - mean
-    y = y * rstd.to(wide)
-    if weight is not None:
-        y *= weight
-    if bias is not None:
-        y += bias
+    y = _centred(x, norm.mean)
+    y = y * norm.rstd.to(y.dtype)
+    if norm.weight is not None:
+        y *= norm.weight
+    if norm.bias is not None:
+        y += norm.bias
     return y.to(dtype)
+
+
+def _centred(x: Tensor, mean: Tensor | None) -> Tensor:
+    """``x − mean``, in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if mean is None else x - mean
 
 
 def _columns(x: Tensor) -> Tensor:

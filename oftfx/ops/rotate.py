@@ -95,9 +95,9 @@ def rotate_grad(
 
 @as_given
 def _rotate_grad(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
-    # `rotate` here is an eager kernel within a kernel: no autograd is recorded below an op.
+    # Below an op nothing is recorded for autograd; above it, this is the op's own derivative.
     grad_x = rotate(grad, core.mT, stride) if need_x else grad.new_empty(0)
     grad_core = block_gram(x, grad, core, stride) if need_core else core.new_empty(0)
     return grad_x, grad_core
@@ -192,38 +192,5 @@ class _Rotate(torch.autograd.Function):
         return grad_x if need_x else None, grad_core if need_core else None, None
 
 
-class _RotateGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad: Tensor,
-        x: Tensor,
-        core: Tensor,
-        need_x: bool,
-        need_core: bool,
-        stride: int = 1,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(grad, x, core)
-        ctx.needs = need_x, need_core
-        ctx.stride = stride
-        result: tuple[Tensor, Tensor] = below(ROTATE_GRAD, grad, x, core, need_x, need_core, stride)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_core: Tensor) -> tuple[Tensor | None, ...]:
-        """Second order: both results are bilinear, so their derivatives are rotations and Grams."""
-        grad, x, core = ctx.saved_tensors
-        need_x, need_core = ctx.needs
-        d_grad = torch.zeros_like(grad)
-        d_x = d_core = None
-        if need_x:  # grad_x = grad + grad·Cᵀ
-            d_grad = rotate(grad_x, core, ctx.stride)
-            d_core = block_gram(grad_x, grad, core, ctx.stride)
-        if need_core:  # grad_core = xᵀ·grad
-            d_grad = d_grad + rotate(x, grad_core, ctx.stride) - x
-            d_x = rotate(grad, grad_core.mT, ctx.stride) - grad
-        return d_grad, d_x, d_core, None, None, None
-
-
 differentiate(ROTATE, _Rotate.apply)
-differentiate(ROTATE_GRAD, _RotateGrad.apply)
+differentiate(ROTATE_GRAD, _rotate_grad)

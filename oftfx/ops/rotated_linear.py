@@ -22,7 +22,7 @@ from oftfx.ops.kept import again, kept
 from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
 from oftfx.ops.precision import as_given, exactly
-from oftfx.ops.rotate import block_gram, rotate, rotate_grad
+from oftfx.ops.rotate import rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group_grad
 
 PACKED = (
@@ -122,8 +122,7 @@ def _rotated_linear_grad(
 ) -> tuple[Tensor, Tensor]:
     weight = Packed(*stored)
     if not _folds(x, weight):
-        inner = grad @ dequantised(weight, x.dtype)
-        return rotate_grad(inner, x, core, need_x, need_core)
+        return _in_turn(grad, x, core, need_x, need_core, *stored)
     grad_x = grad @ folded(weight, core, x.dtype)
     grad_core = core_grad(grad_x, x, core) if need_core else core.new_empty(0)
     return grad_x if need_x else grad.new_empty(0), grad_core
@@ -141,6 +140,15 @@ def _(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
 ) -> tuple[Tensor, Tensor]:
     return grad.new_empty(x.shape if need_x else 0), core.new_empty(core.shape if need_core else 0)
+
+
+@as_given
+def _in_turn(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
+) -> tuple[Tensor, Tensor]:
+    """The matmul's gradient, then the rotation's."""
+    inner = grad @ dequantised(Packed(*stored), x.dtype)
+    return rotate_grad(inner, x, core, need_x, need_core)
 
 
 def _folds(x: Tensor, weight: Packed) -> bool:
@@ -229,14 +237,5 @@ class _RotatedLinear(torch.autograd.Function):
         )
 
 
-def _differentiably(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
-) -> tuple[Tensor, Tensor]:
-    """The gradients once more, of ops that can be differentiated again."""
-    inner = grad @ dequantised(Packed(*stored), x.dtype)
-    grad_x = rotate(inner, core.mT) if need_x else grad.new_empty(0)
-    return grad_x, block_gram(x, inner, core) if need_core else core.new_empty(0)
-
-
 differentiate(ROTATED_LINEAR, _RotatedLinear.apply)
-differentiate(ROTATED_LINEAR_GRAD, _differentiably)
+differentiate(ROTATED_LINEAR_GRAD, _in_turn)

@@ -156,38 +156,5 @@ class _Subspace(torch.autograd.Function):
         return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
-class _SubspaceGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad: Tensor,
-        x: Tensor,
-        support: Tensor,
-        kernel: Tensor,
-        *needed: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(grad, x, support, kernel)
-        ctx.needed = needed
-        result: tuple[Tensor, Tensor, Tensor] = below(
-            SUBSPACE_GRAD, grad, x, support, kernel, *needed
-        )
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        """Second order, by differentiating the gradients' own formula."""
-        operands = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-        with torch.enable_grad():
-            values = _subspace_grad(*operands, *ctx.needed)
-            wanted = [
-                pair
-                for pair, need in zip(zip(values, cotangents, strict=True), ctx.needed, strict=True)
-                if need
-            ]
-            outputs, given = zip(*wanted, strict=True)
-            second = torch.autograd.grad(outputs, operands, given, allow_unused=True)
-        return (*second, None, None, None)
-
-
 differentiate(SUBSPACE, _Subspace.apply)
-differentiate(SUBSPACE_GRAD, _SubspaceGrad.apply)
+differentiate(SUBSPACE_GRAD, _subspace_grad)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.factor import Factor
+from oftfx.ops.rotate import ROTATE
 from oftfx.rotations import oft
 from oftfx.spec import BOFT
 
@@ -55,8 +56,7 @@ def cores(tensors: Mapping[str, Tensor], spec: BOFT) -> tuple[Tensor, ...]:
 
 def factors(cores: Sequence[Any], spec: BOFT) -> tuple[Factor, ...]:
     """``F_{m−1} … F_0``, the farthest coordinates first."""
-    rotate = torch.ops.oftfx.rotate.default
-    strided = [Factor(rotate, (core, 2**level)) for level, core in enumerate(cores)]
+    strided = [Factor(ROTATE, (core, 2**level)) for level, core in enumerate(cores)]
     return tuple(reversed(strided))
 
 

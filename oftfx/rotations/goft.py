@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.factor import Factor
-from oftfx.ops.givens import stages
+from oftfx.ops.givens import GIVENS, stages
 from oftfx.rotations.oft import around_zero
 from oftfx.spec import GOFT
 
@@ -42,7 +42,7 @@ def cores(tensors: Mapping[str, Tensor], spec: GOFT) -> tuple[Tensor]:
 
 def factors(cores: Sequence[Any], spec: GOFT) -> tuple[Factor]:
     """All stages as one factor."""
-    return (Factor(torch.ops.oftfx.givens.default, (cores[0],)),)
+    return (Factor(GIVENS, (cores[0],)),)
 
 
 def health(tensors: Mapping[str, Tensor], spec: GOFT) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.factor import Factor
+from oftfx.ops.subspace import SUBSPACE
 from oftfx.rotations import householder
 from oftfx.rotations.cayley import dominant
 from oftfx.spec import HRA
@@ -46,7 +47,7 @@ def cores(tensors: Mapping[str, Tensor], spec: HRA) -> tuple[Tensor, Tensor]:
 
 def factors(cores: Sequence[Any], spec: HRA) -> tuple[Factor]:
     """All reflections as one factor."""
-    return (Factor(torch.ops.oftfx.subspace.default, tuple(cores)),)
+    return (Factor(SUBSPACE, tuple(cores)),)
 
 
 def health(tensors: Mapping[str, Tensor], spec: HRA) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from oftfx import ops
 from oftfx.ops.factor import Factor
+from oftfx.ops.rotate import ROTATE
 from oftfx.rotations import cayley
 from oftfx.spec import COFT, OFT, Spec
 
@@ -67,7 +68,7 @@ def cores(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor]:
 
 def factors(cores: Sequence[Any], spec: OFT) -> tuple[Factor]:
     """One block-diagonal factor."""
-    return (Factor(torch.ops.oftfx.rotate.default, (cores[0],)),)
+    return (Factor(ROTATE, (cores[0],)),)
 
 
 def health(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.factor import Factor
+from oftfx.ops.subspace import SUBSPACE
 from oftfx.rotations import cayley, oft, supports
 from oftfx.spec import PSOFT
 
@@ -49,7 +50,7 @@ def cores(tensors: Mapping[str, Tensor], spec: PSOFT) -> tuple[Tensor, Tensor]:
 
 def factors(cores: Sequence[Any], spec: Any) -> tuple[Factor]:
     """One factor."""
-    return (Factor(torch.ops.oftfx.subspace.default, (cores[0], cores[1])),)
+    return (Factor(SUBSPACE, (cores[0], cores[1])),)
 
 
 def health(tensors: Mapping[str, Tensor], spec: PSOFT) -> tuple[Tensor, Tensor]:

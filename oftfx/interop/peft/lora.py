@@ -16,14 +16,13 @@ from oftfx.interop.peft.copied import write_copied
 from oftfx.interop.peft.write import check_layer, files, header
 from oftfx.modules import built
 from oftfx.ops.factor import Factor
+from oftfx.ops.subspace import SUBSPACE
 from oftfx.plan import Plan
 from oftfx.progress import tracked
 from oftfx.rotations import method_of, output_shapes, supports
 from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.table import table
 from oftfx.weights import Weights
-
-SUBSPACE = torch.ops.oftfx.subspace.default
 
 
 @dataclass(frozen=True)
