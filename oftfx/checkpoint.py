@@ -11,6 +11,7 @@ checksum, so a torn or mixed pair is noticed.
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +23,7 @@ from oftfx import copied, insert, modules
 from oftfx.adapter import put
 from oftfx.attach import record_holder
 from oftfx.capture import Model, unwrap
-from oftfx.errors import CheckpointError, OftfxError, PlanError
+from oftfx.errors import CheckpointError, OftfxError, OftfxWarning, PlanError
 from oftfx.fingerprint import Fingerprint
 from oftfx.host import parameters_of
 from oftfx.interop import peft
@@ -48,6 +49,9 @@ def save(
 ) -> peft.LoraReport | None:
     """Writes one adapter of a model. Of one sharded by FSDP2, every process has to call it.
 
+    What was trained is written, however far along it is applied: [`scale`][oftfx.scale] is the
+    model's own.
+
     Args:
         model: An adapted nn.Module, GraphModule or ExportedProgram.
         directory: Made if missing; an adapter in it is replaced.
@@ -65,9 +69,13 @@ def save(
         PlanError: The model has no such adapter; or its weights, which LoRA needs, have no values.
         CheckpointError: The directory cannot be written, or the format cannot express the adapter.
         ValueError: ``format`` is none of these, or a rank is given to another than LoRA.
+
+    Warns:
+        OftfxWarning: The adapter has a scale, so that what is loaded computes something else.
     """
     inner = unwrap(model)
     plan = _plan(inner, name)
+    _tell_scale(inner, name)
     values = {key: whole(value) for key, value in values_of(inner, plan, name).items()}
     if rank is not None and (format != "lora" or rank < 1):
         raise ValueError(f"rank={rank}: must be ≥ 1, and is for format='lora' alone.")
@@ -147,6 +155,19 @@ def restore(model: Model, directory: str | os.PathLike[str], name: str = "defaul
     with torch.no_grad():
         for key, parameter in values_of(inner, plan, name).items():
             parameter.copy_(values[key])
+
+
+def _tell_scale(model: Model, name: str) -> None:
+    held = modules.holders(model, name) if isinstance(model, nn.Module) else ()
+    scale = next((state.scaling for _, _, state in held), 1.0)
+    if scale != 1:
+        warnings.warn(
+            f"{name!r} is applied at scale {scale:g}, and what was trained is saved, which is "
+            f"scale 1: after oftfx.load, oftfx.scale(model, {scale:g}) computes what this model "
+            "does; oftfx.merge folds what is applied.",
+            OftfxWarning,
+            stacklevel=3,
+        )
 
 
 def _plan(model: Model, name: str) -> Plan:

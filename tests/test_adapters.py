@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -109,7 +110,11 @@ def test_merging_folds_what_is_in_use_in_its_order(name, names, s):
     oftfx.use(model, names)
     oftfx.scale(model, s, names[-1])
     expected = output(model)
-    merged, report = oftfx.merge(model, report=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        merged, report = oftfx.merge(model, report=True)
+    dropped = sorted({"a", "b", "c"} - set(names))
+    assert [f"{dropped} is gone" in str(each.message) for each in told] == [True] * bool(dropped)
     testing.assert_close(output(merged), expected, str(names))
     assert report.adapters == tuple(names)
     assert ("in the order x met them" in str(report)) == (len(names) > 1)
@@ -566,8 +571,9 @@ def test_each_adapter_is_saved_and_loaded_by_its_name(tmp_path):
     model = adapted()
     oftfx.use(model, "a")
     oftfx.scale(model, 0.5)
-    for name in ("a", "b"):
-        oftfx.save(model, tmp_path / name, name)
+    oftfx.save(model, tmp_path / "b", "b")
+    with pytest.warns(oftfx.OftfxWarning, match=r"after oftfx.load, oftfx.scale\(model, 0.5\)"):
+        oftfx.save(model, tmp_path / "a", "a")
     loaded = oftfx.load(small("mlp"), tmp_path / "b", "poetry")
     oftfx.load(loaded, tmp_path / "a", "prose")
     oftfx.scale(model, 1)  # is no part of what is saved

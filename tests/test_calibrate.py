@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import sys
 import weakref
 
@@ -392,6 +393,23 @@ def test_the_extra_memory_is_within_what_is_stated(support, monkeypatch):
     outcome = sum(4 * support.numel() for support in found.supports.values())
     extra = calibrating.peak - (step.peak - base) - outcome
     assert sketch_bytes(plan) / 3 <= extra <= sketch_bytes(plan)
+
+@pytest.mark.parametrize("form", ["module", "graph"])
+def test_sketches_do_not_wait_for_the_garbage_collector(form, monkeypatch):
+    module, held = sys.modules["oftfx.calibrate"], weakref.WeakSet()
+    make = module._sketch
+
+    def made(*args):
+        held.add(sketch := make(*args))
+        return sketch
+
+    monkeypatch.setattr(module, "_sketch", made)
+    gc.disable()
+    try:
+        calibrated(small("attention"), SKEW, form)
+        assert not held
+    finally:
+        gc.enable()
 
 
 def test_the_stated_memory_of_a_language_model_is_a_small_part_of_its_gradients():

@@ -8,6 +8,7 @@ The fold is the rotation itself, applied to the rows of W with the cores transpo
 the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R1ᵀ.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -18,7 +19,7 @@ from torch.export import ExportedProgram
 from oftfx import modules
 from oftfx.adapter import named_parameters
 from oftfx.capture import unwrap
-from oftfx.errors import MergeError
+from oftfx.errors import MergeError, OftfxWarning
 from oftfx.fold.graph import merge_graph
 from oftfx.fold.module import merge_module
 from oftfx.fold.options import Options
@@ -60,7 +61,7 @@ def merge(
 ) -> M | tuple[M, MergeReport]:
     """Folds the adapters in use into the weights and gives a plain model back.
 
-    Those that are not in use go with it: save them before.
+    The others, which are told by a warning, go as well: save them before.
 
     A tied weight that only one of its users rotates gets a tensor of its own; a transformers model
     then forgets the tie in its config, so that saving keeps both.
@@ -91,7 +92,8 @@ def merge(
             untouched.
 
     Warns:
-        OftfxWarning: Requantising rounded most of the adaptation away.
+        OftfxWarning: The model held adapters that were not folded, and are gone; or requantising
+            rounded most of the adaptation away.
     """
     inner, options = unwrap(model), Options(dtype, requantize)
     if not named_parameters(inner):
@@ -114,8 +116,16 @@ def merge(
         folded = modules.in_use(inner) if names is None else modules.chosen(inner, names)
         if not folded:
             raise MergeError(f"nothing to merge: {modules.absent(inner)}")
+        dropped = sorted(modules.in_order(inner).keys() - set(folded))
         with modules.kept(inner):
             modules.select(inner, folded)
             merged, costs = merge_module(inner, report, options)
+        if dropped:
+            warnings.warn(
+                f"merge: {folded} is folded and {dropped} is gone from the model: oftfx.save what "
+                "is to be kept before merging, and oftfx.remove the rest.",
+                OftfxWarning,
+                stacklevel=2,
+            )
     result = merged if isinstance(model, ExportedProgram) else model
     return (result, MergeReport(tuple(costs), tuple(folded))) if report else result

@@ -50,7 +50,9 @@ class Operands(NamedTuple):
         )
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W, (out, in), as the library reads it, which on CPUs has its own way with some blocks."""
+        """W, (out, in), as the library reads it."""
+        # Not by `ops.packed`, which reads what was quantised: on a CPU some versions of the library
+        # read other scales where a block spans two rows, and so does the op this stands for.
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.B, self.scales(), self.blocksize, self.quant_type, list(self.shapeB), dtype
         )

@@ -1,6 +1,7 @@
 """What PEFT wrote computes here what it computes there, and the other way round."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import warnings
@@ -16,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import oftfx
 from oftfx import CheckpointError
+from oftfx.interop.peft.directory import COMMON
+from oftfx.interop.peft.formats import FORMATS
 from tests.quantised import linear4bit, linear8bit, quantised
 from tests.small import VOCABULARY, llama, tokens
 
@@ -398,8 +401,20 @@ def test_variants_that_are_no_rotation_are_refused(config, why, tmp_path):
         oftfx.load(base, tmp_path)
 
 
-def test_psoft_says_that_it_computes_the_vectors_anew(tmp_path):
-    base, theirs = trained(CONFIGS["psoft"]())
+@pytest.mark.parametrize("config", [OFTConfig, BOFTConfig, HRAConfig, PsoftConfig])
+def test_every_field_of_a_config_is_known(config):
+    names = {field.name for field in dataclasses.fields(config)}
+    assert names == COMMON | FORMATS[config().peft_type.value].FIELDS
+
+
+def test_what_is_computed_anew_or_not_heeded_is_told(tmp_path):
+    base, theirs = trained(PsoftConfig(r=4, target_modules=TARGETS, psoft_dropout=0.1))
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(oftfx.OftfxWarning, match="oftfx.save"):
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "later": 3, "unused": None}))
+    with pytest.warns(oftfx.OftfxWarning) as told:
         oftfx.load(base, tmp_path)
+    later, dropout, *vectors = (str(each.message) for each in told)
+    assert "later=3 is of a later PEFT" in later
+    assert "psoft_dropout=0.1" in dropout
+    assert all("save with oftfx.save" in each for each in vectors)

@@ -17,12 +17,14 @@ class Format(Protocol):
     Attributes:
         SUFFIXES: How the names of one layer's tensors end, after the layer's own name.
         EMBEDDED: What ends them instead where the layer is an embedding; empty where none can be.
+        FIELDS: The fields of its config that those of other methods lack.
         OUTPUTS: What a layer trains behind its matmul there, as its spec's
             [`output_shapes`][oftfx.rotations.output_shapes] name it.
     """
 
     SUFFIXES: tuple[str, ...]
     EMBEDDED: Mapping[str, str]
+    FIELDS: frozenset[str]
     OUTPUTS: tuple[str, ...]
 
     def fields(self, found: Directory) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from oftfx.spec import HRA
 
 SUFFIXES: tuple[str, ...] = ("hra_u",)
 EMBEDDED: Mapping[str, str] = {}
+FIELDS = frozenset(("apply_GS", "r"))
 OUTPUTS: tuple[str, ...] = ()
 
 

@@ -26,6 +26,11 @@ _SAME = 1e-4
 
 SUFFIXES: tuple[str, ...] = (_THETA, _A, _B)
 EMBEDDED: Mapping[str, str] = {}
+FIELDS = frozenset(
+    ("ab_svd_init", "cayley_neumann_eps", "fan_in_fan_out", "num_cayley_neumann_terms")
+    + ("psoft_alpha", "psoft_dropout", "psoft_mag_a", "psoft_mag_b", "psoft_orth", "psoft_svd")
+    + ("psoft_svd_lowrank_niter", "r", "random_seed", "use_cayley_neumann")
+)
 OUTPUTS: tuple[str, ...] = ()
 
 
@@ -34,6 +39,9 @@ def fields(found: Directory) -> dict[str, Any]:
 
     Raises:
         CheckpointError: A variant that no spec stands for.
+
+    Warns:
+        OftfxWarning: It was trained with dropout.
     """
     where = found.path / CONFIG
     if found.value("psoft_svd", "full", str) != "full":
@@ -50,6 +58,13 @@ def fields(found: Directory) -> dict[str, Any]:
     if len(scales) > 1:
         raise CheckpointError(
             f"{where}: one of psoft_mag_a and psoft_mag_b alone is no PSOFT here."
+        )
+    if dropout := found.value("psoft_dropout", 0.0, (int, float)):
+        warnings.warn(
+            f"{where}: psoft_dropout={dropout} drops what PSOFT reads, which no spec stands for: "
+            "further training is without it. The function is the same.",
+            OftfxWarning,
+            stacklevel=2,
         )
     exact = not found.value("use_cayley_neumann", False, bool)
     turned = {"exact": True} if exact else oft.series(found)

@@ -1,6 +1,7 @@
 """From a PEFT directory to a plan and its rotations' tensors."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from oftfx.capture import Model
-from oftfx.errors import CaptureError, CheckpointError, OftfxError
+from oftfx.errors import CaptureError, CheckpointError, OftfxError, OftfxWarning
 from oftfx.fingerprint import Fingerprint
 from oftfx.interop.peft.copied import read_copied, rules
-from oftfx.interop.peft.directory import CONFIG, TENSORS, Directory, read_directory
+from oftfx.interop.peft.directory import COMMON, CONFIG, TENSORS, Directory, read_directory
 from oftfx.interop.peft.formats import FORMATS, Format
 from oftfx.plan import Plan, plan
 from oftfx.rotations import method_of, output_shapes
@@ -37,6 +38,10 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
     Raises:
         CheckpointError: The directory is damaged, of a method or variant that no spec stands for,
             or belongs to another base.
+
+    Warns:
+        OftfxWarning: Its config says what a spec has no word for, or asks for what this version
+            does not know.
     """
     found = read_directory(path)
     if found.method not in FORMATS:
@@ -45,6 +50,7 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
             f"{', '.join(FORMATS)}."
         )
     form = FORMATS[found.method]
+    _warn_of_unknown(found, form)
     layers, embedded, rest = _layers(found, form)
     specs = _specs(found, form, layers)
     _check_base(model, found, layers)
@@ -72,6 +78,19 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
                 )
             values[f"{site.fqn}.{name}"] = converted[name]
     return chosen, values
+
+
+def _warn_of_unknown(found: Directory, form: Format) -> None:
+    """Tells of fields that a later PEFT has added and that ask for something."""
+    known = COMMON | form.FIELDS
+    asked = [f"{k}={v!r}" for k, v in sorted(found.config.items()) if k not in known and v]
+    if asked:
+        warnings.warn(
+            f"{found.path / CONFIG}: {', '.join(asked)} is of a later PEFT than this version of "
+            "oftfx knows, and is not heeded: compare the outputs with PEFT's.",
+            OftfxWarning,
+            stacklevel=2,
+        )
 
 
 def _planned(model: Model, spec: Spec) -> Plan:
