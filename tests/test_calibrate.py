@@ -394,6 +394,7 @@ def test_the_extra_memory_is_within_what_is_stated(support, monkeypatch):
     extra = calibrating.peak - (step.peak - base) - outcome
     assert sketch_bytes(plan) / 3 <= extra <= sketch_bytes(plan)
 
+
 @pytest.mark.parametrize("form", ["module", "graph"])
 def test_sketches_do_not_wait_for_the_garbage_collector(form, monkeypatch):
     module, held = sys.modules["oftfx.calibrate"], weakref.WeakSet()

@@ -174,22 +174,21 @@ def _in_parts(
 ) -> Gradients:
     y = normed(x, norm, grads[0].dtype)
     turned, grad_cores = rotate_group_grad(grads, y, cores, need_x or need_affine, need_cores)
-    found = Gradients(*(x.new_empty(0) for _ in (x, *norm)), grad_cores)
+    grad_x, grad_mean, grad_rstd, grad_weight, grad_bias = (x.new_empty(0) for _ in range(5))
     centred = _centred(x, norm.mean)
     turned, rstd = turned.to(centred.dtype), norm.rstd.to(centred.dtype)
     if need_affine and norm.weight is not None:
-        columns = _columns(turned * centred * rstd)
-        found = found._replace(weight=columns.to(norm.weight.dtype))
+        grad_weight = _columns(turned * centred * rstd).to(norm.weight.dtype)
     if need_affine and norm.bias is not None:
-        found = found._replace(bias=_columns(turned).to(norm.bias.dtype))
+        grad_bias = _columns(turned).to(norm.bias.dtype)
     if need_x:
         scaled = turned if norm.weight is None else turned * norm.weight
         grad_rstd = (scaled * centred).sum(-1, keepdim=True).to(norm.rstd.dtype)
         scaled = scaled * rstd
-        found = found._replace(x=scaled.to(x.dtype), rstd=grad_rstd)
+        grad_x = scaled.to(x.dtype)
         if norm.mean is not None:
-            found = found._replace(mean=-scaled.sum(-1, keepdim=True).to(norm.mean.dtype))
-    return found
+            grad_mean = -scaled.sum(-1, keepdim=True).to(norm.mean.dtype)
+    return Gradients(grad_x, grad_mean, grad_rstd, grad_weight, grad_bias, grad_cores)
 
 
 NORM_ROTATE_GRAD = define(

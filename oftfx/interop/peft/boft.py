@@ -23,8 +23,13 @@ _R, _SCALE = "boft_R", "boft_s"
 SUFFIXES: tuple[str, ...] = (_R, _SCALE)
 EMBEDDED: Mapping[str, str] = {}
 FIELDS = frozenset(
-    ("boft_block_num", "boft_block_size", "boft_dropout")
-    + ("boft_n_butterfly_factor", "fan_in_fan_out")
+    {
+        "boft_block_num",
+        "boft_block_size",
+        "boft_dropout",
+        "boft_n_butterfly_factor",
+        "fan_in_fan_out",
+    }
 )
 OUTPUTS: tuple[str, ...] = ("magnitude",)
 

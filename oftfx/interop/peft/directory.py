@@ -13,11 +13,24 @@ CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 PREFIX = "base_model.model."
 """What PEFT puts before the base's own names."""
 COMMON = frozenset(
-    ("auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode")
-    + ("init_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type")
-    + ("peft_version", "revision", "target_modules", "task_type")
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "inference_mode",
+        "init_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
 )
-"""The fields that every method's config has."""
+"""The fields of every method's config, but that PSOFT's has no bias."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,17 @@ _R = "oft_R.weight"
 SUFFIXES: tuple[str, ...] = (_R,)
 EMBEDDED: Mapping[str, str] = {_R: "oft_embedding_R.weight"}
 FIELDS = frozenset(
-    ("block_share", "coft", "eps", "fan_in_fan_out", "module_dropout")
-    + ("num_cayley_neumann_terms", "oft_block_size", "r", "use_cayley_neumann")
+    {
+        "block_share",
+        "coft",
+        "eps",
+        "fan_in_fan_out",
+        "module_dropout",
+        "num_cayley_neumann_terms",
+        "oft_block_size",
+        "r",
+        "use_cayley_neumann",
+    }
 )
 OUTPUTS: tuple[str, ...] = ()
 

@@ -27,9 +27,22 @@ _SAME = 1e-4
 SUFFIXES: tuple[str, ...] = (_THETA, _A, _B)
 EMBEDDED: Mapping[str, str] = {}
 FIELDS = frozenset(
-    ("ab_svd_init", "cayley_neumann_eps", "fan_in_fan_out", "num_cayley_neumann_terms")
-    + ("psoft_alpha", "psoft_dropout", "psoft_mag_a", "psoft_mag_b", "psoft_orth", "psoft_svd")
-    + ("psoft_svd_lowrank_niter", "r", "random_seed", "use_cayley_neumann")
+    {
+        "ab_svd_init",
+        "cayley_neumann_eps",
+        "fan_in_fan_out",
+        "num_cayley_neumann_terms",
+        "psoft_alpha",
+        "psoft_dropout",
+        "psoft_mag_a",
+        "psoft_mag_b",
+        "psoft_orth",
+        "psoft_svd",
+        "psoft_svd_lowrank_niter",
+        "r",
+        "random_seed",
+        "use_cayley_neumann",
+    }
 )
 OUTPUTS: tuple[str, ...] = ()
 
