@@ -61,7 +61,7 @@ def merge(
 ) -> M | tuple[M, MergeReport]:
     """Folds the adapters in use into the weights and gives a plain model back.
 
-    The others, which are told by a warning, go as well: save them before.
+    Those that are not folded go as well, with a warning: save them before.
 
     A tied weight that only one of its users rotates gets a tensor of its own; a transformers model
     then forgets the tie in its config, so that saving keeps both.
