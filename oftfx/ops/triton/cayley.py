@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.triton import wide_cayley
 from oftfx.ops.triton.launch import Launch
 
 LARGEST = 64
@@ -98,13 +99,15 @@ _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 
 def fits(theta: Tensor, block_size: int, order: int | None) -> bool:
-    """Whether the kernels take these: a series, 16- and 32-bit parameters, blocks up to 64 wide."""
-    return order is not None and block_size <= LARGEST and theta.dtype in _DTYPES
+    """Whether the kernels take these: a series, 16- and 32-bit parameters."""
+    return order is not None and theta.dtype in _DTYPES
 
 
 def cayley(theta: Tensor, block_size: int, order: int) -> Tensor:
     """`oftfx::cayley`: theta (…, b(b−1)/2) to (…, b, b) in float32."""
     n, b = theta.shape[:-1].numel(), block_size
+    if n and b > LARGEST:
+        return wide_cayley.cayley(theta, b, order)
     core = torch.empty((*theta.shape[:-1], b, b), dtype=torch.float32, device=theta.device)
     if n:
         _launch(_cayley, n, b, order, theta.dtype, theta.device)(theta.contiguous(), core)
@@ -114,6 +117,8 @@ def cayley(theta: Tensor, block_size: int, order: int) -> Tensor:
 def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Tensor:
     """`oftfx::cayley_grad`: the gradient (…, b, b) of the cores to theta's."""
     n, b = theta.shape[:-1].numel(), block_size
+    if n and b > LARGEST:
+        return wide_cayley.cayley_grad(grad, theta, b, order)
     out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
     if n:
         launch = _launch(_cayley_grad, n, b, order, theta.dtype, theta.device)

@@ -21,19 +21,15 @@ from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     COMPILED,
     PRECISION,
-    Tiles,
     Work,
     beside,
     columns_of,
-    cut,
     diagonal,
-    layout,
     load_rows,
     locate,
-    options,
-    rows_of,
     store_gram,
 )
+from oftfx.ops.triton.tiles import Tiles, cut, layout, options, rows_of
 
 WIDEST = 128
 """The widest block: beside the core of a wider one, there is no room for two operands more."""

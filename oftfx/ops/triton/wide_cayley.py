@@ -25,9 +25,7 @@ def _place(i: tl.tensor, j: tl.tensor, B: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _tile(
-    B: tl.constexpr, TILE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def _tile(B: tl.constexpr, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """A program's block, its rows and columns there, and which of those there are."""
     SIDE: tl.constexpr = (B + TILE - 1) // TILE
     tile = tl.program_id(0) % (SIDE * SIDE)
