@@ -12,7 +12,6 @@ multiply with the pack's block-diagonal core as if it were dense, which costs no
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -22,11 +21,13 @@ from torch import Tensor
 from oftfx.ops.triton import wide
 from oftfx.ops.triton.add import total
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.tiles import Tiles, cut, layout, options, rows_of
+from oftfx.ops.triton.tiles import Tiles, Work, cut, layout, options, rows_of
 
 LARGEST = 256
 """The widest block, where a program has as much shared memory as Hopper gives it."""
 LARGEST_ELSEWHERE = 64
+HELD = 128
+"""The widest block that is also turned fastest by a program that holds its core."""
 
 
 @triton.jit
@@ -250,8 +251,8 @@ def largest(device: torch.device) -> int:
 
 def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     """`oftfx::rotate`: x (..., n·b) of any strides and core (n, b, b) to a contiguous result."""
-    if wide.serves(x, core, stride):
-        return wide.turned(x, [core])[0]
+    if wide.serves(x, core, stride) and core.shape[-1] > min(HELD, largest(x.device)):
+        return wide.turned(x, core)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, step = rows_of(x)
     n, b, _ = core.shape
@@ -269,7 +270,7 @@ def rotate_grad(
     grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
-    if wide.serves(x, core, stride):
+    if wide.serves(x, core, stride) and core.shape[-1] > largest(x.device):
         return (
             wide.returned([grad], [core]) if need_x else grad_x,
             wide.grams(x, [grad], [core])[0] if need_core else core.new_empty(0),
@@ -301,18 +302,6 @@ def tiles(b: int, itemsize: int, gram: bool) -> Tiles:
     if wide > 64:
         return Tiles(pack, wide, 128 if gram else wide, 64, 8, 3, 1)
     return Tiles(pack, wide, wide, 64, 4, 3, 2) if gram else Tiles(pack, wide, wide, 128, 4, 0, 3)
-
-
-class Work(NamedTuple):
-    """One problem cut into programs.
-
-    Attributes:
-        launch: Runs them.
-        splits: Into how many runs the rows are cut.
-    """
-
-    launch: Launch
-    splits: int
 
 
 @functools.lru_cache(maxsize=4096)

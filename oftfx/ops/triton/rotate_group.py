@@ -18,7 +18,6 @@ from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     LARGEST,
     PRECISION,
-    Work,
     columns_of,
     diagonal,
     largest,
@@ -28,6 +27,7 @@ from oftfx.ops.triton.rotate import (
 )
 from oftfx.ops.triton.tiles import (
     Tiles,
+    Work,
     alike,
     cut,
     layout,
@@ -217,8 +217,8 @@ def _held(x: Tensor, core: Tensor) -> bool:
 
 def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     """`oftfx::rotate_group`: x (..., n·b) of any strides and cores (n, b, b), from one reading."""
-    if wide.serves(x, cores[0]):
-        return wide.turned(x, cores)
+    if not _held(x, cores[0]):
+        return [rotate.rotate(x, core) for core in cores]
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in cores]
     rows, stride = rows_of(x)
     n, b, _ = cores[0].shape
@@ -240,7 +240,7 @@ def rotate_group_grad(
     ]
     if not (need_x or need_cores):
         return grad_x, grad_cores
-    if wide.serves(x, cores[0]):
+    if not _held(x, cores[0]):
         return (
             wide.returned(grads, cores) if need_x else grad_x,
             wide.grams(x, grads, cores) if need_cores else grad_cores,

@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from oftfx.ops.triton.launch import Launch
+
 START = 1.5
 """What a program takes to begin, its core to load and its Gram to store, in tiles."""
 
@@ -30,6 +32,18 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     waves: int
+
+
+class Work(NamedTuple):
+    """One problem cut into programs.
+
+    Attributes:
+        launch: Runs them.
+        splits: Into how many runs the rows are cut.
+    """
+
+    launch: Launch
+    splits: int
 
 
 def cut(
@@ -83,6 +97,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 
 def processors(device: torch.device) -> int:
+    """How many work side by side."""
     if device.type != "cuda":  # the interpreter
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -4,9 +4,9 @@ A program of `rotate` holds its pack's core, which a wide block's does not fit b
 multiplies. Here a program computes one tile of a result and reads what it multiplies in steps, from
 a cache that programs beside it fill as well.
 
-    turned      out_i = x + x·C_i                   a tile of rows and of a block's columns
-    returned    out = Σ grad_i + grad_i·C_iᵀ        the same: one product, three times as long
-    gram        gram_i = xᵀ grad_i                  a tile of a block over a run of rows
+    turned      out = x + x·C                   a tile of rows and of a block's columns
+    returned    dx = Σ grad_i + grad_i·C_iᵀ     the same: one product, up to three times as long
+    grams       gram_i = xᵀ grad_i              a tile of a block over a run of rows
 """
 
 import functools
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from oftfx.ops.triton.add import added
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.tiles import Tiles, alike, cut, rows_alike, rows_of, three
+from oftfx.ops.triton.tiles import Tiles, Work, alike, cut, rows_alike, rows_of, three
 
 NARROWEST = 128
-"""From here on."""
+"""From here on a program may not hold a core."""
 
 
 @triton.jit
@@ -66,9 +66,7 @@ def _turn(
     core_0: tl.tensor,
     core_1: tl.tensor,
     core_2: tl.tensor,
-    out_0: tl.tensor,
-    out_1: tl.tensor,
-    out_2: tl.tensor,
+    out: tl.tensor,
     rows: int,
     n: tl.tensor,
     width: int,
@@ -82,78 +80,24 @@ def _turn(
     STEP: tl.constexpr,
     EVEN: tl.constexpr,
     COUNT: tl.constexpr,
-    SUMMED: tl.constexpr,
 ) -> None:
-    """A tile of each ``out_i`` or, summed, of the only one."""
+    """A tile of ``out = Σ source_i + source_i·core_i``."""
     PARTS: tl.constexpr = (B + PART - 1) // PART
-    EACH: tl.constexpr = 1 if SUMMED else COUNT
-    which = tl.program_id(0) % EACH
-    place = tl.program_id(0) // EACH
-    column = (place % PARTS * PART + tl.arange(0, PART))[None, :]
-    block = place // PARTS % n
-    begin = (place // PARTS // n).to(tl.int64) * TILE
+    column = (tl.program_id(0) % PARTS * PART + tl.arange(0, PART))[None, :]
+    place = tl.program_id(0) // PARTS
+    block = (place % n).to(tl.int64)
+    begin = (place // n).to(tl.int64) * TILE
     row = tl.arange(0, TILE)[:, None]
     row_in = row < rows - begin
-    shift = begin * stride + block.to(tl.int64) * B
-    core_shift = block.to(tl.int64) * core_block
+    shift = begin * stride + block * B
+    core_shift = block * core_block
     total = tl.full((TILE, PART), 0.0, tl.float32)
-    if SUMMED:
-        out = out_0
+    for i in tl.static_range(COUNT):
+        source = source_0 if i == 0 else source_1 if i == 1 else source_2
+        core = core_0 if i == 0 else core_1 if i == 1 else core_2
         total = _multiplied(
             total,
-            source_0 + shift,
-            core_0 + core_shift,
-            row,
-            row_in,
-            column,
-            stride,
-            core_row,
-            core_col,
-            B,
-            STEP,
-            EVEN,
-        )
-        if COUNT > 1:
-            total = _multiplied(
-                total,
-                source_1 + shift,
-                core_1 + core_shift,
-                row,
-                row_in,
-                column,
-                stride,
-                core_row,
-                core_col,
-                B,
-                STEP,
-                EVEN,
-            )
-        if COUNT > 2:
-            total = _multiplied(
-                total,
-                source_2 + shift,
-                core_2 + core_shift,
-                row,
-                row_in,
-                column,
-                stride,
-                core_row,
-                core_col,
-                B,
-                STEP,
-                EVEN,
-            )
-    else:
-        core, out = core_0, out_0
-        if COUNT > 1:
-            if which == 1:
-                core, out = core_1, out_1
-        if COUNT > 2:
-            if which == 2:
-                core, out = core_2, out_2
-        total = _multiplied(
-            total,
-            source_0 + shift,
+            source + shift,
             core + core_shift,
             row,
             row_in,
@@ -165,7 +109,7 @@ def _turn(
             STEP,
             EVEN,
         )
-    out += begin * width + block.to(tl.int64) * B
+    out += begin * width + block * B
     tl.store(out + row * width + column, total.to(out.dtype.element_ty), row_in & (column < B))
 
 
@@ -201,12 +145,10 @@ def _gram(
     shift = block.to(tl.int64) * B
     source += begin * stride + shift
     grad = grad_0
-    if COUNT > 1:
-        if which == 1:
-            grad = grad_1
-    if COUNT > 2:
-        if which == 2:
-            grad = grad_2
+    if which == 1:
+        grad = grad_1
+    elif which == 2:
+        grad = grad_2
     grad += begin * grad_stride + shift
     i = down * TILE + tl.arange(0, TILE)
     j = along * PART + tl.arange(0, PART)
@@ -227,7 +169,7 @@ def _gram(
 
 
 class Shape(NamedTuple):
-    """A tile of a result, what is read at a time, and as for `Tiles`."""
+    """A tile of a result, how much of what is summed is read at a time, and as for `Tiles`."""
 
     tile: int
     part: int
@@ -237,8 +179,9 @@ class Shape(NamedTuple):
     waves: int
 
 
-TURN = Shape(128, 128, 64, 8, 3, 2)
-GRAM = Shape(128, 128, 64, 8, 3, 2)
+# As measured on one H100.
+TURN = Shape(128, 64, 64, 4, 3, 3)
+GRAM = Shape(128, 128, 64, 4, 3, 2)
 
 
 def serves(x: Tensor, core: Tensor, stride: int = 1) -> bool:
@@ -246,44 +189,42 @@ def serves(x: Tensor, core: Tensor, stride: int = 1) -> bool:
     return x.dtype.itemsize == 2 and core.shape[-1] >= NARROWEST and stride == 1
 
 
-def turned(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
-    """Rotations of x (…, n·b) of any strides by cores (n, b, b), each contiguous."""
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in cores]
-    rows, stride = rows_of(x)
-    _turned([rows], stride, [core.to(x.dtype) for core in cores], outs)
-    return outs
+def turned(x: Tensor, core: Tensor) -> Tensor:
+    """A rotation of x (…, n·b) of any strides by a core (n, b, b), contiguous."""
+    # In the order of its columns: read along its rows, as measured, this takes three times as long.
+    columns = torch.empty(core.shape, dtype=x.dtype, device=x.device).mT
+    return _summed([x], [columns.copy_(core)])
 
 
 def returned(grads: list[Tensor], cores: list[Tensor]) -> Tensor:
-    """The gradient of what was rotated, from those of the rotations."""
-    out = torch.empty(grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
-    rows, stride = rows_alike(grads)
-    _turned(rows, stride, [core.to(out.dtype).mT for core in cores], [out])
+    """The gradient of what was rotated, from those of up to three rotations."""
+    return _summed(grads, [core.to(grads[0].dtype).mT for core in cores])
+
+
+def _summed(sources: list[Tensor], cores: list[Tensor]) -> Tensor:
+    out = torch.empty(sources[0].shape, dtype=sources[0].dtype, device=sources[0].device)
+    rows, stride = rows_alike(sources)
+    cores, core_strides = alike(cores)
+    n, b, _ = cores[0].shape
+    strides = (stride, *core_strides)
+    _turn_work(_height(out, n, b), n, b, out.dtype, strides, len(cores), out.device)(
+        *three(rows), *three(cores), out
+    )
     return out
 
 
 def grams(x: Tensor, grads: list[Tensor], cores: list[Tensor]) -> list[Tensor]:
-    """The gradients of the cores."""
+    """The gradients of up to three cores."""
     outs = [torch.empty(core.shape, dtype=core.dtype, device=x.device) for core in cores]
     rows, stride = rows_of(x)
     flat, grad_stride = rows_alike(grads)
     n, b, _ = cores[0].shape
     strides = (stride, grad_stride)
-    launch, splits = gram(_height(x, n, b), n, b, x.dtype, strides, len(grads), x.device)
-    found = torch.empty((splits, len(cores), n, b, b), dtype=torch.float32, device=x.device)
-    launch(rows, *three(flat), found)
+    work = _gram_work(_height(x, n, b), n, b, x.dtype, strides, len(grads), x.device)
+    found = torch.empty((work.splits, len(cores), n, b, b), dtype=torch.float32, device=x.device)
+    work.launch(rows, *three(flat), found)
     added(found, *outs)
     return outs
-
-
-def _turned(rows: list[Tensor], stride: int, cores: list[Tensor], outs: list[Tensor]) -> None:
-    cores, strides = alike(cores)
-    n, b, _ = cores[0].shape
-    out = outs[0]
-    summed = len(rows) > 1
-    count = len(cores)
-    launch = turn(_height(out, n, b), n, b, out.dtype, stride, strides, count, summed, out.device)
-    launch(*three(rows), *three(cores), *three(outs))
 
 
 def _height(x: Tensor, n: int, b: int) -> int:
@@ -291,27 +232,24 @@ def _height(x: Tensor, n: int, b: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def turn(
+def _turn_work(
     rows: int,
     n: int,
     b: int,
     dtype: torch.dtype,
-    stride: int,
-    core_strides: tuple[int, int, int],
+    strides: tuple[int, ...],
     count: int,
-    summed: bool,
     device: torch.device,
 ) -> Launch:
     tile, part, step, warps, stages, _ = TURN
-    programs = triton.cdiv(rows, tile) * n * triton.cdiv(b, part) * (1 if summed else count)
-    even = b % part == 0 and b % step == 0
-    constants = (b, tile, part, step, even, count, summed)
-    numbers = (rows, n, n * b, stride, *core_strides)
+    programs = triton.cdiv(rows, tile) * n * triton.cdiv(b, part)
+    constants = (b, tile, part, step, b % part == 0 and b % step == 0, count)
+    numbers = (rows, n, n * b, *strides)
     return Launch(_turn, programs, numbers, constants, num_warps=warps, num_stages=stages)
 
 
 @functools.lru_cache(maxsize=4096)
-def gram(
+def _gram_work(
     rows: int,
     n: int,
     b: int,
@@ -319,7 +257,7 @@ def gram(
     strides: tuple[int, int],
     count: int,
     device: torch.device,
-) -> tuple[Launch, int]:
+) -> Work:
     tile, part, step, warps, stages, waves = GRAM
     each = count * triton.cdiv(b, tile) * triton.cdiv(b, part)
     chosen = Tiles(1, 1, 1, step, warps, stages, waves)
@@ -327,4 +265,4 @@ def gram(
     constants = (b, tile, part, step, b % tile == 0 and b % part == 0, count)
     numbers = (rows, n, steps, *strides)
     launch = Launch(_gram, programs, numbers, constants, num_warps=warps, num_stages=stages)
-    return launch, splits
+    return Work(launch, splits)
