@@ -35,8 +35,8 @@ def test_rotates_as_the_reference_does(rows, n, b, device):
 
 
 @pytest.mark.parametrize(("rows", "n", "b"), SIZES)
-def test_gradients_of_a_group_are_the_references(rows, n, b, device, count=3):
-    x, grads, given = case(count, rows, n, b, device)
+def test_gradients_of_a_group_are_the_references(rows, n, b, device):
+    x, grads, given = case(3, rows, n, b, device)
     double = [grad.double() for grad in grads], x.double(), [core.double() for core in given]
     exact_x, exact_cores = ops.rotate_group_grad(*double, need_x=True, need_cores=True)
     assert error(kernel.returned(grads, given), exact_x) < ROUNDING
