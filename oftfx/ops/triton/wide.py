@@ -176,12 +176,11 @@ class Shape(NamedTuple):
     step: int
     warps: int
     stages: int
-    waves: int
 
 
 # As measured on one H100.
-TURN = Shape(128, 64, 64, 4, 3, 3)
-GRAM = Shape(128, 128, 64, 4, 3, 2)
+TURN = Shape(128, 64, 64, 4, 3)
+GRAM = Shape(128, 128, 64, 4, 3)
 
 
 def serves(x: Tensor, core: Tensor, stride: int = 1) -> bool:
@@ -241,7 +240,7 @@ def _turn_work(
     count: int,
     device: torch.device,
 ) -> Launch:
-    tile, part, step, warps, stages, _ = TURN
+    tile, part, step, warps, stages = TURN
     programs = triton.cdiv(rows, tile) * n * triton.cdiv(b, part)
     constants = (b, tile, part, step, b % part == 0 and b % step == 0, count)
     numbers = (rows, n, n * b, *strides)
@@ -258,9 +257,9 @@ def _gram_work(
     count: int,
     device: torch.device,
 ) -> Work:
-    tile, part, step, warps, stages, waves = GRAM
+    tile, part, step, warps, stages = GRAM
     each = count * triton.cdiv(b, tile) * triton.cdiv(b, part)
-    chosen = Tiles(1, 1, 1, step, warps, stages, waves)
+    chosen = Tiles(1, 1, 1, step, warps, stages, waves=2)
     programs, steps, splits = cut(rows, n * each, chosen, device, max(*strides, n * b))
     constants = (b, tile, part, step, b % tile == 0 and b % part == 0, count)
     numbers = (rows, n, steps, *strides)

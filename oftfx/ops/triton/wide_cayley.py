@@ -123,7 +123,7 @@ def _combine(
 TILE = 64
 
 Product = tuple[Tensor, Tensor, str]
-"""Two matrices and how they are multiplied: see `_multiplied`; by default as they are."""
+"""Two matrices and how they are multiplied: as they are ("+"), or see `_multiplied`."""
 
 
 def _combined(products: Sequence[Product], added: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
@@ -132,7 +132,7 @@ def _combined(products: Sequence[Product], added: Sequence[tuple[int, Tensor]] =
     c, d, form = second[0] if second else (a, b, "")
     (v, e), (w, f) = (*added, (0, a), (0, a))[:2]
     out = torch.empty_like(a)
-    _launch(*a.shape[:2], (first, form, v, w))(a, b, c, d, e, f, out)
+    _launch(*a.shape[:2], (first, form, v, w), a.device)(a, b, c, d, e, f, out)
     if products[2:]:
         return _combined(products[2:], [(1, out), *added[2:]])
     for weight, matrix in added[2:]:
@@ -141,7 +141,7 @@ def _combined(products: Sequence[Product], added: Sequence[tuple[int, Tensor]] =
 
 
 @functools.lru_cache(maxsize=256)
-def _launch(n: int, b: int, what: tuple[str | int, ...]) -> Launch:
+def _launch(n: int, b: int, what: tuple[str | int, ...], device: torch.device) -> Launch:
     programs = n * triton.cdiv(b, TILE) ** 2
     # As measured on one H100.
     constants = (b, TILE, 32, *what, PRECISION)
@@ -149,7 +149,7 @@ def _launch(n: int, b: int, what: tuple[str | int, ...]) -> Launch:
 
 
 @functools.lru_cache(maxsize=256)
-def _repack(kernel: object, n: int, b: int, dtype: torch.dtype) -> Launch:
+def _repack(kernel: object, n: int, b: int, dtype: torch.dtype, device: torch.device) -> Launch:
     return Launch(kernel, n * triton.cdiv(b, TILE) ** 2, (), (b, TILE), num_warps=4)
 
 
@@ -157,7 +157,7 @@ def _horner(theta: Tensor, b: int, order: int) -> tuple[Tensor, Tensor, list[Ten
     """Q, Q² and Horner's values but the last, as in `oftfx.rotations.cayley`."""
     n = theta.shape[:-1].numel()
     q = torch.empty((n, b, b), dtype=torch.float32, device=theta.device)
-    _repack(_unpack, n, b, theta.dtype)(theta.contiguous(), q)
+    _repack(_unpack, n, b, theta.dtype, theta.device)(theta.contiguous(), q)
     square = _combined([(q, q, "+")])
     values = [torch.add(square, q, alpha=2) if order % 2 else q]
     for _ in range(order // 2 - 1):
@@ -190,5 +190,5 @@ def cayley_grad(grad: Tensor, theta: Tensor, b: int, order: int) -> Tensor:
         full_grad = _combined(square_grad, doubled)
         q_grad = _combined([(full_grad, q, "mirrored"), (square, backs[-1], "+")], doubled)
     out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
-    _repack(_pack, len(q), b, theta.dtype)(q_grad, out)
+    _repack(_pack, len(q), b, theta.dtype, theta.device)(q_grad, out)
     return out
