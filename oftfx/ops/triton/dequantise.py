@@ -20,7 +20,8 @@ from torch import Tensor
 
 from oftfx.ops.packed import Packed
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import PRECISION, _processors
+from oftfx.ops.triton.rotate import PRECISION
+from oftfx.ops.triton.tiles import processors
 
 WIDTHS = {16, 32, 64, 128}
 """Block widths that it rotates by: packs of them are whole runs of 32 columns."""
@@ -218,7 +219,7 @@ def _launch(
     packs = width // (32 * runs)
     height = triton.cdiv(rows, tile)
     # Equal runs, as many as are at work at a time.
-    run = max(1, triton.cdiv(height, max(1, waves * _processors(device) // packs)))
+    run = max(1, triton.cdiv(height, max(1, waves * processors(device) // packs)))
     constants = (b, runs, tile, warps, block_size, nested, core_dtype is not None, PRECISION)
     return Launch(
         _dequantise,

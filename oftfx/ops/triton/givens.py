@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import PRECISION, _processors, rows_of
+from oftfx.ops.triton.rotate import PRECISION
+from oftfx.ops.triton.tiles import processors, rows_of
 
 CHUNK = 64
 """Columns of a chunk, where there are as many."""
@@ -336,7 +337,7 @@ def _levels(width: int) -> list[Level]:
 def _runs(rows: int, chunks: int, device: torch.device) -> tuple[int, int]:
     """Rows of a run, and how many runs make enough programs to keep the memory busy."""
     height = triton.cdiv(rows, TILE)
-    tiles = triton.cdiv(height, max(1, WAVES * _processors(device) // chunks))
+    tiles = triton.cdiv(height, max(1, WAVES * processors(device) // chunks))
     return tiles * TILE, max(1, triton.cdiv(height, max(1, tiles)))
 
 

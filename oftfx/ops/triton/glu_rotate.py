@@ -21,19 +21,14 @@ from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     COMPILED,
     PRECISION,
-    Tiles,
-    Work,
     beside,
     columns_of,
-    cut,
     diagonal,
-    layout,
     load_rows,
     locate,
-    options,
-    rows_of,
     store_gram,
 )
+from oftfx.ops.triton.tiles import Tiles, Work, cut, layout, options, rows_of
 
 WIDEST = 128
 """The widest block: beside the core of a wider one, there is no room for two operands more."""
@@ -296,13 +291,15 @@ def _sizes(gate: Tensor, core: Tensor) -> tuple[int, int, int, torch.dtype, torc
 
 
 def tiles(b: int, itemsize: int, gradients: bool) -> Tiles:
-    """As for a rotation alone, but for what the operands take, as measured on one H200."""
+    """As for a rotation alone, but for what the operands take, as measured."""
     chosen = rotate.tiles(b, itemsize, gradients)
     if itemsize == 4:
         return chosen
-    if chosen.wide > 64:
-        return chosen if gradients else chosen._replace(stages=0)
-    if gradients:
+    if chosen.wide > 64:  # on one H100
+        if gradients:
+            return chosen._replace(part=64, warps=4, waves=2)
+        return chosen._replace(warps=4, stages=2, waves=2)
+    if gradients:  # on one H200
         return chosen._replace(tile=64, warps=4, stages=3, waves=2)
     return chosen._replace(tile=64, warps=4, stages=2, waves=5)
 

@@ -24,18 +24,23 @@ from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     LARGEST,
     PRECISION,
-    Tiles,
     beside,
     columns_of,
-    cut,
     diagonal,
     largest,
-    layout,
     load_rows,
     locate,
-    options,
-    rows_of,
     store_gram,
+)
+from oftfx.ops.triton.tiles import (
+    Tiles,
+    alike,
+    cut,
+    layout,
+    options,
+    rows_alike,
+    rows_of,
+    three,
 )
 
 WIDEST = 128
@@ -335,9 +340,9 @@ def norm_rotate(x: Tensor, norm: Norm, cores: list[Tensor], dtype: torch.dtype) 
     """`oftfx::norm_rotate`: x (..., n·b) of any strides and cores (n, b, b), in one reading."""
     outs = [torch.empty(x.shape, dtype=dtype, device=x.device) for _ in cores]
     rows, stride = rows_of(x)
-    cores, strides = rotate_group.alike(cores)
+    cores, strides = alike(cores)
     work = _work(_problem(rows, stride, norm, cores, dtype), 0, strides, 0, ())
-    work.launch(rows, *_vectors(norm), *rotate_group.three(cores), *rotate_group.three(outs))
+    work.launch(rows, *_vectors(norm), *three(cores), *three(outs))
     return outs
 
 
@@ -362,8 +367,8 @@ def norm_rotate_grad(
     if not (need_x or need_cores):
         return grad_x, grad_mean, grad_rstd, grad_cores
     rows, stride = rows_of(x)
-    flat, grad_stride = rotate_group.rows_alike(grads)
-    cores, (block, row, col) = rotate_group.alike(cores)
+    flat, grad_stride = rows_alike(grads)
+    cores, (block, row, col) = alike(cores)
     problem = _problem(rows, stride, norm, cores, flat[0].dtype)
     turned = (block, col, row)  # of Cᵀ
     work = _work(problem, grad_stride, turned, len(grads), (need_x, need_cores))
@@ -372,10 +377,10 @@ def norm_rotate_grad(
     shape = (work.splits, len(cores), *cores[0].shape) if need_cores else (0,)
     gram = torch.empty(shape, dtype=torch.float32, device=x.device)
     work.launch(
-        *rotate_group.three(flat),
+        *three(flat),
         rows,
         *_vectors(norm),
-        *rotate_group.three(cores),
+        *three(cores),
         grad_x,
         sums,
         gram,

@@ -12,19 +12,22 @@ multiply with the pack's block-diagonal core as if it were dense, which costs no
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.triton import wide
 from oftfx.ops.triton.add import total
 from oftfx.ops.triton.launch import Launch
+from oftfx.ops.triton.tiles import Tiles, Work, cut, layout, options, rows_of
 
 LARGEST = 256
 """The widest block, where a program has as much shared memory as Hopper gives it."""
 LARGEST_ELSEWHERE = 64
+HELD = 128
+"""The widest block that is also turned fastest by a program that holds its core."""
 
 
 @triton.jit
@@ -221,8 +224,6 @@ def _pass(
         store_gram(gram + slot, found, whole, whole_in, part, part_in, B)
 
 
-START = 1.5
-"""What a program takes to begin, its core to load and its Gram to store, in tiles."""
 PRECISION = "tf32x3"
 """tf32 alone keeps three digits of float32; three products of its parts keep them all."""
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
@@ -234,7 +235,8 @@ def fits(x: Tensor, core: Tensor, stride: int = 1) -> bool:
     And a core for every block: one that all blocks share is left to PyTorch.
     """
     n, b, _ = core.shape
-    return x.dtype in _DTYPES and b <= largest(x.device) and x.shape[-1] == n * b
+    served = b <= largest(x.device) or wide.serves(x, core, stride)
+    return x.dtype in _DTYPES and served and x.shape[-1] == n * b
 
 
 @functools.cache
@@ -249,6 +251,8 @@ def largest(device: torch.device) -> int:
 
 def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     """`oftfx::rotate`: x (..., n·b) of any strides and core (n, b, b) to a contiguous result."""
+    if wide.serves(x, core, stride) and core.shape[-1] > min(HELD, largest(x.device)):
+        return wide.turned(x, core)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, step = rows_of(x)
     n, b, _ = core.shape
@@ -266,6 +270,11 @@ def rotate_grad(
     grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
+    if wide.serves(x, core, stride) and core.shape[-1] > largest(x.device):
+        return (
+            wide.returned([grad], [core]) if need_x else grad_x,
+            wide.grams(x, [grad], [core])[0] if need_core else core.new_empty(0),
+        )
     grad_rows, grad_step = rows_of(grad)
     x_rows, x_step = rows_of(x)
     n, b, _ = core.shape
@@ -282,28 +291,6 @@ def rotate_grad(
     return grad_x, total(gram, core.dtype)
 
 
-class Tiles(NamedTuple):
-    """The kernel's choices for a block size.
-
-    Attributes:
-        pack: Blocks in a pack.
-        wide: Columns of a pack, padded to a power of two.
-        part: How many of those columns one program writes.
-        tile: Rows at a time.
-        warps: Warps of a program.
-        stages: Tiles in flight; 0 for one, kept in registers.
-        waves: Programs at work at a time on one processor.
-    """
-
-    pack: int
-    wide: int
-    part: int
-    tile: int
-    warps: int
-    stages: int
-    waves: int
-
-
 def tiles(b: int, itemsize: int, gram: bool) -> Tiles:
     """Tile sizes by block width, as measured on one H100."""
     pack = max(1, (64 if itemsize == 2 else 32) // b)
@@ -315,18 +302,6 @@ def tiles(b: int, itemsize: int, gram: bool) -> Tiles:
     if wide > 64:
         return Tiles(pack, wide, 128 if gram else wide, 64, 8, 3, 1)
     return Tiles(pack, wide, wide, 64, 4, 3, 2) if gram else Tiles(pack, wide, wide, 128, 4, 0, 3)
-
-
-class Work(NamedTuple):
-    """One problem cut into programs.
-
-    Attributes:
-        launch: Runs them.
-        splits: Into how many runs the rows are cut.
-    """
-
-    launch: Launch
-    splits: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -352,59 +327,3 @@ def _work(
     constants = (*layout(n, b, chosen), *last)
     launch = Launch(_pass, programs, numbers, constants, **options(chosen))
     return Work(launch, splits)
-
-
-def cut(
-    rows: int, n: int, chosen: Tiles, device: torch.device, stride: int
-) -> tuple[int, int, int]:
-    """How many programs, tiles of rows in the run of each, and runs.
-
-    Args:
-        rows: Of the activation.
-        n: Blocks.
-        chosen: The tiles.
-        device: Where.
-        stride: The longest between rows.
-    """
-    columns = triton.cdiv(n, chosen.pack) * (chosen.wide // chosen.part)
-    height = triton.cdiv(rows, chosen.tile)
-    at_once = chosen.waves * _processors(device)
-    longest = max(1, (2**31 - 1) // (chosen.tile * max(1, stride)))  # which 32 bits count
-
-    def time(run: int) -> float:
-        """In tiles: programs begin together, those there is no room for when others have ended."""
-        return triton.cdiv(columns * triton.cdiv(height, run), at_once) * (run + START)
-
-    most = max(1, 8 * at_once // max(1, columns))
-    runs = {max(1, min(longest, triton.cdiv(height, parts))) for parts in range(1, most + 1)}
-    run = min(sorted(runs), key=time)
-    splits = max(1, triton.cdiv(height, run))
-    return columns * splits, run, splits
-
-
-def layout(n: int, b: int, chosen: Tiles) -> tuple[int, ...]:
-    """The kernels' constants B, PACK, WIDE, PART, TILE and EVEN."""
-    pack, wide, part, tile, *_ = chosen
-    return b, pack, wide, part, tile, pack * b == wide and n % pack == 0
-
-
-def options(chosen: Tiles) -> dict[str, int]:
-    """What Triton compiles with."""
-    return {"num_warps": chosen.warps, "num_stages": max(chosen.stages, 1)}
-
-
-def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """Rows of neighbouring columns and their stride; a copy only where x has no such view."""
-    width = x.shape[-1]
-    if x.is_contiguous():
-        return x, width
-    x = x.reshape(-1, width)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    return x, x.stride(0)
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,24 +12,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oftfx.ops.triton import rotate
+from oftfx.ops.triton import rotate, wide
 from oftfx.ops.triton.add import added
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import (
     LARGEST,
     PRECISION,
-    Tiles,
-    Work,
     columns_of,
-    cut,
     diagonal,
     largest,
-    layout,
     load_rows,
     locate,
-    options,
-    rows_of,
     store_gram,
+)
+from oftfx.ops.triton.tiles import (
+    Tiles,
+    Work,
+    alike,
+    cut,
+    layout,
+    options,
+    rows_alike,
+    rows_of,
+    three,
 )
 
 WIDEST = 64
@@ -199,15 +204,21 @@ def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bo
     return (
         2 <= len(cores) <= 3
         and rotate.fits(x, first)
-        and first.shape[-1] <= WIDEST
-        and largest(x.device) == LARGEST
+        and (wide.serves(x, first) or _held(x, first))
         and all(core.shape == first.shape and core.dtype == first.dtype for core in cores)
         and all(grad.dtype == x.dtype and x.dtype.itemsize == 2 for grad in grads)
     )
 
 
+def _held(x: Tensor, core: Tensor) -> bool:
+    """Whether a program can hold the cores."""
+    return core.shape[-1] <= WIDEST and largest(x.device) == LARGEST
+
+
 def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     """`oftfx::rotate_group`: x (..., n·b) of any strides and cores (n, b, b), from one reading."""
+    if not _held(x, cores[0]):
+        return [rotate.rotate(x, core) for core in cores]
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in cores]
     rows, stride = rows_of(x)
     n, b, _ = cores[0].shape
@@ -229,6 +240,11 @@ def rotate_group_grad(
     ]
     if not (need_x or need_cores):
         return grad_x, grad_cores
+    if not _held(x, cores[0]):
+        return (
+            wide.returned(grads, cores) if need_x else grad_x,
+            wide.grams(x, grads, cores) if need_cores else grad_cores,
+        )
     flat, grad_stride = rows_alike(grads)
     x_rows, x_stride = rows_of(x)
     n, b, _ = cores[0].shape
@@ -253,28 +269,6 @@ def rotate_group_grad(
     if need_cores:
         added(gram, *grad_cores)
     return grad_x, grad_cores
-
-
-def three(tensors: list[Tensor]) -> list[Tensor]:
-    """With the last one again where there are fewer: kernels skip it."""
-    return [*tensors, *tensors[-1:] * (3 - len(tensors))]
-
-
-def rows_alike(grads: list[Tensor]) -> tuple[list[Tensor], int]:
-    """As `rows_of` gives each, of one stride."""
-    rows = [rows_of(grad) for grad in grads]
-    if any(stride != rows[0][1] for _, stride in rows):
-        rows = [rows_of(grad.contiguous()) for grad in grads]
-    return [grad for grad, _ in rows], rows[0][1]
-
-
-def alike(cores: list[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The cores, of one set of strides, and those."""
-    strides = cores[0].stride()
-    if any(core.stride() != strides for core in cores):
-        cores = [core.contiguous() for core in cores]
-        strides = cores[0].stride()
-    return cores, strides
 
 
 def tiles(b: int, itemsize: int, gradients: bool, count: int) -> Tiles:

@@ -11,6 +11,10 @@ kernel = pytest.importorskip("oftfx.ops.triton.cayley")
 SIZES = [(5, 2), (9, 3), (3, 4), (7, 5), (2, 16), (2, 31), (3, 32), (2, 33), (1, 64)]
 
 
+GRADIENT = 1e-5 if torch.cuda.is_available() else 1e-6
+"""There they are products of bf16 parts."""
+
+
 def error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm())
 
@@ -33,7 +37,7 @@ def test_cores_keep_float32_digits(n, b, order, device):
 def test_gradients_are_the_references(n, b, order, device):
     theta, grad = random_theta(n, b, device), torch.randn(n, b, b, device=device)
     exact = ops.cayley_grad(grad.double(), theta.double(), b, order)
-    assert error(kernel.cayley_grad(grad, theta, b, order), exact) < 1e-6
+    assert error(kernel.cayley_grad(grad, theta, b, order), exact) < GRADIENT
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -59,7 +63,7 @@ def test_operands_may_have_any_strides(device):
     assert not grad.is_contiguous()
     assert error(kernel.cayley(theta, 4, 4), ops.cayley(theta.double(), 4, 4)) < 1e-6
     exact = ops.cayley_grad(grad.double(), theta.double(), 4, 4)
-    assert error(kernel.cayley_grad(grad, theta, 4, 4), exact) < 1e-6
+    assert error(kernel.cayley_grad(grad, theta, 4, 4), exact) < GRADIENT
 
 
 def test_no_blocks_give_no_cores(device):
@@ -68,9 +72,9 @@ def test_no_blocks_give_no_cores(device):
     assert kernel.cayley_grad(torch.zeros(0, 4, 4, device=device), theta, 4, 4).shape == (0, 6)
 
 
-def test_serves_series_of_narrow_blocks():
+def test_serves_series_of_blocks_of_any_width():
     theta = torch.zeros(1, 6)
     assert kernel.fits(theta, 4, 4)
+    assert kernel.fits(torch.zeros(1, 65 * 32), 65, 4)
     assert not kernel.fits(theta, 4, None)
     assert not kernel.fits(theta.double(), 4, 4)
-    assert not kernel.fits(torch.zeros(1, 65 * 32), 65, 4)

@@ -92,7 +92,7 @@ def test_no_rows_give_no_rows(device):
 
 
 def test_many_runs_give_the_bits_of_any_other_time(device, monkeypatch):
-    monkeypatch.setattr(kernel, "_processors", lambda device: 2)
+    monkeypatch.setattr(kernel, "processors", lambda device: 2)
     grad, x, core = operands(130, 17, device)
     first = kernel.givens_grad(grad, x, core, True, True, False)
     again = kernel.givens_grad(grad, x, core, True, True, False)

@@ -10,6 +10,7 @@ from oftfx import ops
 from oftfx.ops.glu_rotate import ACTIVATIONS
 
 kernel = pytest.importorskip("oftfx.ops.triton.glu_rotate")
+tiles = pytest.importorskip("oftfx.ops.triton.tiles")
 
 # (rows, n, b): one and many tiles, packs that are full, padded, cut off by n, and split in parts
 SIZES = [(3, 7, 2), (65, 33, 4), (17, 5, 7), (70, 5, 32), (33, 1, 33), (70, 2, 64), (20, 1, 128)]
@@ -116,7 +117,7 @@ def test_nothing_gives_nothing_and_zero_gradients(shape, device):
 
 
 def test_many_runs_are_added_the_same_way_every_time(device, monkeypatch):
-    monkeypatch.setattr(kernel.rotate, "_processors", lambda device: 20)
+    monkeypatch.setattr(tiles, "processors", lambda device: 20)
     kernel._work.cache_clear()
     given = case(64 * 9, 1, 16, torch.float16, device)
     first, again = (kernel.glu_rotate_grad(*given, "silu", True, True)[2] for _ in range(2))

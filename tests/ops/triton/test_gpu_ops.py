@@ -126,7 +126,7 @@ def test_groups_and_their_gradients_are_those_of_float64(b, dtype, count):
         for out, value in zip(outs, exact, strict=True):
             assert error(out.detach(), value) < ROUNDING[dtype]
         # Of many gradients PyTorch rounds each, and each sum.
-        rounded = 1 if count <= 3 and b <= 64 and x.dtype.itemsize == 2 else 2
+        rounded = 1 if count <= 3 and x.dtype.itemsize == 2 else 2
         assert error(grad_x, exact_x) < rounded * ROUNDING[dtype]
         for value, reference in zip(grad_cores, exact_cores, strict=True):
             if dtype is torch.float64:
@@ -173,8 +173,10 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
         exact_grad = ops.cayley_grad(grad.double(), theta.double(), b, order)
         theta.requires_grad_()
         core = ops.cayley(theta, b, order)
-        assert error(core.detach(), exact) < 2e-6
-        assert error(torch.autograd.grad(core, theta, grad)[0], exact_grad) < 2e-6
+        # Gradients of a series, and wide cores, are products of bf16 parts.
+        assert error(core.detach(), exact) < (2e-6 if b <= 64 or order is None else 1e-5)
+        grad_theta = torch.autograd.grad(core, theta, grad)[0]
+        assert error(grad_theta, exact_grad) < (2e-6 if order is None else 1e-5)
 
 
 def test_triton_serves_this_device():

@@ -48,6 +48,8 @@ from oftfx.ops.triton import (
     norm_rotate,
     rotate,
     rotate_group,
+    wide,
+    wide_cayley,
 )
 
 cpu, f32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -99,6 +101,12 @@ for kind, b, dtype, name in (
 check(add._launch(3, 2, 64, f32, cpu), *["*fp32"] * 4)
 check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")
 check(cayley._launch(cayley._cayley_grad, 5, 4, 3, f32, cpu), "*fp32", "*fp32", "*fp32")
+work = wide._gram_work(99, 3, 130, bf16, (390, 390), 3, cpu)
+check(work.launch, *["*bf16"] * 4, "*fp32")
+check(wide._turn_work(99, 3, 130, bf16, (390, 130 * 130, 1, 130), 3, cpu), *["*bf16"] * 7)
+check(wide_cayley._launch(3, 66, ("mirrored", "transposed", 2, 1), cpu), *["*fp32"] * 7)
+check(wide_cayley._repack(wide_cayley._pack, 3, 66, f32, cpu), "*fp32", "*fp32")
+check(wide_cayley._repack(wide_cayley._unpack, 3, 66, f32, cpu), "*fp32", "*fp32")
 for b, nested, dtype, core, name in (
     (32, 256, bf16, f32, "*bf16"), (64, 0, f32, f32, "*fp32"), (32, 0, bf16, None, "*bf16")
 ):

@@ -10,6 +10,7 @@ from oftfx import ops
 from oftfx.ops.norm_rotate import Norm
 
 kernel = pytest.importorskip("oftfx.ops.triton.norm_rotate")
+tiles = pytest.importorskip("oftfx.ops.triton.tiles")
 
 # (rows, n, b): one and many tiles; packs that are full, padded and cut off by n
 SIZES = [(3, 7, 2), (65, 33, 4), (17, 5, 7), (200, 5, 32), (64, 2, 32), (33, 1, 33), (70, 2, 64)]
@@ -170,7 +171,7 @@ def test_no_rows_give_no_rows_and_zero_gradients(shape, device):
 
 
 def test_many_runs_are_added_the_same_way_every_time(device, monkeypatch):
-    monkeypatch.setattr(kernel.rotate, "_processors", lambda device: 20)
+    monkeypatch.setattr(tiles, "processors", lambda device: 20)
     kernel._work.cache_clear()
     grads, given = case(3, 64 * 19, 1, 16, device)
     first = kernel.norm_rotate_grad(grads, *given, True, True)[-1]

@@ -9,6 +9,7 @@ import torch
 from oftfx import ops
 
 kernel = pytest.importorskip("oftfx.ops.triton.rotate_group")
+tiles = pytest.importorskip("oftfx.ops.triton.tiles")
 
 # (rows, n, b): one and many tiles, packs that are full, padded, cut off by n, and split in parts
 SIZES = [(3, 7, 2), (65, 33, 4), (17, 5, 7), (200, 5, 32), (64, 2, 32), (33, 1, 33), (70, 2, 64)]
@@ -137,7 +138,7 @@ def test_cores_of_another_dtype_are_cast_and_their_gradients_cast_back(device):
 
 def test_many_runs_are_added_the_same_way_every_time(device, monkeypatch):
     """More runs than are read at a time; their sum is exact and repeats to the last bit."""
-    monkeypatch.setattr(kernel.rotate, "_processors", lambda device: 20)
+    monkeypatch.setattr(tiles, "processors", lambda device: 20)
     kernel._work.cache_clear()
     grads, x, cores = case(3, 64 * 19, 1, 16, torch.float16, device)
     first = kernel.rotate_group_grad(grads, x, cores, True, True)

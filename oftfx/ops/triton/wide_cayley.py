@@ -1,0 +1,194 @@
+"""Cores of wide blocks: the steps of their series as products of tiles, each with what it adds.
+
+A program computes one tile of one block's ``± A·B ± C·D + v·E + w·F``; a few launches, in which
+every matrix is read and written once, are then the series or its gradient.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oftfx.ops.triton.launch import Launch
+from oftfx.ops.triton.rotate import COMPILED
+
+PRECISION = "bf16x3" if COMPILED else "tf32x3"
+"""Three products of bf16 parts: 2e-6 of a core or a gradient is lost, and half the time won."""
+
+
+@triton.jit
+def _place(i: tl.tensor, j: tl.tensor, B: tl.constexpr) -> tl.tensor:
+    """Where the parameters of a block have the entry (i, j) above its diagonal."""
+    return i * (2 * B - i - 1) // 2 + j - i - 1
+
+
+@triton.jit
+def _tile(B: tl.constexpr, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A program's block, its rows and columns there, and which of those there are."""
+    SIDE: tl.constexpr = (B + TILE - 1) // TILE
+    tile = tl.program_id(0) % (SIDE * SIDE)
+    lane = tl.arange(0, TILE)
+    i = (tile // SIDE * TILE + lane)[:, None]
+    j = (tile % SIDE * TILE + lane)[None, :]
+    return (tl.program_id(0) // (SIDE * SIDE)).to(tl.int64), i, j, (i < B) & (j < B)
+
+
+@triton.jit
+def _unpack(theta: tl.tensor, out: tl.tensor, B: tl.constexpr, TILE: tl.constexpr) -> None:
+    """Parameters to skew matrices."""
+    block, i, j, there = _tile(B, TILE)
+    theta += block * (B * (B - 1) // 2)
+    above = tl.load(theta + _place(i, j, B), there & (i < j), 0.0).to(tl.float32)
+    below = tl.load(theta + _place(j, i, B), there & (i > j), 0.0).to(tl.float32)
+    tl.store(out + block * (B * B) + i * B + j, above - below, there)
+
+
+@triton.jit
+def _pack(grad: tl.tensor, out: tl.tensor, B: tl.constexpr, TILE: tl.constexpr) -> None:
+    """The gradient of skew matrices to their parameters': d theta_ij = d Q_ij − d Q_ji."""
+    block, i, j, there = _tile(B, TILE)
+    grad += block * (B * B)
+    there &= i < j
+    value = tl.load(grad + i * B + j, there, 0.0) - tl.load(grad + j * B + i, there, 0.0)
+    out += block * (B * (B - 1) // 2)
+    tl.store(out + _place(i, j, B), value.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _multiplied(
+    total: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    i: tl.tensor,
+    j: tl.tensor,
+    B: tl.constexpr,
+    STEP: tl.constexpr,
+    FORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """``total`` and a tile of ``a·b``, ``a·bᵀ`` or ``−(a + aᵀ)·b``, by its form."""
+    lane = tl.arange(0, STEP)
+    for start in range(0, B, STEP):
+        k = start + lane
+        left_in, right_in = (i < B) & (k < B)[None, :], (k < B)[:, None] & (j < B)
+        left = tl.load(a + i * B + k[None, :], left_in, 0.0)
+        if FORM == "-":
+            left = -left
+        if FORM == "mirrored":
+            left = -left - tl.load(a + k[None, :] * B + i, left_in, 0.0)
+        if FORM == "transposed":
+            right = tl.load(b + j * B + k[:, None], right_in, 0.0)
+        else:
+            right = tl.load(b + k[:, None] * B + j, right_in, 0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _combine(
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    d: tl.tensor,
+    e: tl.tensor,
+    f: tl.tensor,
+    out: tl.tensor,
+    B: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    V: tl.constexpr,
+    W: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """``out = a·b + c·d + V·e + W·f``, products by their forms; what has none or 0 is left out."""
+    block, i, j, there = _tile(B, TILE)
+    block *= B * B
+    here = block + i * B + j
+    total = tl.full((TILE, TILE), 0.0, tl.float32)
+    if V:
+        total += V * tl.load(e + here, there, 0.0)
+    if W:
+        total += W * tl.load(f + here, there, 0.0)
+    total = _multiplied(total, a + block, b + block, i, j, B, STEP, FIRST, PRECISION)
+    if SECOND != "":
+        total = _multiplied(total, c + block, d + block, i, j, B, STEP, SECOND, PRECISION)
+    tl.store(out + here, total, there)
+
+
+TILE = 64
+
+Product = tuple[Tensor, Tensor, str]
+"""Two matrices and how they are multiplied: as they are ("+"), or see `_multiplied`."""
+
+
+def _combined(products: Sequence[Product], added: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
+    """The sum of products and multiples of matrices (n, b, b), float32; two of each a launch."""
+    (a, b, first), *second = products[:2]
+    c, d, form = second[0] if second else (a, b, "")
+    (v, e), (w, f) = (*added, (0, a), (0, a))[:2]
+    out = torch.empty_like(a)
+    _launch(*a.shape[:2], (first, form, v, w), a.device)(a, b, c, d, e, f, out)
+    if products[2:]:
+        return _combined(products[2:], [(1, out), *added[2:]])
+    for weight, matrix in added[2:]:
+        out.add_(matrix, alpha=weight)
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def _launch(n: int, b: int, what: tuple[str | int, ...], device: torch.device) -> Launch:
+    programs = n * triton.cdiv(b, TILE) ** 2
+    # As measured on one H100.
+    constants = (b, TILE, 32, *what, PRECISION)
+    return Launch(_combine, programs, (), constants, num_warps=4, num_stages=3)
+
+
+@functools.lru_cache(maxsize=256)
+def _repack(kernel: object, n: int, b: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    return Launch(kernel, n * triton.cdiv(b, TILE) ** 2, (), (b, TILE), num_warps=4)
+
+
+def _horner(theta: Tensor, b: int, order: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Q, Q² and Horner's values but the last, as in `oftfx.rotations.cayley`."""
+    n = theta.shape[:-1].numel()
+    q = torch.empty((n, b, b), dtype=torch.float32, device=theta.device)
+    _repack(_unpack, n, b, theta.dtype, theta.device)(theta.contiguous(), q)
+    square = _combined([(q, q, "+")])
+    values = [torch.add(square, q, alpha=2) if order % 2 else q]
+    for _ in range(order // 2 - 1):
+        values.append(_combined([(square, values[-1], "+")], [(2, q), (2, square)]))
+    return q, square, values
+
+
+def cayley(theta: Tensor, b: int, order: int) -> Tensor:
+    """The series' core, (…, b, b) in float32."""
+    q, square, (*_, value) = _horner(theta, b, order)
+    if order > 1:
+        value = _combined([(square, value, "+")], [(2, q), (2, square)])
+    return value.view(*theta.shape[:-1], b, b)
+
+
+def cayley_grad(grad: Tensor, theta: Tensor, b: int, order: int) -> Tensor:
+    """Its gradient, (…, b, b), to the parameters'; the steps are `neumann_grad`'s."""
+    q, square, values = _horner(theta, b, order)
+    backs = [grad.reshape(-1, b, b).contiguous().float()]
+    for _ in range(order // 2 - 1):
+        backs.append(_combined([(square, backs[-1], "+")]))
+    pairs = zip(backs, reversed(values), strict=True) if order > 1 else ()
+    square_grad: list[Product] = [(*pair, "transposed") for pair in pairs]
+    doubled = [(2, back) for back in backs] if order > 1 else []
+    if order % 2:
+        last = _combined([(square, backs[-1], "+")]) if order > 1 else backs[0]
+        full_grad = _combined(square_grad, [*doubled, (1, last)]) if order > 1 else last
+        q_grad = _combined([(full_grad, q, "mirrored")], [*doubled, (2, last)])
+    else:
+        full_grad = _combined(square_grad, doubled)
+        q_grad = _combined([(full_grad, q, "mirrored"), (square, backs[-1], "+")], doubled)
+    out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
+    _repack(_pack, len(q), b, theta.dtype, theta.device)(q_grad, out)
+    return out
