@@ -222,7 +222,7 @@ def _label(run: list[_Unit], sites: Mapping[str, str], layer: str) -> tuple[str,
 
 
 def _owner(node: fx.Node) -> str:
-    owner = str(node.target) if node.op == "call_module" else match.caller(node)
+    owner = str(node.target) if node.op == "call_module" else caller(node)
     return owner.partition(f".{CHILD}.")[0]
 
 

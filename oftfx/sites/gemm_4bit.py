@@ -39,6 +39,8 @@ class Operands(NamedTuple):
     absmax_code: Any = None
     absmax_offset: Any = None
 
+    STORED = ("B", "absmax", "absmax_8bit", "absmax_code", "absmax_offset")  # what W is stored in
+
     def scales(self) -> Tensor:
         """The scale of each block, float32."""
         if self.absmax_8bit is None:
@@ -93,19 +95,15 @@ def register_gradients() -> None:
         )
 
 
-STORED = ("B", "absmax", "absmax_8bit", "absmax_code", "absmax_offset")
-"""The operands that W is stored in."""
-
-
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     given = Operands(*inputs)
-    ctx.save_for_backward(*(getattr(given, name) for name in STORED))
-    nothing: dict[str, Any] = dict.fromkeys(("A", "bias", *STORED))
+    ctx.save_for_backward(*(getattr(given, name) for name in Operands.STORED))
+    nothing: dict[str, Any] = dict.fromkeys(("A", "bias", *Operands.STORED))
     ctx.rest = given._replace(**nothing)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    given = ctx.rest._replace(**dict(zip(STORED, ctx.saved_tensors, strict=True)))
+    given = ctx.rest._replace(**dict(zip(Operands.STORED, ctx.saved_tensors, strict=True)))
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[0]:
         grads[0] = grad @ given.weight(grad.dtype)

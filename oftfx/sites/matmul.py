@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from oftfx.ops.factor import MAPS, SCALE
+from oftfx.ops.int8_linear import INT8_LINEAR
 from oftfx.sites import gemm_4bit
 
 Layout = Literal["out_in", "in_out"]
@@ -75,9 +76,14 @@ _SPELLINGS: dict[Any, Spelling] = {
 # Of libraries that may not be installed, by name. Their weights are packed, in shapes of their own.
 _QUANTISED: dict[str, Spelling] = {
     gemm_4bit.NAME: Spelling(Operand(0, "A"), Operand(1, "B"), True, Operand(6, "bias")),
+    str(INT8_LINEAR): Spelling(Operand(0, "x"), Operand(1, "rows"), True, Operand(4, "bias")),
 }
 _UNPACKING = "bitsandbytes.dequantize_4bit.default"  # before 0.50, a matmul reads what it gives
-_SHAPES = {gemm_4bit.NAME: Operand(2, "shapeB"), _UNPACKING: Operand(4, "shape")}
+_SHAPES = {
+    gemm_4bit.NAME: Operand(2, "shapeB"),
+    _UNPACKING: Operand(4, "shape"),
+    str(INT8_LINEAR): Operand(2, "shape"),
+}
 
 _SWAPS = {
     torch.t,
