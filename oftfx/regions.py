@@ -28,7 +28,7 @@ M = TypeVar("M", bound=fx.GraphModule | ExportedProgram)
 
 
 def differentiable(model: M) -> M:
-    """Lets gradients through the quantised layers of an exported model, as they go through a module.
+    """Lets gradients through the quantised layers of an exported model, as through a module's.
 
     Tracing closes the matmul of a `bitsandbytes` layer to gradients; this opens it.
 
@@ -66,8 +66,8 @@ def check_differentiable(model: fx.GraphModule | ExportedProgram) -> None:
     """
     if opens(_module(model)):
         raise PlanError(
-            "this graph's quantised layers were exported closed to gradients, so rotations before them "
-            "would not train: open them first, program = oftfx.differentiable(program)."
+            "this graph's quantised layers were exported closed to gradients, so rotations before "
+            "them would not train: open them first, program = oftfx.differentiable(program)."
         )
 
 
@@ -84,7 +84,7 @@ def _check_united(module: fx.GraphModule) -> None:
 
 
 def _closed(module: fx.GraphModule) -> list[fx.Node]:
-    """The regions of a graph that hold a quantised matmul and let no gradient, or rotation, through.
+    """The regions of a graph that hold a quantised matmul and let no gradient or rotation through.
 
     A region is one where it holds what a layer's autograd function runs. A `no_grad` of the user's
     would hold the layer's whole forward, which ends in a cast.

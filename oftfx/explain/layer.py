@@ -21,6 +21,7 @@ from oftfx.capture import Model, capture
 from oftfx.errors import CaptureError
 from oftfx.modules import CHILD
 from oftfx.ops.factor import MAPS, SCALE
+from oftfx.sites.naming import caller
 
 Kind = Literal["inserted", "site", "other", "outside"]
 

@@ -3,7 +3,7 @@
     training, on a CPU               else
     w = rows.to(x.dtype)             q, s, columns = int8_vectorwise_quant(x.half(), threshold)
     w.mul_(scales/127)               y = int8_scaled_mm(q, rows, s, scales, bias, x.dtype)
-    y = linear(x, w, bias)           y = int8_mixed_scaled_mm(x, q, rows, s, scales, columns, bias)[0]
+    y = linear(x, w, bias)           y, _ = int8_mixed_scaled_mm(x, q, rows, s, scales, columns, …)
     weight.set_(rows)                weight.set_(rows)
 
     y = oftfx.int8_linear(x, weight, (out, in), scales, bias, threshold)
@@ -12,23 +12,22 @@ The rows are a constant beside the parameter, which is laid over them again afte
 """
 
 import operator
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
-from oftfx.host import Host, call
+from oftfx.host import Host, call, erase
 from oftfx.ops.int8_linear import INT8_LINEAR
 from oftfx.sites.matmul import parameter_behind, spelling
 from oftfx.sites.naming import caller
 
 aten = torch.ops.aten
 
-_QUANTISE = "bitsandbytes.int8_vectorwise_quant.default"
-_SCALED = "bitsandbytes.int8_scaled_mm.default"
-_MIXED = "bitsandbytes.int8_mixed_scaled_mm.default"
+_QUANTISE = "bitsandbytes.int8_vectorwise_quant"
+_SCALED = "bitsandbytes.int8_scaled_mm"
+_MIXED = "bitsandbytes.int8_mixed_scaled_mm"
 _PRODUCTS = {aten.mul_.Tensor, aten.mul.Tensor, operator.mul, "mul", "mul_"}
 _UNSQUEEZES = {aten.unsqueeze.default, torch.unsqueeze, "unsqueeze"}
 _LAYS = {aten.set_.source_Tensor, torch.Tensor.set_, "set_"}
@@ -75,7 +74,10 @@ class Operands(NamedTuple):
     bias: Any
     threshold: Any
 
-    STORED = ("B", "scales")  # what W is stored in
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The names of the operands that W is stored in."""
+        return ("B", "scales")
 
     def weight(self) -> Tensor:
         """W, (out, in), float32."""
@@ -86,6 +88,13 @@ class Operands(NamedTuple):
         half = weight.to(torch.float16).contiguous()
         rows, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half)
         return {"B": rows, "scales": scales}
+
+
+def operands(node: fx.Node) -> Operands | None:
+    """What a node of the op takes; None for other nodes."""
+    if node.target is not INT8_LINEAR:
+        return None
+    return Operands(*node.args, **node.kwargs)
 
 
 class _Scaled(NamedTuple):
@@ -109,26 +118,30 @@ class _Mixed(NamedTuple):
 
 def form(node: fx.Node) -> Form | None:
     """The int8 matmul that this node does, if it does one."""
-    if node.op == "call_function" and str(node.target) == _SCALED:
-        scaled = _Scaled(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    if _calls(node, _SCALED):
+        scaled = _Scaled(*node.args, **node.kwargs)
         quantise, threshold = _rounding(scaled.A)
         x = quantise.all_input_nodes[0]
         if scaled.dtype not in (None, torch.float16):
             x = x.all_input_nodes[0]  # before it was cast to be rounded
         own = (node, scaled.A, scaled.row_stats, quantise)
         return Form(x, scaled.B, scaled.col_stats, scaled.bias, threshold, node, own)
-    if node.op == "call_function" and str(node.target) == _MIXED:
-        mixed = _Mixed(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    if _calls(node, _MIXED):
+        mixed = _Mixed(*node.args, **node.kwargs)
         quantise, threshold = _rounding(mixed.CA)
         y = next(user for user in node.users if user.args[1] == 0)
         return Form(mixed.A, mixed.CB, mixed.SCB, mixed.bias, threshold, y, (node, quantise))
     return _unrounded(node)
 
 
+def _calls(node: fx.Node, op: str) -> bool:
+    return node.op == "call_function" and str(node.target).removesuffix(".default") == op
+
+
 def _rounding(numbers: fx.Node) -> tuple[fx.Node, float]:
     """What rounded x to these numbers, and its threshold."""
     (quantise,) = numbers.all_input_nodes
-    assert str(quantise.target) == _QUANTISE, f"{numbers} are not rounded here"
+    assert _calls(quantise, _QUANTISE), f"{numbers} are not rounded here"
     given = quantise.args[1] if len(quantise.args) > 1 else quantise.kwargs.get("threshold", 0.0)
     return quantise, float(given)  # type: ignore[arg-type]
 
@@ -188,7 +201,7 @@ def unite(host: Host) -> None:
         if _lays(node) and node.args[0] in read:
             around = node.prev, node.next  # a graph of Dynamo's turns gradients off and on for it
             switches = around if all(n.target is torch._C._set_grad_enabled for n in around) else ()
-            _erase(host, (node, *switches))
+            erase(host, (node, *switches))
 
 
 def _replace(host: Host, found: Form, weight: fx.Node) -> None:
@@ -201,7 +214,7 @@ def _replace(host: Host, found: Form, weight: fx.Node) -> None:
     kept = ("stack_trace", "nn_module_stack", "example_value")
     fresh.meta |= {key: found.y.meta[key] for key in kept if key in found.y.meta}
     found.y.replace_all_uses_with(fresh)
-    _erase(host, found.own)
+    erase(host, found.own)
 
 
 def _parameter(host: Host, found: Form) -> fx.Node | None:
@@ -212,16 +225,16 @@ def _parameter(host: Host, found: Form) -> fx.Node | None:
     value, name = host.held(_start(found.rows)), f"{caller(found.y)}.weight".lstrip(".")
     if value is None or value.dtype is not torch.int8:
         return None
-    readers = host.readers()
-    fits = {reader: host.held(reader) for reader in readers}
-    fits = {r: w for r, w in fits.items() if w is not None and w.shape == value.shape}
-    for reader, weight in fits.items():
-        if readers[reader] == name and (is_fake(value) or torch.equal(weight, value)):
+    alike = None
+    for reader, held in host.readers().items():
+        weight = host.held(reader)
+        if weight is None or weight.shape != value.shape:
+            continue
+        if held == name and (is_fake(value) or torch.equal(weight, value)):
             return reader
-    if is_fake(value):
-        return None
-    same = (reader for reader, weight in fits.items() if weight.data_ptr() == value.data_ptr())
-    return next(same, None)
+        if not is_fake(value) and weight.data_ptr() == value.data_ptr():
+            alike = reader
+    return alike
 
 
 def _start(rows: fx.Node) -> fx.Node:
@@ -230,23 +243,3 @@ def _start(rows: fx.Node) -> fx.Node:
     while getattr(node.target, "__name__", "") == "_get_data_attr":
         node, _ = parameter_behind(node.all_input_nodes[0])
     return node
-
-
-def _erase(host: Host, nodes: Iterable[fx.Node]) -> None:
-    """Erases nodes, what was made from them or for them alone, and the constants that only they read."""
-    graph = host.module.graph
-    dead = list(dict.fromkeys(nodes))
-    for node in dead:  # grows while it is walked
-        dead += [user for user in node.users if user not in dead]
-    assert graph.output_node() not in dead, f"{dead[0]} is read by what follows"
-    sources = [source for node in dead for source in node.all_input_nodes]
-    for node in [node for node in reversed(graph.nodes) if node in dead]:
-        graph.erase_node(node)
-    for source in dict.fromkeys(sources):
-        notes = [user for user in source.users if user.target is aten._assert_tensor_metadata.default]
-        if source in dead or len(notes) < len(source.users):
-            continue
-        if source.op in ("call_function", "call_method"):
-            _erase(host, (source,))
-        elif source not in host.readers() and host.held(source) is not None:
-            _erase(host, notes) if notes else host.drop(source)
