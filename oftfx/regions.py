@@ -55,7 +55,7 @@ def differentiable(model: M) -> M:
 
 def opens(module: fx.GraphModule) -> bool:
     """Whether there is something in a graph for [`differentiable`][oftfx.differentiable] to do."""
-    return bool(_closed(module)) or int8.held(module.graph)
+    return bool(_closed(module)) or _holds_int8(module)
 
 
 def check_differentiable(model: fx.GraphModule | ExportedProgram) -> None:
@@ -76,11 +76,24 @@ def _module(model: fx.GraphModule | ExportedProgram) -> fx.GraphModule:
 
 
 def _check_united(module: fx.GraphModule) -> None:
-    if int8.held(module.graph):
+    if _holds_int8(module):
         raise PlanError(
-            "this graph holds int8 layers whose weight is not among its parameters, so no rotation "
-            "finds it: adapt and train the nn.Module, and export it merged."
+            "this graph holds int8 layers whose weight is not among its parameters, or which are "
+            "in a region of their own, so that they cannot be rotated: adapt and train the "
+            "nn.Module, and export it merged."
         )
+
+
+def _holds_int8(module: fx.GraphModule) -> bool:
+    """Whether an int8 matmul is in a graph, or in a region that gradients go through."""
+    if int8.held(module.graph):
+        return True
+    closed = {holder.target for node in _regions(module.graph) for holder in _holders(node)}
+    return any(
+        _holds_int8(body)
+        for name, body in module.named_children()
+        if isinstance(body, fx.GraphModule) and name not in closed
+    )
 
 
 def _closed(module: fx.GraphModule) -> list[fx.Node]:

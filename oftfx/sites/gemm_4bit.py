@@ -93,7 +93,7 @@ def of_two(x: fx.Node | None, unpacked: fx.Node, bias: fx.Node | None) -> Operan
         bias: What is added.
     """
     packed, scales, blocksize, quant_type, shape, *_ = unpacked.args
-    given = Operands(x, packed, shape, scales, blocksize, quant_type, bias)
+    given = Operands(x, packed, shape, scales, blocksize, quant_type, bias)  # type: ignore[arg-type]
     if not isinstance(scales, fx.Node) or len(scales.all_input_nodes) < 2:
         return given
     unscaled, offset = scales.all_input_nodes

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses import FakeTensor
 
 from oftfx.host import Host, call, erase
 from oftfx.ops.int8_linear import INT8_LINEAR
@@ -120,7 +120,9 @@ def form(node: fx.Node) -> Form | None:
     """The int8 matmul that this node does, if it does one."""
     if _calls(node, _SCALED):
         scaled = _Scaled(*node.args, **node.kwargs)
-        quantise, threshold = _rounding(scaled.A)
+        if (rounding := _rounding(scaled.A)) is None:
+            return None
+        quantise, threshold = rounding
         x = quantise.all_input_nodes[0]
         if scaled.dtype not in (None, torch.float16):
             x = x.all_input_nodes[0]  # before it was cast to be rounded
@@ -128,7 +130,9 @@ def form(node: fx.Node) -> Form | None:
         return Form(x, scaled.B, scaled.col_stats, scaled.bias, threshold, node, own)
     if _calls(node, _MIXED):
         mixed = _Mixed(*node.args, **node.kwargs)
-        quantise, threshold = _rounding(mixed.CA)
+        if (rounding := _rounding(mixed.CA)) is None:
+            return None
+        quantise, threshold = rounding
         y = next(user for user in node.users if user.args[1] == 0)
         return Form(mixed.A, mixed.CB, mixed.SCB, mixed.bias, threshold, y, (node, quantise))
     return _unrounded(node)
@@ -138,10 +142,11 @@ def _calls(node: fx.Node, op: str) -> bool:
     return node.op == "call_function" and str(node.target).removesuffix(".default") == op
 
 
-def _rounding(numbers: fx.Node) -> tuple[fx.Node, float]:
-    """What rounded x to these numbers, and its threshold."""
-    (quantise,) = numbers.all_input_nodes
-    assert _calls(quantise, _QUANTISE), f"{numbers} are not rounded here"
+def _rounding(numbers: fx.Node) -> tuple[fx.Node, float] | None:
+    """What rounded x to these numbers, and its threshold; None where that is not in the graph."""
+    quantise = numbers.all_input_nodes[0] if numbers.all_input_nodes else numbers
+    if not _calls(quantise, _QUANTISE):
+        return None
     given = quantise.args[1] if len(quantise.args) > 1 else quantise.kwargs.get("threshold", 0.0)
     return quantise, float(given)  # type: ignore[arg-type]
 
@@ -184,8 +189,9 @@ def is_part(region: fx.Graph) -> bool:
 
 
 def held(graph: fx.Graph) -> bool:
-    """Whether a graph does an int8 matmul that is not one op."""
-    return any(form(node) is not None for node in graph.nodes)
+    """Whether a graph does an int8 matmul that is not one op, or multiplies rounded numbers."""
+    rounded = (_SCALED, _MIXED)
+    return any(form(n) is not None or any(_calls(n, op) for op in rounded) for n in graph.nodes)
 
 
 def unite(host: Host) -> None:
@@ -226,13 +232,14 @@ def _parameter(host: Host, found: Form) -> fx.Node | None:
     if value is None or value.dtype is not torch.int8:
         return None
     alike = None
-    for reader, held in host.readers().items():
+    empty = isinstance(value, FakeTensor)
+    for reader, called in host.readers().items():
         weight = host.held(reader)
-        if weight is None or weight.shape != value.shape:
+        if weight is None or (weight.dtype, weight.shape) != (value.dtype, value.shape):
             continue
-        if held == name and (is_fake(value) or torch.equal(weight, value)):
+        if called == name and (empty or torch.equal(weight, value)):
             return reader
-        if not is_fake(value) and weight.data_ptr() == value.data_ptr():
+        if not empty and weight.data_ptr() == value.data_ptr():
             alike = reader
     return alike
 

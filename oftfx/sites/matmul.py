@@ -150,7 +150,7 @@ def spelling(node: fx.Node) -> Spelling | None:
 def packed_operands(node: fx.Node) -> gemm_4bit.Operands | None:
     """What a 4-bit matmul takes, in one op or in two; None for other nodes."""
     if str(node.target) == gemm_4bit.NAME:
-        return gemm_4bit.Operands(*node.args, **node.kwargs)
+        return gemm_4bit.Operands(*node.args, **node.kwargs)  # type: ignore[arg-type]
     spelled = spelling(node)
     unpacked = None if spelled is None else spelled.w.of(node)
     while unpacked is not None and str(unpacked.target) != _UNPACKING:
