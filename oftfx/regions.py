@@ -8,8 +8,7 @@ An autograd function runs its forward with gradients off, and its backward is no
 graph. So a quantised layer's matmul would end the gradient of all that comes before it. A graph of
 Dynamo's own keeps the backward, `autograd_function_apply(forward, backward, x, …)`, but hides the
 matmul in there from what looks for it; it is opened in the same way. Of int8 layers there are
-several ops in a region, without a gradient even when it is open: they become
-[one][oftfx.sites.int8].
+several ops in a region, without a gradient even when it is open: `sites/int8.py` makes them one.
 """
 
 from collections.abc import Iterator

@@ -77,8 +77,15 @@ def test_an_exported_base_is_planned_and_adapted_as_the_module_is(training):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@every_mode
-@every_form
+@pytest.mark.parametrize(
+    ("training", "grad"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_graph_that_dynamo_captured(training, grad):
     with torch.set_grad_enabled(grad):
         graph, _ = torch._dynamo.export(base(training))(X.clone().requires_grad_(grad))
