@@ -81,12 +81,15 @@ class Operands(NamedTuple):
 
     def weight(self) -> Tensor:
         """W, (out, in), float32."""
-        return torch.ops.bitsandbytes.int8_vectorwise_dequant(self.B, self.scales)
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(self.B, self.scales)
 
     def requantised(self, weight: Tensor) -> dict[str, Tensor]:
         """What the op takes to multiply by another W, (out, in), by the operands' names."""
-        half = weight.to(torch.float16).contiguous()
-        rows, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half)
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        rows, scales, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return {"B": rows, "scales": scales}
 
 
