@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 # beside any other busy process it is ten times slower, so the demo spins less.
 SPIN   := GOMP_SPINCOUNT=3000
 
-.PHONY: help env demo test test-slow test-deep test-gpu docs dist lint format clean
+.PHONY: help env demo test test-slow test-deep test-bnb test-gpu docs dist lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile
@@ -33,6 +33,9 @@ test-slow: $(VENV)/.demo $(VENV)/.release  ## real models, compilers, clean inst
 
 test-deep: $(VENV)/.installed  ## the property tests, with many more examples
 	OFTFX_HYPOTHESIS=deep $(PYTEST) -m "not slow and not gpu"
+
+test-bnb: $(VENV)/.bnb  ## what touches bitsandbytes, on its oldest supported version
+	PYTHONPATH=$(VENV)/bnb $(PYTEST) -m "not slow and not gpu" $(shell grep -rlE "bitsandbytes|tests.quantised|nf4" tests --include='test_*.py')
 
 test-gpu: $(VENV)/.installed  ## what needs an accelerator
 	$(PYTEST) -m gpu
@@ -67,6 +70,10 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 
 $(VENV)/.docs: $(VENV)/.installed
 	@$(PIP) install -c $(PINS) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.bnb: $(VENV)/.installed
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/bnb bitsandbytes==0.49.2
 	@touch $@
 
 $(VENV)/.release: $(VENV)/.installed

@@ -28,7 +28,7 @@ from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
 from oftfx.modules import CHILD, Adapted, Class, bare, become, rotating, unhook
 from oftfx.progress import waiting
-from oftfx.regions import closed, differentiable
+from oftfx.regions import differentiable, opens
 from oftfx.sites import matmul, quantiser_of
 from oftfx.sites.quantised import stand_in
 
@@ -75,7 +75,7 @@ def capture(model: Model, example_inputs: Any = None, adapted: str | None = None
     if isinstance(model, ExportedProgram):
         return read(host_of(differentiable(model)))
     if isinstance(model, fx.GraphModule):
-        return read(host_of(differentiable(_twin(model)) if closed(model) else model))
+        return read(host_of(differentiable(_twin(model)) if opens(model) else model))
     return _module(model, example_inputs, adapted)
 
 

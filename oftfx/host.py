@@ -7,7 +7,7 @@ signature ties to a name in its state dict. Everything that edits a graph goes t
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -232,6 +232,31 @@ def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with mode, torch.enable_grad():
             node.meta["val"] = target(*values, **options)
     return node
+
+
+def erase(host: Host, nodes: Iterable[fx.Node]) -> None:
+    """Erases nodes with all that reads them, and what they alone read: other nodes, constants.
+
+    A parameter stays, and so does the node that reads it.
+    """
+    graph = host.module.graph
+    dead = list(dict.fromkeys(nodes))
+    for node in dead:  # grows while it is walked
+        dead += [user for user in node.users if user not in dead]
+    assert graph.output_node() not in dead, f"{dead[0]} is read by what the graph gives"
+    sources = dict.fromkeys(source for node in dead for source in node.all_input_nodes)
+    for node in [node for node in reversed(graph.nodes) if node in dead]:
+        graph.erase_node(node)
+    notes = torch.ops.aten._assert_tensor_metadata.default  # export's beside a cast, no read
+    for source in (source for source in sources if source not in dead):
+        if any(user.target is not notes for user in source.users):
+            continue
+        if source.op in ("call_function", "call_method"):
+            erase(host, (source,))
+        elif source.users:
+            erase(host, source.users)
+        elif source not in host.readers() and host.held(source) is not None:
+            host.drop(source)
 
 
 def _like(module: fx.GraphModule, value: Tensor) -> dict[str, Any]:

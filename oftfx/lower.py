@@ -17,6 +17,8 @@ from oftfx.insert import erase_operands, inserted, values_of
 from oftfx.ops.factor import SCALE
 from oftfx.ops.givens import GIVENS
 from oftfx.ops.givens import of_aten as givens
+from oftfx.ops.int8_linear import INT8_LINEAR
+from oftfx.ops.int8_linear import of_bitsandbytes as int8_linear
 from oftfx.ops.rotate import ROTATE
 from oftfx.ops.rotate import of_aten as rotate
 from oftfx.ops.scale import of_aten as scale
@@ -53,5 +55,11 @@ def lower(program: ExportedProgram) -> ExportedProgram:
     return lowered.run_decompositions({})  # runs the functions, and writes down what they run
 
 
-ATEN = {GIVENS: givens, ROTATE: rotate, SUBSPACE: subspace, SCALE: scale}
-"""Each op that maps x, or outputs, and the function of PyTorch's own ops that it stands for."""
+ATEN = {
+    GIVENS: givens,
+    INT8_LINEAR: int8_linear,
+    ROTATE: rotate,
+    SUBSPACE: subspace,
+    SCALE: scale,
+}
+"""Each op that maps x, or outputs, and the function of others' ops that it stands for."""

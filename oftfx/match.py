@@ -14,6 +14,7 @@ from torch import fx, nn
 from oftfx.capture import Capture, body_of
 from oftfx.sites import matmul, provider_of
 from oftfx.sites.matmul import Layout
+from oftfx.sites.naming import caller
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,18 +100,6 @@ def _module_uses(capture: Capture, graph: fx.GraphModule, node: fx.Node) -> Iter
             yield Use(graph, node, weight, owner, x, matmul.tensor_behind(x), provider.LAYOUT)
         else:
             yield Use(graph, node, weight, owner, why_not=type(module).__name__)
-
-
-def caller(node: fx.Node) -> str:
-    """Fqn of the module whose code made this node, or as much of its end as the tracer knew."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = next(reversed(stack.values()))[0]
-    path = re.sub(r"^L\['?\w+'?\]\.?", "", path)  # Dynamo names the frame's local first
-    path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
-    path = path.removeprefix("_export_root")  # a strict export's, inside its regions
-    return re.sub(r"@\d+$", "", path).lstrip(".")  # export numbers repeated calls
 
 
 def _as_owner_calls_it(aliases: tuple[str, ...], owner: str, start: fx.Node) -> str:

@@ -7,7 +7,8 @@
 An autograd function runs its forward with gradients off, and its backward is not in an exported
 graph. So a quantised layer's matmul would end the gradient of all that comes before it. A graph of
 Dynamo's own keeps the backward, `autograd_function_apply(forward, backward, x, …)`, but hides the
-matmul in there from what looks for it; it is opened in the same way.
+matmul in there from what looks for it; it is opened in the same way. Of int8 layers there are
+several ops in a region, without a gradient even when it is open: `sites/int8.py` makes them one.
 """
 
 from collections.abc import Iterator
@@ -19,14 +20,14 @@ from torch.export import ExportedProgram
 
 from oftfx.errors import PlanError
 from oftfx.host import host_of
-from oftfx.sites import bitsandbytes, gemm_4bit
+from oftfx.sites import bitsandbytes, gemm_4bit, int8
 from oftfx.sites.matmul import spelling
 
 M = TypeVar("M", bound=fx.GraphModule | ExportedProgram)
 
 
 def differentiable(model: M) -> M:
-    """Lets gradients through the 4-bit layers of an exported model, as they go through the module.
+    """Lets gradients through the quantised layers of an exported model, as through a module's.
 
     Tracing closes the matmul of a `bitsandbytes` layer to gradients; this opens it.
 
@@ -35,19 +36,25 @@ def differentiable(model: M) -> M:
             that shares its tensors, unless there is nothing to open.
 
     Raises:
-        PlanError: The model holds int8 layers, whose gradient no graph has.
+        PlanError: The model holds int8 layers whose weight is not among its parameters.
     """
     module = _module(model)
-    _check_rounding(module)
-    if closed(module) or _holds(module.graph, bitsandbytes.OPS):
+    if _closed(module) or _holds(module.graph, bitsandbytes.OPS):
         gemm_4bit.register_gradients()
-    if not closed(module):
+    if not opens(module):
         return model
     host = host_of(model, edit=True)
-    for node in closed(host.module):
+    for node in _closed(host.module):
         _open(host.module, node)
+    int8.unite(host)
+    _check_united(host.module)
     finished: M = host.finish()
     return finished
+
+
+def opens(module: fx.GraphModule) -> bool:
+    """Whether there is something in a graph for [`differentiable`][oftfx.differentiable] to do."""
+    return bool(_closed(module)) or _holds_int8(module)
 
 
 def check_differentiable(model: fx.GraphModule | ExportedProgram) -> None:
@@ -56,11 +63,10 @@ def check_differentiable(model: fx.GraphModule | ExportedProgram) -> None:
     Raises:
         PlanError: They do not; says what to do.
     """
-    _check_rounding(_module(model))
-    if closed(_module(model)):
+    if opens(_module(model)):
         raise PlanError(
-            "this graph's 4-bit layers were exported closed to gradients, so rotations before them "
-            "would not train: open them first, program = oftfx.differentiable(program)."
+            "this graph's quantised layers were exported closed to gradients, so rotations before "
+            "them would not train: open them first, program = oftfx.differentiable(program)."
         )
 
 
@@ -68,17 +74,29 @@ def _module(model: fx.GraphModule | ExportedProgram) -> fx.GraphModule:
     return model.graph_module if isinstance(model, ExportedProgram) else model
 
 
-def _check_rounding(module: fx.GraphModule) -> None:
-    bodies = (body for body in module.modules() if isinstance(body, fx.GraphModule))
-    if any(_holds(body.graph, bitsandbytes.ROUNDING) for body in bodies):
+def _check_united(module: fx.GraphModule) -> None:
+    if _holds_int8(module):
         raise PlanError(
-            "this graph holds int8 layers that round their activations, whose gradient is not in "
-            "an exported graph: train the nn.Module, and export it merged."
+            "this graph holds int8 layers whose weight is not among its parameters, or which are "
+            "in a region of their own, so that they cannot be rotated: adapt and train the "
+            "nn.Module, and export it merged."
         )
 
 
-def closed(module: fx.GraphModule) -> list[fx.Node]:
-    """The regions of a graph that hold a 4-bit matmul and let no gradient through, or no rotation.
+def _holds_int8(module: fx.GraphModule) -> bool:
+    """Whether an int8 matmul is in a graph, or in a region that gradients go through."""
+    if int8.held(module.graph):
+        return True
+    closed = {holder.target for node in _regions(module.graph) for holder in _holders(node)}
+    return any(
+        _holds_int8(body)
+        for name, body in module.named_children()
+        if isinstance(body, fx.GraphModule) and name not in closed
+    )
+
+
+def _closed(module: fx.GraphModule) -> list[fx.Node]:
+    """The regions of a graph that hold a quantised matmul and let no gradient or rotation through.
 
     A region is one where it holds what a layer's autograd function runs. A `no_grad` of the user's
     would hold the layer's whole forward, which ends in a cast.
@@ -95,6 +113,8 @@ def _regions(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _multiplies(body: fx.Graph) -> bool:
+    if int8.is_part(body):
+        return True
     ends = _result(body)
     ends = ends if isinstance(ends, (tuple, list)) else (ends,)
     is_matmul = any(isinstance(end, fx.Node) and spelling(end) is not None for end in ends)

@@ -170,6 +170,10 @@ def spread(weight: Tensor) -> float:
     return float((weight.mT @ weight).norm() / weight.square().sum()) * (2 / 16) ** 0.5
 
 
+DIGITS = 0.0 if hasattr(torch.ops.bitsandbytes, "gemm_4bit") else 5e-5
+"""bitsandbytes 0.49 finds FP4's nearest level, on a CPU, by a table of four digits."""
+
+
 def most_rounding(layer: nn.Module, exact: Tensor) -> Tensor:
     """How far a number may be from the one that was quantised, at most; (out, in).
 
@@ -188,7 +192,7 @@ def most_rounding(layer: nn.Module, exact: Tensor) -> Tensor:
         width = packed.nested_block_size
         steps = packed.nested_absmax.repeat_interleave(width)[: len(lost)]
         assert (lost <= widest_gap(packed.nested_code) / 2 * steps * (1 + 1e-5)).all()
-    most = widest_gap(packed.code) / 2 * largest + lost
+    most = (widest_gap(packed.code) / 2 + DIGITS) * largest + lost
     return most.repeat_interleave(packed.block_size).view(exact.shape)
 
 

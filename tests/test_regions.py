@@ -104,19 +104,9 @@ def test_parameters_that_no_gradient_reaches_are_refused():
     assert len(oftfx.parameters(oftfx.differentiable(program))) == 2
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["inference form", "training form"])
-def test_int8_in_a_graph_is_refused(grad):
-    model = nn.Sequential(linear8bit(nn.Linear(64, 64))).eval()
-    oftfx.adapt(model, SPEC, example_inputs=X)
-    with torch.set_grad_enabled(grad):
-        program = export(model, (X,), strict=True)
-    with pytest.raises(PlanError, match="int8 layers that round"):
-        oftfx.parameters(program)
-    with pytest.raises(PlanError, match="int8 layers that round"):
-        oftfx.differentiable(program)
-
-
-@pytest.mark.parametrize("make", [nn.Identity(), linear4bit], ids=["float", "4 bit"])
+@pytest.mark.parametrize(
+    "make", [nn.Identity(), linear4bit, linear8bit], ids=["float", "4 bit", "8 bit"]
+)
 def test_the_users_own_regions_stay_closed(make):
     class Closed(nn.Module):
         def __init__(self):

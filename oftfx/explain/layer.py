@@ -21,6 +21,7 @@ from oftfx.capture import Model, capture
 from oftfx.errors import CaptureError
 from oftfx.modules import CHILD
 from oftfx.ops.factor import MAPS, SCALE
+from oftfx.sites.naming import caller
 
 Kind = Literal["inserted", "site", "other", "outside"]
 
@@ -222,7 +223,7 @@ def _label(run: list[_Unit], sites: Mapping[str, str], layer: str) -> tuple[str,
 
 
 def _owner(node: fx.Node) -> str:
-    owner = str(node.target) if node.op == "call_module" else match.caller(node)
+    owner = str(node.target) if node.op == "call_module" else caller(node)
     return owner.partition(f".{CHILD}.")[0]
 
 

@@ -27,7 +27,6 @@ from oftfx.sites.matmul import (
     aten,
     is_view_of_weight,
     parameter_behind,
-    quantised_shape,
     tensor_behind,
 )
 
@@ -45,7 +44,7 @@ class _Site:
     @property
     def packed(self) -> bool:
         """Whether it is quantised."""
-        return quantised_shape(self.uses[0].node) is not None
+        return packed.operands(self.uses[0].node) is not None
 
     def fold(self, host: Host, dtype: torch.dtype = torch.bfloat16) -> Fold:
         """Its fold; ``dtype`` is for a quantised weight, a float one keeps its own."""
@@ -72,7 +71,7 @@ def merge_graph(
     uses = match.uses(graph)
     sites = _sites(host, uses, graph.aliases)
     weights = (use for use in uses if use.x is not None)  # not biases
-    quantised = _by_weight(use for use in weights if quantised_shape(use.node) is not None)
+    quantised = _by_weight(use for use in weights if packed.operands(use.node) is not None)
     options.check(bool(quantised))
     if options.to_floats(any(site.packed for site in sites)):
         rotated = {site.name for site in sites}
@@ -107,7 +106,7 @@ def _checked(host: Host, site: _Site) -> tuple[str, Tensor]:
 
 
 def _opened(model: fx.GraphModule | ExportedProgram) -> fx.GraphModule | ExportedProgram:
-    """The graph with its 4-bit matmuls in sight."""
+    """The graph with its quantised matmuls in sight."""
     try:
         return differentiable(model)
     except PlanError as error:
@@ -141,7 +140,7 @@ def _sites(host: Host, uses: list[Use], aliases: dict[str, tuple[str, ...]]) -> 
     for node in rotations.keys() - {n for chain in chains.values() for part in chain for n in part}:
         raise MergeError(
             f"{rotations[node].site}: no weight was found behind its rotation. In a graph, floats "
-            "and 4-bit weights are folded: merge the module, and export that."
+            "and bitsandbytes' weights are folded: merge the module, and export that."
         )
     sites = []
     for name, reads in _by_weight(uses).items():

@@ -1,7 +1,9 @@
-"""Weights that a graph reads in 4 bits: their floats, and what is stored in place of them.
+"""Weights that a graph reads packed: their floats, and what is stored in place of them.
 
 before                                                     after
 y = gemm_4bit(x, packed, (out, in), absmax, …, bias)       y = linear(x, W', bias)
+y = linear(x, dequantize_4bit(packed, absmax, …), bias)
+y = int8_linear(x, rows, (out, in), scales, bias, …)
 """
 
 from typing import Any
@@ -10,30 +12,36 @@ import torch
 from torch import Tensor, fx, nn
 
 from oftfx.errors import MergeError
-from oftfx.host import Host, call
+from oftfx.host import Host, call, erase
 from oftfx.insert import values_of
-from oftfx.sites import gemm_4bit, linear
-from oftfx.sites.gemm_4bit import Operands
-from oftfx.sites.matmul import parameter_behind
+from oftfx.sites import gemm_4bit, int8, linear
+from oftfx.sites.matmul import packed_operands, parameter_behind
 
 aten = torch.ops.aten
 
+Operands = gemm_4bit.Operands | int8.Operands
+
+
+def operands(node: fx.Node) -> Operands | None:
+    """What a matmul by a packed weight takes; None for other nodes."""
+    return int8.operands(node) or packed_operands(node)
+
 
 def floats(host: Host, node: fx.Node, fqn: str) -> Tensor:
-    """The weight that a 4-bit matmul reads, float32, (out, in).
+    """The weight that a matmul reads packed, float32, (out, in).
 
     Raises:
         MergeError: It is not finite.
     """
-    given: Operands = values_of(host, gemm_4bit.operands(node)._replace(A=None, bias=None), fqn)
-    weight = Operands(*given).weight()
+    taken = _operands(node)
+    weight = type(taken)(*values_of(host, taken._replace(A=None, bias=None), fqn)).weight()
     if not torch.isfinite(weight).all():
         raise MergeError(f"{fqn}: its quantised weight is not finite; its quant state is damaged.")
     return weight
 
 
 def check_readers(host: Host, node: fx.Node, fqn: str) -> None:
-    """That what a 4-bit matmul reads can be replaced.
+    """That what a matmul reads packed can be replaced.
 
     Raises:
         MergeError: The graph computes it.
@@ -43,10 +51,10 @@ def check_readers(host: Host, node: fx.Node, fqn: str) -> None:
 
 
 def repack(host: Host, nodes: list[fx.Node], weight: Tensor, fqn: str) -> Tensor:
-    """Stores another weight, (out, in), in 4 bits; what it is then, float32."""
+    """Stores another weight, (out, in), packed; what it is then, float32."""
     for node in nodes:
         values: dict[str, Any] = {n: host.held(reader) for n, reader in _readers(node).items()}
-        fresh = gemm_4bit.operands(node)._replace(A=None, bias=None, **values).requantised(weight)
+        fresh = _operands(node)._replace(A=None, bias=None, **values).requantised(weight)
         for name, reader in _readers(node).items():
             held = values[name]
             value = fresh[name].view(held.shape)
@@ -56,24 +64,18 @@ def repack(host: Host, nodes: list[fx.Node], weight: Tensor, fqn: str) -> Tensor
 
 
 def unpack(host: Host, nodes: list[fx.Node], weight: Tensor) -> None:
-    """Makes 4-bit matmuls ordinary ones by this weight, (out, in), in the dtype of their input."""
+    """Makes matmuls of packed weights ordinary ones by this, (out, in), in their inputs' dtype."""
     parameter = nn.Parameter(weight, requires_grad=False)
     for node in nodes:
-        readers = _readers(node)
-        packed, views = readers.pop("B"), _views(gemm_4bit.operands(node).B)
+        packed = _readers(node)["B"]
         host.hold(packed, parameter)
         _multiply(host, node, packed, parameter.dtype)
-        for view in views:
-            if not view.users:
-                host.module.graph.erase_node(view)
-        for reader in dict.fromkeys(readers.values()):
-            if not reader.users and host.held(reader) is not None:
-                host.drop(reader)
+        erase(host, (node,))
 
 
 def _multiply(host: Host, node: fx.Node, weight: fx.Node, dtype: torch.dtype) -> None:
-    """Puts an ordinary matmul in a 4-bit one's place."""
-    graph, given = host.module.graph, gemm_4bit.operands(node)
+    """Puts an ordinary matmul in a packed one's place; that is left without a reader."""
+    graph, given = host.module.graph, _operands(node)
     with graph.inserting_before(node):
         x = given.A.meta.get("val", given.A.meta.get("example_value"))
         if getattr(x, "dtype", None) is not dtype:
@@ -85,20 +87,17 @@ def _multiply(host: Host, node: fx.Node, weight: fx.Node, dtype: torch.dtype) ->
         owner = next(reversed(stack))
         fresh.meta["nn_module_stack"] = stack | {owner: (stack[owner][0], linear.CLASS)}
     node.replace_all_uses_with(fresh)
-    graph.erase_node(node)
+
+
+def _operands(node: fx.Node) -> Operands:
+    found = operands(node)
+    assert found is not None, f"{node} reads no packed weight"
+    return found
 
 
 def _readers(node: fx.Node) -> dict[str, fx.Node]:
     """What reads the weight and its quant state, by the names of the op's operands."""
-    given = gemm_4bit.operands(node)._asdict()
-    tensors = {name: given[name] for name in gemm_4bit.STORED if given[name] is not None}
+    taken = _operands(node)
+    given = taken._asdict()
+    tensors = {name: given[name] for name in taken.stored if given[name] is not None}
     return {name: parameter_behind(tensor)[0] for name, tensor in tensors.items()}
-
-
-def _views(node: fx.Node) -> list[fx.Node]:
-    """The nodes between a packed weight and what multiplies by it."""
-    start, path = parameter_behind(node)[0], []
-    while node is not start:
-        path.append(node)
-        node = node.all_input_nodes[0]
-    return path

@@ -4,6 +4,7 @@ from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.folded_linear import folded_linear
 from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
+from oftfx.ops.int8_linear import int8_linear
 from oftfx.ops.norm_rotate import Norm, norm_rotate, norm_rotate_grad
 from oftfx.ops.packed import Packed
 from oftfx.ops.parameters import reflections, spectral_norm
@@ -31,6 +32,7 @@ __all__ = [
     "givens_grad",
     "glu_rotate",
     "glu_rotate_grad",
+    "int8_linear",
     "norm_rotate",
     "norm_rotate_grad",
     "reflections",

@@ -199,9 +199,6 @@ OPS = (
 )
 """Ops that read a 4-bit weight, as graphs name them."""
 
-ROUNDING = ("bitsandbytes.int8_scaled_mm.default", "bitsandbytes.int8_mixed_scaled_mm.default")
-"""Ops over an activation rounded to int8, which in a graph has no gradient, or a wrong one."""
-
 
 def _state(module: Any) -> Any:
     """The quant state, which a conversion of the parameter may have left with the module alone."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 NAME = "bitsandbytes.gemm_4bit.default"
+UNPACKING = "bitsandbytes.dequantize_4bit.default"
 
 
 class Operands(NamedTuple):
@@ -38,6 +39,11 @@ class Operands(NamedTuple):
     absmax_8bit: Any = None
     absmax_code: Any = None
     absmax_offset: Any = None
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The names of the operands that W is stored in."""
+        return ("B", "absmax", "absmax_8bit", "absmax_code", "absmax_offset")
 
     def scales(self) -> Tensor:
         """The scale of each block, float32."""
@@ -79,9 +85,24 @@ class Operands(NamedTuple):
         return fresh
 
 
-def operands(node: fx.Node) -> Operands:
-    """What a node of the op takes."""
-    return Operands(*node.args, **node.kwargs)  # type: ignore[arg-type]
+def of_two(x: fx.Node | None, unpacked: fx.Node, bias: fx.Node | None) -> Operands:
+    """What a matmul takes that reads what another node has unpacked, as before 0.50.
+
+    Args:
+        x: What is multiplied.
+        unpacked: ``dequantize_4bit(packed, scales, block size, quant type, shape, dtype)``, where
+            quantised scales are ``dequantize_blockwise(absmax_8bit, absmax, code, …) + offset``.
+        bias: What is added.
+    """
+    packed, scales, blocksize, quant_type, shape, *_ = unpacked.args
+    given = Operands(x, packed, shape, scales, blocksize, quant_type, bias)  # type: ignore[arg-type]
+    if not isinstance(scales, fx.Node) or len(scales.all_input_nodes) < 2:
+        return given
+    unscaled, offset = scales.all_input_nodes
+    quantised, absmax, code = unscaled.all_input_nodes
+    return given._replace(
+        absmax=absmax, absmax_8bit=quantised, absmax_code=code, absmax_offset=offset
+    )
 
 
 @functools.cache
@@ -95,19 +116,15 @@ def register_gradients() -> None:
         )
 
 
-STORED = ("B", "absmax", "absmax_8bit", "absmax_code", "absmax_offset")
-"""The operands that W is stored in."""
-
-
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     given = Operands(*inputs)
-    ctx.save_for_backward(*(getattr(given, name) for name in STORED))
-    nothing: dict[str, Any] = dict.fromkeys(("A", "bias", *STORED))
+    ctx.save_for_backward(*(getattr(given, name) for name in given.stored))
+    nothing: dict[str, Any] = dict.fromkeys(("A", "bias", *given.stored))
     ctx.rest = given._replace(**nothing)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    given = ctx.rest._replace(**dict(zip(STORED, ctx.saved_tensors, strict=True)))
+    given = ctx.rest._replace(**dict(zip(ctx.rest.stored, ctx.saved_tensors, strict=True)))
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[0]:
         grads[0] = grad @ given.weight(grad.dtype)

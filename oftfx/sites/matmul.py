@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from oftfx.ops.factor import MAPS, SCALE
+from oftfx.ops.int8_linear import INT8_LINEAR
 from oftfx.sites import gemm_4bit
 
 Layout = Literal["out_in", "in_out"]
@@ -75,9 +76,14 @@ _SPELLINGS: dict[Any, Spelling] = {
 # Of libraries that may not be installed, by name. Their weights are packed, in shapes of their own.
 _QUANTISED: dict[str, Spelling] = {
     gemm_4bit.NAME: Spelling(Operand(0, "A"), Operand(1, "B"), True, Operand(6, "bias")),
+    str(INT8_LINEAR): Spelling(Operand(0, "x"), Operand(1, "rows"), True, Operand(4, "bias")),
 }
-_UNPACKING = "bitsandbytes.dequantize_4bit.default"  # before 0.50, a matmul reads what it gives
-_SHAPES = {gemm_4bit.NAME: Operand(2, "shapeB"), _UNPACKING: Operand(4, "shape")}
+_UNPACKING = gemm_4bit.UNPACKING  # before 0.50, a matmul reads what it gives
+_SHAPES = {
+    gemm_4bit.NAME: Operand(2, "shapeB"),
+    _UNPACKING: Operand(4, "shape"),
+    str(INT8_LINEAR): Operand(2, "shape"),
+}
 
 _SWAPS = {
     torch.t,
@@ -139,6 +145,21 @@ def spelling(node: fx.Node) -> Spelling | None:
     if node.op not in ("call_function", "call_method"):
         return None
     return _SPELLINGS.get(node.target) or _QUANTISED.get(str(node.target))
+
+
+def packed_operands(node: fx.Node) -> gemm_4bit.Operands | None:
+    """What a 4-bit matmul takes, in one op or in two; None for other nodes."""
+    if str(node.target) == gemm_4bit.NAME:
+        return gemm_4bit.Operands(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    spelled = spelling(node)
+    unpacked = None if spelled is None else spelled.w.of(node)
+    while unpacked is not None and str(unpacked.target) != _UNPACKING:
+        known = unpacked.target in _CASTS or unpacked.target in _SWAPS
+        unpacked = unpacked.all_input_nodes[0] if known else None
+    if spelled is None or unpacked is None:
+        return None
+    x, bias = spelled.x.of(node), None if spelled.bias is None else spelled.bias.of(node)
+    return gemm_4bit.of_two(x, unpacked, bias)
 
 
 def quantised_shape(node: fx.Node) -> tuple[int, int] | None:

@@ -1,6 +1,8 @@
 """What a module is, told by names, so that no library is imported to ask."""
 
-from torch import nn
+import re
+
+from torch import fx, nn
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -24,3 +26,15 @@ def is_a(module: nn.Module, name: str) -> bool:
     """Whether the module's class, or one it derives from, has this qualified name."""
     classes = class_of(module).__mro__
     return any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in classes)
+
+
+def caller(node: fx.Node) -> str:
+    """Fqn of the module whose code made this node, or as much of its end as the tracer knew."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    path = re.sub(r"^L\['?\w+'?\]\.?", "", path)  # Dynamo names the frame's local first
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
+    path = path.removeprefix("_export_root")  # a strict export's, inside its regions
+    return re.sub(r"@\d+$", "", path).lstrip(".")  # export numbers repeated calls

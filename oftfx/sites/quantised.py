@@ -121,7 +121,7 @@ def no_gradient(module: nn.Module, width: int) -> bool:
             with torch.enable_grad():
                 y = class_of(module).forward(module, x)
                 (grad,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
-        except (RuntimeError, NotImplementedError, ValueError, AssertionError):
+        except Exception:  # whatever a kernel raises for a dtype or device that it does not take
             continue
         return grad is None
     return True
