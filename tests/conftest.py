@@ -36,20 +36,23 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+PLANNING = {"test_capture.py", "test_host.py", "test_match.py", "test_plan.py", "test_regions.py"}
 _traced: dict[Hashable, list[Any]] = {}
 
 
-@pytest.fixture
-def traced_once(monkeypatch):
-    """Modules that are alike are traced by the first test that adapts one, for all others.
+@pytest.fixture(autouse=True)
+def _trace_once(request, monkeypatch):
+    """Models that are alike are traced for the first test that plans one, and for those of planning.
 
-    For tests of what comes after: with a tiny model, tracing is nearly all that adapting costs.
+    With a tiny model, tracing is nearly all that adapting costs.
     """
-    planning = sys.modules["oftfx.plan"]  # `oftfx.plan` is the function
+    planning = sys.modules.get("oftfx.plan")  # `oftfx.plan` is the function
+    if planning is None or request.path.name in PLANNING:
+        return
     trace = planning.of_graph
 
-    def of_graph(model, example_inputs):
-        if isinstance(model, fx.GraphModule) or not isinstance(model, nn.Module):
+    def of_graph(model: Any, example_inputs: Any) -> list[Any]:
+        if not _is_told_by_its_parts(model):
             return trace(model, example_inputs)
         key = _likeness(model, example_inputs)
         if key not in _traced:
@@ -59,20 +62,29 @@ def traced_once(monkeypatch):
     monkeypatch.setattr(planning, "of_graph", of_graph)
 
 
+def _is_told_by_its_parts(model: Any) -> bool:
+    """Whether its forward depends on nothing but its classes, their print and a config."""
+    if isinstance(model, fx.GraphModule) or not isinstance(model, nn.Module):
+        return False
+    known = ("torch.nn.", "tests.small")
+    classes = {type(module) for module in model.modules()}
+    return hasattr(model, "config") or all(cls.__module__.startswith(known) for cls in classes)
+
+
 def _likeness(model: nn.Module, example_inputs: Any) -> Hashable:
-    """Equal for models that have the same graph, and weights of the same kinds."""
-    names: dict[int, str] = {}
+    """Equal for models of equal graphs and kinds of weights that are traced in one setting."""
+    first: dict[int, str] = {}
     leaves, tree = optree.tree_flatten(example_inputs)
+    setting = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     return (
-        str(model),
-        str(getattr(model, "config", None)),
-        tuple((type(module), module.training) for module in model.modules()),
+        (*setting, torch.is_autocast_enabled("cpu"), torch.get_default_device()),
+        (str(model), str(getattr(model, "config", None))),
+        tuple((type(m), m.training, frozenset(vars(m))) for m in model.modules()),
         tuple(
-            (name, names.setdefault(id(p), name), p.shape, p.dtype)
+            (name, first.setdefault(id(p), name), p.shape, p.dtype, p.device)
             for name, p in model.named_parameters(remove_duplicate=False)
         ),
-        tree,
-        tuple((leaf.shape, leaf.dtype) if torch.is_tensor(leaf) else leaf for leaf in leaves),
+        (tree, tuple((x.shape, x.dtype) if torch.is_tensor(x) else x for x in leaves)),
     )
 
 

@@ -15,8 +15,6 @@ from oftfx.rotations import method_of
 from tests.quantised import linear4bit, quantised_llama
 from tests.small import llama, tokens
 
-pytestmark = pytest.mark.usefixtures("traced_once")
-
 
 def adapted(spec):
     base = llama()

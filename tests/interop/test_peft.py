@@ -19,8 +19,6 @@ from oftfx import CheckpointError
 from tests.quantised import linear4bit, linear8bit, quantised
 from tests.small import VOCABULARY, llama, tokens
 
-pytestmark = pytest.mark.usefixtures("traced_once")
-
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
