@@ -42,7 +42,7 @@ _traced: dict[Hashable, list[Any]] = {}
 
 @pytest.fixture(autouse=True)
 def _trace_once(request, monkeypatch):
-    """Models that are alike are traced for the first test that plans one, and for those of planning.
+    """Models that are alike are traced once, but for tests of planning.
 
     With a tiny model, tracing is nearly all that adapting costs.
     """
