@@ -1,7 +1,7 @@
 """What every test shares: Hypothesis profiles and a fixed random state."""
 
+import importlib
 import os
-import sys
 from collections.abc import Hashable
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import fx, nn
 from torch._dynamo.utils import counters
+
+import oftfx
 
 _slow_is_fine = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile(
@@ -36,20 +38,17 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-PLANNING = {"test_capture.py", "test_host.py", "test_match.py", "test_plan.py", "test_regions.py"}
 _traced: dict[Hashable, list[Any]] = {}
 
 
 @pytest.fixture(autouse=True)
-def _trace_once(request, monkeypatch):
-    """Models that are alike are traced once, but for tests of planning.
+def _trace_once(monkeypatch):
+    """`oftfx.adapt` traces models that are alike once; `oftfx.plan` as ever.
 
     With a tiny model, tracing is nearly all that adapting costs.
     """
-    planning = sys.modules.get("oftfx.plan")  # `oftfx.plan` is the function
-    if planning is None or request.path.name in PLANNING:
-        return
-    trace = planning.of_graph
+    planning = importlib.import_module("oftfx.plan")
+    trace, plan = planning.of_graph, planning.plan
 
     def of_graph(model: Any, example_inputs: Any) -> list[Any]:
         if not _is_told_by_its_parts(model):
@@ -59,7 +58,13 @@ def _trace_once(request, monkeypatch):
             _traced[key] = trace(model, example_inputs)
         return _traced[key]
 
-    monkeypatch.setattr(planning, "of_graph", of_graph)
+    def planned(*args: Any, **kwargs: Any) -> oftfx.Plan:
+        with monkeypatch.context() as within:
+            within.setattr(planning, "of_graph", of_graph)
+            return plan(*args, **kwargs)
+
+    for user in ("oftfx.adapter", "oftfx.interop.peft.read"):
+        monkeypatch.setattr(importlib.import_module(user), "plan", planned)
 
 
 def _is_told_by_its_parts(model: Any) -> bool:
