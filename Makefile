@@ -29,10 +29,10 @@ test: $(VENV)/.installed  ## the default suite
 	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.demo $(VENV)/.release  ## real models, compilers, clean installs
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 test-deep: $(VENV)/.installed  ## the property tests, with many more examples
-	OFTFX_HYPOTHESIS=deep $(PYTEST) -m "not slow and not gpu"
+	OFTFX_HYPOTHESIS=deep $(PYTEST) -m "hypothesis and not slow and not gpu"
 
 test-gpu: $(VENV)/.installed  ## what needs an accelerator
 	$(PYTEST) -m gpu
