@@ -29,10 +29,10 @@ test: $(VENV)/.installed  ## the default suite
 	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.demo $(VENV)/.release  ## real models, compilers, clean installs
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 test-deep: $(VENV)/.installed  ## the property tests, with many more examples
-	OFTFX_HYPOTHESIS=deep $(PYTEST) -m "not slow and not gpu"
+	OFTFX_HYPOTHESIS=deep $(PYTEST) -m "hypothesis and not slow and not gpu"
 
 test-bnb: $(VENV)/.bnb  ## what touches bitsandbytes, on its oldest supported version
 	PYTHONPATH=$(VENV)/bnb $(PYTEST) -m "not slow and not gpu" $(shell grep -rlE "bitsandbytes|tests.quantised|nf4" tests --include='test_*.py')

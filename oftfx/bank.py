@@ -61,8 +61,7 @@ class Bank:
                     kind = (rotation.scaling, *((t.dtype, t.device) for t in tensors))
                     batches.setdefault(kind, []).append(rotation)
             for batch in batches.values():
-                if len(batch) > 1:
-                    self.handed += _build(batch)
+                self.handed += _build(batch)
 
     def close(self, root: nn.Module, args: Any, output: Any) -> None:
         """Ends the forward; a forward hook. Gives up where compiled layers build their own."""
@@ -137,16 +136,23 @@ def _ready(rotation: Rotation) -> bool:
 def _build(members: list[Rotation]) -> Iterator[Given]:
     """Builds the cores of rotations of one spec, shape and scale, and gives each its share."""
     held = [rotation.tensors() for rotation in members]
-    fixed = members[0].method.FIXED
+    for rotation, tensors, cores in zip(members, held, _cores(members, held), strict=True):
+        given = Given(list(tensors.values()), cores)
+        vars(rotation)["given"] = given
+        yield given
+
+
+def _cores(members: list[Rotation], held: list[dict[str, Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    spec, scaling, fixed = members[0].spec, members[0].scaling, members[0].method.FIXED
+    if len(members) == 1:  # nothing to save but where the forward calls its layer several times
+        yield built(spec, held[0], scaling)
+        return
     # What is never trained would be stacked in every forward, only to be handed through.
     stacked = {
         name: tensor if name in fixed else torch.stack([tensors[name] for tensors in held])
         for name, tensor in held[0].items()
     }
-    cores = built(members[0].spec, stacked, members[0].scaling)[len(fixed) :]
+    cores = built(spec, stacked, scaling)[len(fixed) :]
     shares = zip(*(core.unbind() for core in cores), strict=True)
     for rotation, tensors, share in zip(members, held, shares, strict=True):
-        own = (wide(tensors[name]) for name in rotation.shapes if name in fixed)
-        given = Given(list(tensors.values()), (*own, *share))
-        vars(rotation)["given"] = given
-        yield given
+        yield (*(wide(tensors[name]) for name in rotation.shapes if name in fixed), *share)

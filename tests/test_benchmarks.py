@@ -118,8 +118,10 @@ def test_in_units_of_an_angle_one_rate_suits_every_block_size(rates: ModuleType)
     setting = rates.Setting(hidden=64, layers=1, tokens=32, batch=8, before=200, steps=30)
     narrow, wide = rates.losses(setting, unit_rate=True, blocks=(8, 64))
     together = int((narrow + wide).argmin())
-    assert narrow[together] < narrow.min() + 0.01
-    assert wide[together] < wide.min() + 0.01
+    lost = max(narrow[together] - narrow.min(), wide[together] - wide.min())
     narrow, wide = rates.losses(setting, unit_rate=False, blocks=(8, 64))
     assert narrow.argmin() - wide.argmin() >= 2
-    assert wide[narrow.argmin()] > wide.min() + 0.05
+    spoiled = wide[narrow.argmin()] - wide.min()
+    assert spoiled > 0.05
+    # Beside each other: the text is this project's own, and with it the losses change.
+    assert lost < spoiled / 10

@@ -8,8 +8,11 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from oftfx import OFT, Spec, adapt, cli, save
+from oftfx import OFT, Spec, adapt, cli, errors, save
+from oftfx.train import errors as train_errors
+from oftfx.train.measure import Change, Estimate
 from oftfx.train.output import MARKER
+from oftfx.train.report import Curves, Reload, Report, SiteHealth
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,14 @@ def test_help_teaches(oftfx, command):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["finetune"], ["finetune", "--steps", "many"], ["plan"], ["no-such-command"]]
+    "arguments",
+    [
+        ["finetune"],
+        ["finetune", "--steps", "many"],
+        ["plan"],
+        ["plan", "model", "--block-size", "8.5"],
+        ["no-such-command"],
+    ],
 )
 def test_wrong_usage_exits_2(oftfx, arguments):
     code, _, err = oftfx(*arguments)
@@ -74,15 +84,13 @@ def test_finetune_then_merge(oftfx, model_dir, text_file, tmp_path):
     out = tmp_path / "out"
     arguments = ["finetune", "--model", model_dir, "--data", text_file, "--out", out]
     arguments += ["--block-size", 8, "--steps", 3, "--seq-len", 16, "--lr", 0.01, "--prompt", "abc"]
-    assert oftfx(*arguments, "--no-merge")[0] == 0
-    code, _, err = oftfx(*arguments)
-    assert code == 2
-    assert "--force" in err
-
-    code, printed, err = oftfx(*arguments, "--force")
+    code, printed, err = oftfx(*arguments)
     assert code == 0, err
     assert "agrees" in printed
     assert str(out / "merged") in printed
+    code, _, err = oftfx(*arguments)
+    assert code == 2
+    assert "--force" in err
 
     merge = ["merge", model_dir, out / "adapter", "--out", tmp_path / "merged"]
     code, printed, err = oftfx(*merge, "--shard-size", "20KB")
@@ -190,11 +198,10 @@ def test_every_method_has_its_options(oftfx, model_dir, line):
 @pytest.mark.parametrize(
     "method",
     [
-        "hra",
         "loft",
         *(
             pytest.param(m, marks=pytest.mark.slow)
-            for m in ("coft", "boft", "goft", "qgoft", "psoft")
+            for m in ("coft", "boft", "goft", "qgoft", "hra", "psoft")
         ),
     ],
 )
@@ -226,6 +233,46 @@ def test_an_interrupt_is_told_and_has_its_exit_code(oftfx, model_dir, text_file,
     assert "--resume" in printed
 
 
+def test_a_merged_model_that_disagrees_is_told_and_has_its_exit_code(oftfx, monkeypatch):
+    loss = Change(*(Estimate(mean, 0.1) for mean in (2.0, 1.0, -1.0)))
+    report = Report(
+        version="0",
+        job={},
+        parameters=10,
+        trainable=1,
+        tokens=1,
+        seconds=1.0,
+        task=loss,
+        unrelated=None,
+        samples=None,
+        sites=[SiteHealth("fc", 0.1, 0.2, 1e-9)],
+        reload=Reload(max_difference=0.2, scale=1.0, same_top=0.5, tolerance=0.1),
+        curves=Curves(),
+    )
+    monkeypatch.setattr("oftfx.train.run", lambda job, console: report)
+    code, printed, _ = oftfx("finetune", "--model", "org/name", "--data", "org/rows")
+    assert code == 1
+    assert "DISAGREES" in printed
+
+
+ERRORS = [
+    error
+    for module in (errors, train_errors)
+    for error in vars(module).values()
+    if isinstance(error, type) and issubclass(error, errors.OftfxError)
+]
+
+
+@pytest.mark.parametrize("error", dict.fromkeys(ERRORS), ids=lambda error: error.__name__)
+def test_every_error_of_ours_is_one_message(oftfx, monkeypatch, error):
+    def run(job, console):
+        raise error("at line 3 [of] yours")
+
+    monkeypatch.setattr("oftfx.train.run", run)
+    code, _, err = oftfx("finetune", "--model", "org/name", "--data", "org/rows")
+    assert (code, err.strip()) == (2, "error: at line 3 [of] yours")
+
+
 FINETUNE = "finetune --model {model} --seq-len 16 --steps 1 --block-size 8"
 BAD_LINES = {
     f"{FINETUNE} --data nowhere.txt": "nowhere.txt does not exist",
@@ -238,6 +285,7 @@ BAD_LINES = {
     f"{FINETUNE} --data {{text}} --steps 0": "steps=0",
     f"{FINETUNE} --data {{text}} --order 0": "order=0",
     f"{FINETUNE} --data {{text}} --block-size 7": "block_size=7",
+    f"{FINETUNE} --data {{text}} --block-size -8": "block_size=-8",
     f"{FINETUNE} --data {{text}} --targets c_fx": "c_fc",
     f"{FINETUNE} --data {{text}} --rank 4": "--rank is no option of --method oft",
     f"{FINETUNE} --data {{text}} --method goft": "--block-size is no option of --method goft",

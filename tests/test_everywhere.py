@@ -201,7 +201,9 @@ def test_exported(strict, share_inputs):
     testing.assert_folds(loaded, x)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize(
+    "strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["non-strict", "strict"]
+)
 def test_a_language_model_exported_saved_loaded_trained_and_merged(strict):
     model = oftfx.adapt(llama(), SPEC)
     ids = tokens()["input_ids"]
@@ -243,6 +245,7 @@ def test_gradient_checkpointing(reentrant, share_inputs):
     testing.assert_same_function(twin, model, tokens())  # nothing was left over
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_compiled():
     adapted = oftfx.adapt(llama(layers=1), SPEC)
     twin = copy.deepcopy(adapted).train()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -113,6 +114,31 @@ def test_golden_totals_of_whole_models(name):
     assert plan.num_trainable == expected
     assert len(plan.sites) == layers * (16 if name == "BART-large" else 7)
     assert all(skip.reason == "output head" or "embedding" in skip.reason for skip in plan.skipped)
+
+
+def smollm2_135m():
+    return LlamaForCausalLM, LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "trainable", "most"), [(smollm2_135m, 2_321_280, 10), (llama2_7b, 17_649_664, 30)]
+)
+def test_planning_takes_seconds(make, trainable, most):
+    """Of this thread's own time, so that nothing beside it on the machine counts."""
+    model = on_meta(*make())
+    begun = time.thread_time()
+    plan = oftfx.plan(model, OFT())
+    assert time.thread_time() - begun < most
+    assert plan.num_trainable == trainable
 
 
 # --- transformers models, without example inputs ---

@@ -37,6 +37,7 @@ def test_what_is_quick_shows_nothing(monkeypatch):
     screen = terminal(monkeypatch)
     assert [*progress.tracked([3, 1, 2], "finding")] == [3, 1, 2]
     assert screen.getvalue() == ""
+    assert progress.PATIENCE == 2  # seconds
 
 
 def test_what_is_slow_shows_a_bar(monkeypatch):

@@ -79,7 +79,7 @@ def test_opcheck(name, transposed):
     "name",
     ["odd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("power of two", "no rows", "1-D"))],
 )
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_opcheck_of_the_gradient(name, transposed):
     x, core = case(name)
     grad = torch.randn_like(x).requires_grad_()

@@ -314,7 +314,7 @@ def test_any_number_of_rows():
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 96,
@@ -324,21 +324,21 @@ SIZES = {
 }
 CONFIGS = {
     # norms fused; rotations and groups left
-    "qwen2": (lambda: Qwen2Config(**SIZES), (4, 4, 0)),
-    "qwen3": (lambda: Qwen3Config(**SIZES, head_dim=8), (4, 4, 0)),
-    "gemma": (lambda: GemmaConfig(**SIZES, head_dim=8), (4, 4, 0)),
-    "phi": (lambda: PhiConfig(**SIZES), (2, 4, 0)),  # one norm for attention and MLP
-    "gpt2": (lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96), (4, 4, 0)),
+    "qwen2": (lambda: Qwen2Config(**SIZES), (2, 2, 0)),
+    "qwen3": (lambda: Qwen3Config(**SIZES, head_dim=8), (2, 2, 0)),
+    "gemma": (lambda: GemmaConfig(**SIZES, head_dim=8), (2, 2, 0)),
+    "phi": (lambda: PhiConfig(**SIZES), (1, 2, 0)),  # one norm for attention and MLP
+    "gpt2": (lambda: GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96), (2, 2, 0)),
     "opt": (
         lambda: OPTConfig(
             hidden_size=32,
             ffn_dim=64,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             vocab_size=96,
             word_embed_proj_dim=32,
         ),
-        (4, 4, 0),
+        (2, 2, 0),
     ),
 }
 

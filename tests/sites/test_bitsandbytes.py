@@ -171,8 +171,15 @@ def test_checkpointed(make, reentrant):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@both_widths
-@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    ("make", "training"),
+    [
+        (linear4bit, True),
+        pytest.param(linear4bit, False, marks=pytest.mark.slow),
+        pytest.param(linear8bit, True, marks=pytest.mark.slow),
+        pytest.param(linear8bit, False, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_without_a_graph_break(make, training):
     model = oftfx.adapt(quantised_llama(make), SPEC).train(training)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")

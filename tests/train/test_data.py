@@ -69,6 +69,17 @@ def test_missing_file(source):
         data.read(source)
 
 
+def test_a_dataset_of_the_hub(monkeypatch):
+    rows = Dataset.from_dict({"id": [1, 2], "text": ["one", "two"]})
+    known = {("org/name", "train"): rows, ("org/other", "train"): rows.select_columns("id")}
+    monkeypatch.setattr("datasets.load_dataset", lambda source, split: known[source, split])
+    assert data.read("org/name").to_dict() == {"text": ["one", "two"]}
+    with pytest.raises(DataError, match=r"org/other has no 'text', .*its fields: 'id'"):
+        data.read("org/other")
+    with pytest.raises(DataError, match="org/none is neither a file nor a dataset that loads"):
+        data.read("org/none")
+
+
 def test_directory(tmp_path):
     with pytest.raises(DataError, match="is a directory"):
         data.read(str(tmp_path))

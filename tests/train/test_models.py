@@ -2,7 +2,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import oftfx
 from oftfx.train import models
@@ -77,6 +77,25 @@ def test_directory(model_dir):
     assert isinstance(model, LlamaForCausalLM)
     assert not model.training
     assert tokenizer.decode(tokenizer("a tale")["input_ids"]) == "a tale"
+
+
+def test_an_id_of_the_hub_is_transformers_to_find(model_dir, monkeypatch):
+    asked = []
+
+    def found(load):
+        def from_pretrained(source, *args, **options):
+            asked.append(source)
+            return load({"org/name": model_dir}[source], *args, **options)
+
+        return from_pretrained
+
+    for kind in (AutoTokenizer, AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", found(kind.from_pretrained))
+    model, _ = models.load("org/name")
+    assert isinstance(model, LlamaForCausalLM)
+    assert asked == ["org/name", "org/name"]
+    with pytest.raises(ModelError, match="org/none cannot be loaded"):
+        models.load("org/none")
 
 
 def test_dtype(model_dir):
