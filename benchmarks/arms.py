@@ -54,8 +54,7 @@ class Arm:
         _replace_block_op()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = peft.get_peft_model(model, self.make())
-        return adapted
+            return peft.get_peft_model(model, self.make())
 
 
 def _replace_block_op() -> None:

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -28,9 +27,9 @@ SPECS: dict[str, oftfx.Spec] = {
 
 def model(method: str) -> nn.Module:
     """Always the same one, adapted."""
-    x = rows(0, 0, 1)
-    calibration: dict[str, Any] = {"calibration": [x], "loss": lambda out, batch: out.square().sum()}
-    given = calibration if method == "LOFT" else {}
+    x, given = rows(0, 0, 1), {}
+    if method == "LOFT":
+        given = {"calibration": [x], "loss": lambda out, batch: out.square().sum()}
     return oftfx.adapt(base(), SPECS[method], example_inputs=x, **given)
 
 
