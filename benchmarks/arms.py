@@ -6,15 +6,17 @@ Counts are those of SmolLM2-135M's 210 linears. GOFT's are what they are: it has
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal, TypeAlias
 
 import peft
 import torch
-from torch import nn
+from peft.tuners.boft import layer as boft_layer
+from torch import Tensor, nn
 
 import oftfx
 
-Batches = Sequence[dict[str, torch.Tensor]]
+Batches = Sequence[dict[str, Tensor]]
 Panel = Literal["methods", "variants", "PEFT", "none"]
 
 
@@ -49,20 +51,26 @@ class Arm:
                 model, spec, calibration=calibration if calibrated else None
             )
             return adapted
-        config = self.make()
+        _replace_block_op()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = peft.get_peft_model(model, config)
-        if isinstance(config, peft.BOFTConfig):
-            _check_factors(adapted, config.boft_n_butterfly_factor)
-        return adapted
+            return peft.get_peft_model(model, self.make())
 
 
-def _check_factors(model: nn.Module, factors: int) -> None:
-    """PEFT trains one factor, whatever was asked for, where its CUDA extension does not build."""
-    for name, parameter in model.named_parameters():
-        if "boft_R" in name and len(parameter) != factors:
-            raise RuntimeError(f"PEFT made {len(parameter)} BOFT factors of the {factors} wanted.")
+def _replace_block_op() -> None:
+    """Gives PEFT's BOFT its block-diagonal matrices by PyTorch instead of a CUDA extension.
+
+    Where that extension does not build, as with torch 2.11 and CUDA 13, PEFT says so and trains
+    one factor, whatever was asked for.
+    """
+    boft_layer.get_fbd_cuda = lambda: True
+    boft_layer.FastBlockDiag = SimpleNamespace(apply=block_diagonal)
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """Blocks on the diagonal of zeros, (factors, n, b, b) to (factors, n·b, n·b)."""
+    factors, n, b, _ = blocks.shape
+    return blocks.permute(0, 2, 3, 1).diag_embed(dim1=1, dim2=3).reshape(factors, n * b, n * b)
 
 
 LORA = Arm(
@@ -112,21 +120,19 @@ PEFT_OFT = Arm(
     (5e-5, 1e-4, 2e-4, 4e-4),
     panel="PEFT",
 )
-PEFT_SLOW = (
-    Arm(
-        "PEFT HRA r16",
-        lambda: peft.HRAConfig(r=16, target_modules="all-linear"),
-        (2.5e-4,),
-        panel="PEFT",
+PEFT_BOFT = Arm(  # trains blocks of b² numbers of which only the skew half counts, and a scale
+    "PEFT BOFT b16 m2",
+    lambda: peft.BOFTConfig(
+        boft_block_size=16, boft_n_butterfly_factor=2, target_modules="all-linear"
     ),
-    Arm(
-        "PEFT BOFT b16 m2",
-        lambda: peft.BOFTConfig(
-            boft_block_size=16, boft_n_butterfly_factor=2, target_modules="all-linear"
-        ),
-        (1e-4, 2e-4),
-        panel="PEFT",
-    ),
+    (5e-5, 1e-4, 2e-4),
+    panel="PEFT",
+)
+PEFT_HRA = Arm(
+    "PEFT HRA r16",
+    lambda: peft.HRAConfig(r=16, target_modules="all-linear"),
+    (2.5e-4, 5e-4),
+    panel="PEFT",
 )
 PEFT_PSOFT = Arm(
     "PEFT PSOFT r150",
@@ -141,7 +147,7 @@ OVERLAY = Arm(  # PEFT's polynomial, for the two loss curves that must lie on ea
     "oftfx OFT b32 k3", oftfx.OFT(block_size=32, order=3), (1e-4,), panel="none"
 )
 
-ARMS = (LORA, OFT, *OTHERS, PEFT_OFT, PEFT_PSOFT, *PEFT_SLOW, OVERLAY)
+ARMS = (LORA, OFT, *OTHERS, PEFT_OFT, PEFT_BOFT, PEFT_PSOFT, PEFT_HRA, OVERLAY)
 
 
 LEAST, MOST = 0.55, 0.62
@@ -174,15 +180,15 @@ def jobs(gains: Mapping[Key, float]) -> list[Job]:
     """All trainings that are wanted, those that tell most first.
 
     First every method's first seed, at its rates and at as many more as its curve needs; then the
-    other seeds, at the rates that the curve's telling part has.
+    other seeds, at the rates that the curve's telling part has, those first that take longest.
 
     Args:
         gains: Of the trainings that are done.
     """
-    first = (LORA, OFT, OVERLAY, PEFT_OFT, *PEFT_SLOW, *OTHERS, PEFT_PSOFT)
+    first = (LORA, OFT, OVERLAY, PEFT_OFT, PEFT_HRA, PEFT_BOFT, *OTHERS, PEFT_PSOFT)
     wanted = [Job(arm, rate, 0) for arm in first for rate in arm.rates]
     wanted += [Job(arm, rate, 0) for arm in first for rate in _further(arm, gains)]
-    for group in ((LORA, OFT), OTHERS, (PEFT_OFT, PEFT_PSOFT)):
+    for group in ((PEFT_BOFT, PEFT_OFT, PEFT_PSOFT), OTHERS, (LORA, OFT), (PEFT_HRA,)):
         for seed in SEEDS[1:]:
             wanted += [Job(arm, rate, seed) for arm in group for rate in _telling(arm, gains)]
     return wanted

@@ -23,6 +23,7 @@ from oftfx.fixed import is_calibrated
 from oftfx.plan import Plan, Site, plan
 from oftfx.probe import ROWS, Probe, probed, training
 from oftfx.progress import tracked
+from oftfx.regions import differentiable
 from oftfx.rotations import num_trainable, supports
 from oftfx.rotations.sketches import PASSES, PROBES, Gradient, Sketch, Skew
 from oftfx.spec import LOFT, Spec
@@ -141,7 +142,9 @@ def calibrate(
     given = list(batches)
     if not given:
         raise PlanError("calibration: there is no batch; pass at least one.")
-    running: nn.Module = inner.module() if isinstance(inner, ExportedProgram) else inner
+    running: nn.Module = (
+        differentiable(inner).module() if isinstance(inner, ExportedProgram) else inner
+    )
     weights = Weights(running)
     sketches = {site.fqn: _sketch(found, site, weights) for site in wanting}
     probes = [

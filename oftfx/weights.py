@@ -1,15 +1,19 @@
 """A model's weights as floats, however they are stored, for directions that depend on them."""
 
+import functools
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.export import ExportedProgram
 
-from oftfx import sites
-from oftfx.capture import Model
+from oftfx import match, sites
+from oftfx.capture import Model, read
 from oftfx.errors import MergeError, PlanError
-from oftfx.host import parameters_of
+from oftfx.host import Host, host_of, parameters_of
 from oftfx.plan import Site
+from oftfx.regions import differentiable
+from oftfx.sites.matmul import quantised_shape
 from oftfx.sites.quantised import device_of
 from oftfx.spread import whole
 
@@ -22,6 +26,7 @@ class Weights:
     """
 
     def __init__(self, model: Model) -> None:
+        self._model = model
         self._parameters = parameters_of(model)
         self._layers = sites.quantised_layers(model)
 
@@ -53,20 +58,40 @@ class Weights:
             PlanError: It is not there, cannot be made floats, or is not finite.
         """
         like = self.like(site)
-        if site.weight in self._layers:
-            module, quantiser = self._layers[site.weight]
-            try:
-                weight = quantiser.dequantise(module).to(like.dtype)
-            except MergeError as error:
-                raise PlanError(f"{site.fqn}: the rotation's directions need W. {error}") from error
-        else:
-            weight = whole(self._parameters[site.weight]).detach().to(like.dtype)
+        try:
+            weight = self._read(site).to(like.dtype)
+        except MergeError as error:
+            raise PlanError(f"{site.fqn}: the rotation's directions need W. {error}") from error
         if not torch.isfinite(weight).all():
             raise PlanError(
                 f"{site.fqn}: its weight is not finite, so it has no singular vectors: mend the "
                 "weight, or exclude the site."
             )
         return weight if site.layout == "out_in" else weight.mT
+
+    def _read(self, site: Site) -> Tensor:
+        if site.weight in self._layers:
+            module, quantiser = self._layers[site.weight]
+            return quantiser.dequantise(module)
+        weight = whole(self._parameters[site.weight]).detach()
+        if weight.is_floating_point() and tuple(weight.shape) == site.shape:
+            return weight
+        if site.weight not in self._packed:
+            raise MergeError("This graph holds it packed: adapt the nn.Module, and trace that.")
+        from oftfx.fold.packed import floats  # which needs all that edits graphs
+
+        return floats(self._host, self._packed[site.weight], site.fqn)
+
+    @functools.cached_property
+    def _host(self) -> Host:
+        assert isinstance(self._model, (fx.GraphModule, ExportedProgram))
+        return host_of(differentiable(self._model))
+
+    @functools.cached_property
+    def _packed(self) -> dict[str, fx.Node]:
+        """Of a graph, by the name of their weight, the nodes that multiply by one in 4 bits."""
+        uses = (use for use in match.uses(read(self._host)) if use.x is not None)
+        return {use.weight: use.node for use in uses if quantised_shape(use.node) is not None}
 
     def stacked(self, readers: list[Site]) -> Tensor:
         """The weights that one rotation stands before, one below the other."""

@@ -6,6 +6,7 @@ Each writes what it ended with: its adapter, and what the model then computes.
 import os
 import sys
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -17,11 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 import oftfx
 
 STEPS, MICRO = 3, 2
+SPECS: dict[str, oftfx.Spec] = {
+    "OFT": oftfx.OFT(block_size=4),
+    "PSOFT": oftfx.PSOFT(rank=4),
+    "LOFT": oftfx.LOFT(rank=4),
+}
 
 
-def model() -> nn.Module:
+def model(method: str) -> nn.Module:
     """Always the same one, adapted."""
-    return oftfx.adapt(base(), oftfx.OFT(block_size=4), example_inputs=rows(0, 0, 1))
+    x, given = rows(0, 0, 1), {}
+    if method == "LOFT":
+        given = {"calibration": [x], "loss": lambda out, batch: out.square().sum()}
+    return oftfx.adapt(base(), SPECS[method], example_inputs=x, **given)
 
 
 def base() -> nn.Module:
@@ -69,20 +78,21 @@ def main(directory: str) -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", world_size=2, rank=rank)
     found = {}
-    for name, way in WAYS.items():
-        plain = model()
-        wrapped = way(plain)
+    for name, method in product(WAYS, SPECS):
+        plain = model(method)
+        wrapped = WAYS[name](plain)
         losses = train(wrapped, rank, 2)
-        oftfx.save(wrapped, f"{directory}/{name}{rank}")  # all of them: what is sharded is gathered
+        # By all of them: what is sharded is gathered.
+        oftfx.save(wrapped, f"{directory}/{name}-{method}-{rank}")
         plain.eval()
         with torch.no_grad():
             out = plain(rows(9, 0, 1))
         with pytest.raises(oftfx.PlanError, match=r"wrapped by .* already"):
-            oftfx.adapt(wrapped, oftfx.OFT(block_size=4), "second", example_inputs=rows(9, 0, 1))
+            oftfx.adapt(wrapped, SPECS[method], "second", example_inputs=rows(9, 0, 1))
         if name == "fsdp":
             with pytest.raises(oftfx.MergeError, match="sharded over processes"):
                 oftfx.merge(wrapped)
-        found[name] = {"losses": losses, "norm": oftfx.health(wrapped).norm, "out": out}
+        found[name, method] = {"losses": losses, "norm": oftfx.health(wrapped).norm, "out": out}
     torch.save(found, f"{directory}/rank{rank}")
     dist.destroy_process_group()
 

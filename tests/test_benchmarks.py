@@ -7,6 +7,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+import oftfx
+from tests.small import llama, tokens
 
 pytest.importorskip("peft")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -91,6 +95,23 @@ def test_other_seeds_run_where_the_first_one_told_something(arms: ModuleType) ->
     done = {(arms.OFT.name, rate, 0): gain for rate, gain in gains.items()}
     seconds = {j.rate for j in arms.jobs(done) if j.arm is arms.OFT and j.seed == 1}
     assert seconds == set(arms.OFT.rates[1:])
+
+
+def test_peft_trains_all_factors_of_boft_that_ours_has(arms: ModuleType) -> None:
+    ours = next(arm.make for arm in arms.ARMS if arm.name == "oftfx BOFT b16 m2")
+    base = llama(layers=1)
+    wanted = oftfx.plan(base, ours, tokens()).num_trainable
+    theirs = arms.PEFT_BOFT.adapt(base, 0, [])
+    theirs(**tokens()).logits.square().sum().backward()
+    blocks = [p for name, p in theirs.named_parameters() if "boft_R" in name]
+    assert sum(p.numel() * 15 // 32 for p in blocks) == wanted
+    assert all(factor.any() for p in blocks for factor in p.grad)
+
+
+def test_blocks_lie_on_a_diagonal(arms: ModuleType) -> None:
+    blocks = torch.randn(2, 3, 4, 4)
+    dense = torch.stack([torch.block_diag(*factor) for factor in blocks])
+    assert torch.equal(arms.block_diagonal(blocks), dense)
 
 
 def test_the_report_has_pictures_and_every_method(

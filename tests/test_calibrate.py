@@ -266,14 +266,18 @@ def same(a, b) -> bool:
 
 
 @both
-@pytest.mark.parametrize("form", ["module", "graph"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was_also_when_it_fails(spec, form, fails):
     x = X.flatten(0, 1)
     model = Noisy().double().eval()
     model(x).sum().backward()
     model.norm.train()
-    model = as_form(model, form) if form == "module" else fx.symbolic_trace(model)
+    given = model
+    if form == "graph":
+        given = model = fx.symbolic_trace(model)
+    elif form == "program":  # which shares the module's tensors
+        given = export(model, (x,))
     before, calls = state_of(model), []
     code = model.code if form == "graph" else None
 
@@ -283,13 +287,25 @@ def test_the_model_is_left_as_it_was_also_when_it_fails(spec, form, fails):
             raise RuntimeError("in the middle")
         return output.square().sum()
 
-    plan = oftfx.plan(model, spec, x)
+    plan = oftfx.plan(given, spec, x if form == "module" else None)
     caught = pytest.raises(RuntimeError, match="in the middle") if fails else None
     with caught or contextlib.nullcontext():
-        oftfx.calibrate(model, plan, [x, x + 1], loss_of)
+        oftfx.calibrate(given, plan, [x, x + 1], loss_of)
     assert len(calls) >= 3
     assert same(before, state_of(model))
     assert code == (model.code if form == "graph" else None)
+
+
+def test_a_bar_counts_the_batches_of_every_pass(monkeypatch):
+    seen = []
+
+    def tracked(items, what):
+        seen.append((len(items), what))
+        return items
+
+    monkeypatch.setattr(sys.modules["oftfx.calibrate"], "tracked", tracked)
+    calibrated(small("mlp"), SKEW)
+    assert seen == [(3 * len(BATCHES), "calibrating")]
 
 
 def test_the_loss_is_taken_in_train_mode():
@@ -487,8 +503,12 @@ def test_sites_that_no_gradient_reaches_are_named(spec):
         def forward(self, x):
             return self.used(x) + 0 * self.dead(x)
 
-    with pytest.raises(PlanError, match=r"no gradient came to 1 of 2 rotations \(dead\)"):
-        calibrated(Dead().double(), spec)
+    model = Dead().double()
+    before = state_of(model)
+    told = r"no gradient came to 1 of 2 rotations \(dead\)"
+    with pytest.raises(PlanError, match=told):
+        oftfx.adapt(model, spec, example_inputs=X, calibration=BATCHES, loss=loss)
+    assert same(before, state_of(model))
 
 
 @both

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
-from oftfx import BOFT, COFT, GOFT, HRA, OFT, QGOFT, Spec
+from oftfx import BOFT, COFT, GOFT, HRA, LOFT, OFT, PSOFT, QGOFT, Spec
 from oftfx.rotations import boft
 
 KINDS = ("linear", "conv1d", "functional", "matmul")
@@ -190,7 +190,7 @@ def specs(
     starts: tuple[float, ...] = (0.1,),
 ) -> Spec:
     """A spec of any method that fits a program."""
-    method = draw(st.sampled_from((OFT, OFT, COFT, BOFT, GOFT, QGOFT, HRA)))
+    method = draw(st.sampled_from((OFT, OFT, COFT, BOFT, GOFT, QGOFT, HRA, PSOFT, LOFT)))
     share = draw(st.booleans())
     shared: dict[str, Any] = {
         "share_inputs": share,
@@ -203,18 +203,28 @@ def specs(
         return HRA(rank=draw(st.sampled_from(range(2, min(widths) + 1, 2))), **shared)
     if method in (GOFT, QGOFT):
         return method(scale=draw(st.booleans()), **shared)
-    common = math.gcd(*widths)
-    own = {
-        "block_size": draw(st.sampled_from(divisors(common))),
+    skew = {
         "order": draw(st.integers(1, 6)),
         "exact": draw(st.booleans()),
         "guard": draw(st.sampled_from((None, "rescale", "exact"))),
-        "share_blocks": draw(st.booleans()),
-        "magnitude": draw(st.booleans()),
         "unit_rate": draw(st.booleans()),
     }
-    if shared["init_std"] and (own["exact"] or own["guard"]):  # far starts only where it is guarded
+    if shared["init_std"] and (skew["exact"] or skew["guard"]):  # far only where it is guarded
         shared["init_std"] *= draw(st.sampled_from((1, 5)))
+    if method in (PSOFT, LOFT):
+        rank = draw(st.integers(2, min(widths)))
+        if method is PSOFT:
+            return PSOFT(rank=rank, relaxed=draw(st.booleans()), **skew, **shared)
+        support = draw(st.sampled_from(("principal", "random", "coordinate")))
+        core = draw(st.sampled_from(("orthogonal", "free")))
+        return LOFT(rank=rank, support=support, core=core, **skew, **shared)
+    common = math.gcd(*widths)
+    own = {
+        "block_size": draw(st.sampled_from(divisors(common))),
+        "share_blocks": draw(st.booleans()),
+        "magnitude": draw(st.booleans()),
+        **skew,
+    }
     if method is BOFT:
         fitting = [
             BOFT(**own, **shared, factors=m)

@@ -177,6 +177,7 @@ def test_rotating_the_input_is_rotating_the_weight(case):
     model = adapted(program, spec)
     base = build(program)
     thetas = testing.thetas(model)
+    kept = dict(model.named_parameters())
     weights = {}
     plan = oftfx.plan(base, spec, rows(program))
     for site in plan.sites:
@@ -185,7 +186,7 @@ def test_rotating_the_input_is_rotating_the_weight(case):
         path = oftfx.modules.parameter_path(holder.weight, "default", bare)
         at = plan.spec_of(site)
         method = oftfx.rotations.method_of(at)
-        held = {name: thetas[f"{path}.{name}"] for name in method.shapes(at, site.in_features)}
+        held = {name: kept[f"{path}.{name}"] for name in method.shapes(at, site.in_features)}
         dense = torch.eye(site.in_features, dtype=torch.float64)
         for factor in method.factors(method.cores(held, at), at):
             dense = factor(dense)
