@@ -9,6 +9,7 @@ from oftfx.ops.packed import Packed
 from oftfx.ops.parameters import reflections, spectral_norm
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
+from oftfx.ops.rotate_product import rotate_product_grad
 from oftfx.ops.rotated_linear import (
     defer,
     deferred_linear,
@@ -38,6 +39,7 @@ __all__ = [
     "rotate_grad",
     "rotate_group",
     "rotate_group_grad",
+    "rotate_product_grad",
     "rotated_linear",
     "rotated_linear_grad",
     "scale",

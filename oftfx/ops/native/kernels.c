@@ -27,6 +27,7 @@
 #define LEAST 256  /* but never into runs of fewer rows than this */
 #define HELD 65536 /* floats of cores that stay in the second-level cache */
 #define MOST 8     /* rotations of one tensor */
+#define FACTORS 4  /* of a product that is rotated */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(BYTES)));
@@ -42,6 +43,12 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 /* GOMP_parallel of the OpenMP that PyTorch runs: one pool of threads, not two that spin. */
 typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
+/* A matrix, or what is broadcast to one: a step of 0 reads the same number again. */
+typedef struct {
+    const float *at;
+    int64_t down, along; /* `along` is 1 or 0 */
+} factor;
+
 typedef struct job {
     void (*task)(const struct job *, int64_t index, float *scratch);
     int64_t tasks, room; /* room: floats of scratch for each thread */
@@ -52,6 +59,8 @@ typedef struct job {
     float *out[MOST], *gram[MOST], *part;
     int64_t count, rows, n, b, splits, group;
     int transposed, divides;
+    factor by[FACTORS]; /* what x is multiplied by where it stands */
+    int64_t factors;
     const struct packed *weight;
     /* and of a core */
     const float *theta, *grad;
@@ -230,6 +239,25 @@ static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy) {
     return (rows_of){copy, wide};
 }
 
+/* The rows that an operand's own are multiplied by, factor after factor, made where they are used. */
+static rows_of multiplied(const job *all, rows_of rows, int64_t row, int64_t column, int64_t high,
+                          float *copy) {
+    int64_t wide = padded(all->b), below = row + 2 * TILE <= all->rows ? TILE : 0;
+    if (high % HIGH) memset(copy, 0, (size_t)(TILE * wide) * sizeof(float));
+    for (int64_t i = 0; i < high; i++)
+        for (int64_t j = 0; j < all->b; j += LANES) {
+            vec value = load(rows.at + i * rows.step + j);
+            for (int64_t f = 0; f < all->factors; f++) {
+                const factor *by = all->by + f;
+                const float *at = by->at + (row + i) * by->down + (column + j) * by->along;
+                value *= by->along ? load(at) : *at - (vec){0};
+                if (by->along && by->down) __builtin_prefetch(at + below * by->down, 0, 2);
+            }
+            store(copy + i * wide + j, value);
+        }
+    return (rows_of){copy, wide};
+}
+
 /* A run of rows of some neighbouring blocks. */
 typedef struct {
     int64_t run, first, blocks, begin, end;
@@ -318,7 +346,11 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
             }
             if (all->part) {
                 rows_of x = {all->x + place, step};
-                if (!fits) x = staged(x, high, b, copy + count * TILE * wide);
+                float *x_copy = copy + count * TILE * wide;
+                if (all->factors)
+                    x = multiplied(all, x, row, (own.first + block) * b, high, x_copy);
+                else if (!fits)
+                    x = staged(x, high, b, x_copy);
                 for (int64_t s = 0; s < count; s++)
                     add_gram(gram + (block * count + s) * square, x, source[s], high, b,
                              ahead + s);
@@ -456,11 +488,14 @@ int oftfx_rotate(const float *x, const float *const *core, float *const *out, in
 }
 
 /* out = Σ grad[s] + grad[s]·blockdiag(core[s])ᵀ and gram[s] = xᵀ·grad[s] of each block, both where
- * they are not null. */
-int oftfx_rotate_grad(const float *const *grad, const float *x, const float *const *core,
-                      float *out, float *const *gram, int64_t count, int64_t rows, int64_t n,
-                      int64_t b, parallel fork, int64_t threads) {
-    job all = {.x = x, .count = count, .rows = rows, .n = n, .b = b};
+ * they are not null. x is multiplied by `factors` others first, at by[f], their rows down[f] apart;
+ * b is then a multiple of 16. */
+int oftfx_rotate_grad(const float *const *grad, const float *x, const float *const *by,
+                      const int64_t *down, const int64_t *along, const float *const *core,
+                      float *out, float *const *gram, int64_t factors, int64_t count, int64_t rows,
+                      int64_t n, int64_t b, parallel fork, int64_t threads) {
+    job all = {.x = x, .count = count, .rows = rows, .n = n, .b = b, .factors = factors};
+    for (int64_t f = 0; f < factors; f++) all.by[f] = (factor){by[f], down[f], along[f]};
     all.out[0] = out;
     for (int64_t s = 0; s < count; s++) {
         all.source[s] = grad[s];
