@@ -4,6 +4,8 @@
     layer 1: C_1 = cayley(theta_1) …        C = cayley(stack(theta_1 … theta_n)), once a width
     layer n: C_n = cayley(theta_n) …        layer i: C_i = C[i] …
 
+On a CPU a kernel takes the parameters of all of them where they lie, and nothing is stacked.
+
 A layer builds its own core wherever it cannot take this one: called by itself, compiled, under
 functorch, sharded, or in a region that is recomputed with a graph of its own.
 """
@@ -15,9 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from oftfx import ops
 from oftfx.modules import Rotation, built
+from oftfx.ops.cayley_each import served
 from oftfx.ops.kept import watched
 from oftfx.readers import plain
+from oftfx.rotations import oft
 from oftfx.rotations.oft import wide
 
 
@@ -137,16 +142,33 @@ def _ready(rotation: Rotation) -> bool:
 def _build(members: list[Rotation]) -> Iterator[Given]:
     """Builds the cores of rotations of one spec, shape and scale, and gives each its share."""
     held = [rotation.tensors() for rotation in members]
-    fixed = members[0].method.FIXED
+    first = members[0]
+    series = oft.series(first.spec) if first.method is oft and first.scaling == 1 else None
+    if series is not None:
+        thetas = [tensors["theta"] for tensors in held]
+        if served(thetas, *series):
+            cores = ops.cayley_each(thetas, *series)
+            yield from _given(members, held, ((core,) for core in cores))
+            return
+    fixed = first.method.FIXED
     # What is never trained would be stacked in every forward, only to be handed through.
     stacked = {
         name: tensor if name in fixed else torch.stack([tensors[name] for tensors in held])
         for name, tensor in held[0].items()
     }
-    cores = built(members[0].spec, stacked, members[0].scaling)[len(fixed) :]
-    shares = zip(*(core.unbind() for core in cores), strict=True)
-    for rotation, tensors, share in zip(members, held, shares, strict=True):
-        own = (wide(tensors[name]) for name in rotation.shapes if name in fixed)
-        given = Given(list(tensors.values()), (*own, *share))
+    shared = built(first.spec, stacked, first.scaling)[len(fixed) :]
+    shares = zip(*(core.unbind() for core in shared), strict=True)
+    own = ([wide(t[name]) for name in first.shapes if name in fixed] for t in held)
+    yield from _given(members, held, ((*o, *s) for o, s in zip(own, shares, strict=True)))
+
+
+def _given(
+    members: list[Rotation],
+    held: list[dict[str, Tensor]],
+    cores: Iterable[tuple[Tensor, ...]],
+) -> Iterator[Given]:
+    """Gives each rotation its cores."""
+    for rotation, tensors, own in zip(members, held, cores, strict=True):
+        given = Given(list(tensors.values()), own)
         vars(rotation)["given"] = given
         yield given

@@ -1,6 +1,7 @@
 """The semantic ops, `torch.ops.oftfx.*`: what a rotation is, in eager, exported and compiled."""
 
 from oftfx.ops.cayley import cayley, cayley_grad
+from oftfx.ops.cayley_each import cayley_each, cayley_each_grad
 from oftfx.ops.folded_linear import folded_linear
 from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
@@ -24,6 +25,8 @@ __all__ = [
     "Packed",
     "block_gram",
     "cayley",
+    "cayley_each",
+    "cayley_each_grad",
     "cayley_grad",
     "defer",
     "deferred_linear",

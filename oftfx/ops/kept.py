@@ -35,14 +35,14 @@ def _factors(product: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What a node multiplied, in that order; nothing where it is no product, or not all is kept."""
     if product is None or product.name() != "MulBackward0":
         return ()
-    pair = product._saved_self, product._saved_other
-    if any(factor is not None and factor.dtype != dtype for factor in pair):
-        return ()  # the product would be made in another dtype, and more dearly
-    if None not in pair:
-        return pair
+    a, b = product._saved_self, product._saved_other
+    if a is not None and b is not None:
+        return (a, b) if a.dtype == b.dtype == dtype else ()
     # A frozen factor's partner is not kept, but may be a product itself.
-    ((frozen, place),) = ((factor, 1 - i) for i, factor in enumerate(pair) if factor is not None)
-    inner = _factors(product.next_functions[place][0], dtype)
+    frozen, partner = (a, 1) if b is None else (b, 0)
+    if frozen is None or frozen.dtype != dtype:
+        return ()
+    inner = _factors(product.next_functions[partner][0], dtype)
     return (*inner, frozen) if inner else ()
 
 

@@ -118,8 +118,8 @@ class _RotateGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         need_x, *need_cores = ctx.needs_input_grad
-        cores = list(ctx.saved_tensors[: len(need_cores)])
-        saved = list(ctx.saved_tensors[len(need_cores) :])
+        tensors = list(ctx.saved_tensors)
+        cores, saved = tensors[: len(need_cores)], tensors[len(need_cores) :]
         if len(saved) == 1:
             grads_of, x = ROTATE_GROUP_GRAD, saved[0]
         else:

@@ -1,4 +1,4 @@
-"""`oftfx::rotate_product_grad`: gradients of rotations of a product, of which the factors were kept.
+"""`oftfx::rotate_product_grad`: gradients of rotations of a product whose factors were kept.
 
     x = a·b                      both kept by whatever made them
     y_i = rotate(x, C_i)
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, define, differentiate
-from oftfx.ops.kernels import kernels
 from oftfx.ops.kept import again
+from oftfx.ops.kernels import kernels
 from oftfx.ops.rotate_group import rotate_group_grad
 
 

@@ -33,7 +33,7 @@ def test_of_a_product_the_factors_are_kept_and_give_its_bits(dtype):
 
 
 def norm() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An RMSNorm as models write it: its input, the rows' factors, a frozen weight; what it gives."""
+    """An RMSNorm as models write it: its input, the rows' factors, a frozen weight; its output."""
     torch.manual_seed(0)
     h, weight = torch.randn(6, 32, requires_grad=True) * 1, torch.randn(32)
     rows = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)

@@ -1,4 +1,4 @@
-"""`oftfx::rotate_product_grad`: the gradients of rotating a product, which need not be in memory."""
+"""`oftfx::rotate_product_grad`: gradients of rotating a product that need not be in memory."""
 
 import math
 
@@ -28,7 +28,7 @@ def expected(grads: list[Tensor], factors: list[Tensor], cores: list[Tensor]):
 
 
 @pytest.mark.parametrize("kind", [GATED, NORM, SWAPPED])
-@pytest.mark.parametrize("shape, b", [((2, 37, 96), 32), ((1, 64), 16), ((300, 64), 64)])
+@pytest.mark.parametrize(("shape", "b"), [((2, 37, 96), 32), ((1, 64), 16), ((300, 64), 64)])
 def test_has_the_bits_of_making_the_product_first(kind, shape, b):
     given = case(kind, shape, b)
     grad_x, grad_cores = ops.rotate_product_grad(*given, True, True)
@@ -48,13 +48,15 @@ def test_the_native_kernels_make_it_themselves(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [GATED, NORM])
-@pytest.mark.parametrize("dtype, b", [(torch.float64, 16), (torch.bfloat16, 16), (torch.float32, 8)])
+@pytest.mark.parametrize(
+    ("dtype", "b"), [(torch.float64, 16), (torch.bfloat16, 16), (torch.float32, 8)]
+)
 def test_is_right_where_no_kernel_serves(kind, dtype, b):
     given = case(kind, b=b, dtype=dtype)
     torch.testing.assert_close(ops.rotate_product_grad(*given, True, True), expected(*given))
 
 
-@pytest.mark.parametrize("need_x, need_cores", [(True, False), (False, True)])
+@pytest.mark.parametrize(("need_x", "need_cores"), [(True, False), (False, True)])
 def test_only_what_is_wanted_is_computed(need_x, need_cores):
     given = case(GATED)
     grad_x, grad_cores = ops.rotate_product_grad(*given, need_x, need_cores)

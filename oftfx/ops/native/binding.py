@@ -22,8 +22,8 @@ SIGNATURES = {
     "fold": (*[POINTER] * 3, *[NUMBER] * 3),
     "fold_grad": (*[POINTER] * 4, *[NUMBER] * 3),
     "dequantise": (*[POINTER] * 8, *[NUMBER] * 5),
-    "cayley": (*[POINTER] * 2, *[NUMBER] * 3),
-    "cayley_grad": (*[POINTER] * 3, *[NUMBER] * 3),
+    "cayley": (*[POINTER] * 2, *[NUMBER] * 4),
+    "cayley_grad": (*[POINTER] * 3, *[NUMBER] * 4),
 }
 
 ALONE = 1 << 20

@@ -62,8 +62,9 @@ typedef struct job {
     factor by[FACTORS]; /* what x is multiplied by where it stands */
     int64_t factors;
     const struct packed *weight;
-    /* and of a core */
-    const float *theta, *grad;
+    /* and of cores, n blocks in each tensor */
+    const float *const *theta, *const *grad;
+    float *const *made;
     int64_t order;
 } job;
 
@@ -652,9 +653,10 @@ static void horner(const float *q, float *square, float *full, float *value, int
 static void cayley_task(const job *all, int64_t index, float *scratch) {
     int64_t b = all->b, size = padded(b) * padded(b), half = all->order / 2;
     float *q = scratch, *square = q + size, *full = square + size, *value = full + size;
-    unpack(q, all->theta + index * (b * (b - 1) / 2), 1, b);
+    int64_t tensor = index / all->n, block = index % all->n;
+    unpack(q, all->theta[tensor] + block * (b * (b - 1) / 2), 1, b);
     horner(q, square, full, value, half + 1, all->order, b);
-    copy_rows(all->out[0] + index * b * b, b, value + half * size, padded(b), b, b);
+    copy_rows(all->made[tensor] + block * b * b, b, value + half * size, padded(b), b, b);
 }
 
 static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
@@ -662,12 +664,13 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
     float *q = scratch, *square = q + size, *full = square + size, *grad = full + size;
     float *full_grad = grad + size, *square_grad = full_grad + size, *spare = square_grad + size;
     float *value = spare + size;
+    int64_t tensor = index / all->n, block = index % all->n;
     /* Every value is a polynomial in Q, and Qᵀ = −Q: the transposed ones that are wanted are the
      * values of −Q. */
-    unpack(q, all->theta + index * (b * (b - 1) / 2), -1, b);
+    unpack(q, all->theta[tensor] + block * (b * (b - 1) / 2), -1, b);
     horner(q, square, full, value, half, all->order, b);
     memset(grad, 0, (size_t)(3 * size) * sizeof(float)); /* and those after it */
-    copy_rows(grad, wide, all->grad + index * b * b, b, b, b);
+    copy_rows(grad, wide, all->grad[tensor] + block * b * b, b, b, b);
     for (int64_t step = half - 1; step >= 0; step--) {
         for (int64_t i = 0; i < size; i++) full_grad[i] += grad[i];
         multiply(square_grad, square_grad, grad, value + step * size, b);
@@ -688,27 +691,27 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
         for (int64_t j = 0; j < b; j++)
             spare[i * wide + j] = square_grad[i * wide + j] + square_grad[j * wide + i];
     multiply(full_grad, grad, spare, q, b); /* q is −Q */
-    float *to = all->out[0] + index * (b * (b - 1) / 2);
+    float *to = all->made[tensor] + block * (b * (b - 1) / 2);
     for (int64_t i = 0; i < b; to += b - 1 - i, i++)
         for (int64_t j = i + 1; j < b; j++)
             to[j - i - 1] = full_grad[i * wide + j] - full_grad[j * wide + i];
 }
 
-/* core (n, b, b) from theta (n, b(b−1)/2). */
-int oftfx_cayley(const float *theta, float *core, int64_t n, int64_t b, int64_t order,
-                 parallel fork, int64_t threads) {
-    job all = {.task = cayley_task, .tasks = n, .theta = theta, .b = b, .order = order};
-    all.out[0] = core;
+/* core (n, b, b) from theta (n, b(b−1)/2), for each of `count` tensors. */
+int oftfx_cayley(const float *const *theta, float *const *core, int64_t count, int64_t n, int64_t b,
+                 int64_t order, parallel fork, int64_t threads) {
+    job all = {.task = cayley_task, .tasks = count * n, .theta = theta, .made = core, .n = n,
+               .b = b, .order = order};
     all.room = (4 + order / 2) * padded(b) * padded(b);
     return run(&all, fork, threads);
 }
 
-/* The gradient (n, b, b) of the cores to that of theta. */
-int oftfx_cayley_grad(const float *grad, const float *theta, float *out, int64_t n, int64_t b,
-                      int64_t order, parallel fork, int64_t threads) {
-    job all = {.task = cayley_grad_task, .tasks = n, .theta = theta, .grad = grad, .b = b,
-               .order = order};
-    all.out[0] = out;
+/* The gradients (n, b, b) of the cores to those of theta. */
+int oftfx_cayley_grad(const float *const *grad, const float *const *theta, float *const *out,
+                      int64_t count, int64_t n, int64_t b, int64_t order, parallel fork,
+                      int64_t threads) {
+    job all = {.task = cayley_grad_task, .tasks = count * n, .theta = theta, .grad = grad,
+               .made = out, .n = n, .b = b, .order = order};
     all.room = (8 + order / 2) * padded(b) * padded(b);
     return run(&all, fork, threads);
 }

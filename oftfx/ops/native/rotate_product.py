@@ -7,7 +7,7 @@ from oftfx.ops.native.rotate_group import FACTORS
 
 
 def fits(grads: list[Tensor], factors: list[Tensor], cores: list[Tensor]) -> bool:
-    """Whether the kernels take these: a factor of the product's own shape is among the first two."""
+    """Whether the kernels take these: one of the first two factors has the product's own shape."""
     x = grads[0]
     n, b, _ = cores[0].shape
     return (
