@@ -4,6 +4,8 @@
     layer 1: C_1 = cayley(theta_1) …        C = cayley(stack(theta_1 … theta_n)), once a width
     layer n: C_n = cayley(theta_n) …        layer i: C_i = C[i] …
 
+On a CPU a kernel takes the parameters of all of them where they lie, and nothing is stacked.
+
 A layer builds its own core wherever it cannot take this one: called by itself, compiled, under
 functorch, sharded, or in a region that is recomputed with a graph of its own.
 """
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from oftfx import ops
 from oftfx.modules import Rotation, built
+from oftfx.ops.cayley_each import served
 from oftfx.ops.kept import watched
 from oftfx.readers import plain
-from oftfx.rotations.oft import wide
+from oftfx.rotations import oft
 
 
 class Bank:
@@ -147,6 +151,10 @@ def _cores(members: list[Rotation], held: list[dict[str, Tensor]]) -> Iterator[t
     if len(members) == 1:  # nothing to save but where the forward calls its layer several times
         yield built(spec, held[0], scaling)
         return
+    series = oft.series(spec) if members[0].method is oft and scaling == 1 else None
+    if series is not None and served(thetas := [t["theta"] for t in held], *series):
+        yield from ((core,) for core in ops.cayley_each(thetas, *series))
+        return
     # What is never trained would be stacked in every forward, only to be handed through.
     stacked = {
         name: tensor if name in fixed else torch.stack([tensors[name] for tensors in held])
@@ -155,4 +163,4 @@ def _cores(members: list[Rotation], held: list[dict[str, Tensor]]) -> Iterator[t
     cores = built(spec, stacked, scaling)[len(fixed) :]
     shares = zip(*(core.unbind() for core in cores), strict=True)
     for rotation, tensors, share in zip(members, held, shares, strict=True):
-        yield (*(wide(tensors[name]) for name in rotation.shapes if name in fixed), *share)
+        yield (*(oft.wide(tensors[name]) for name in rotation.shapes if name in fixed), *share)

@@ -13,6 +13,7 @@ from oftfx import OFT, testing
 from oftfx.modules import Adapted, folding, rotating, rotations
 from tests.small import Attention, Functional, TwiceUsed, rows, small
 
+OPS = torch.ops.oftfx
 SPEC = OFT(block_size=4, init_std=0.2)
 SHARED = OFT(block_size=4, init_std=0.2, share_inputs=True)
 
@@ -25,9 +26,9 @@ class Count(TorchDispatchMode):
         self.cayley = self.rotate = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.cayley += func is torch.ops.oftfx.cayley.default
-        self.rotate += func is torch.ops.oftfx.rotate.default
-        self.rotate += len(args[1]) if func is torch.ops.oftfx.rotate_group.default else 0
+        self.cayley += func in (OPS.cayley.default, OPS.cayley_each.default)
+        self.rotate += func is OPS.rotate.default
+        self.rotate += len(args[1]) if func is OPS.rotate_group.default else 0
         return func(*args, **(kwargs or {}))
 
 
@@ -236,7 +237,7 @@ def test_a_tensor_written_to_between_two_sharers_is_rotated_anew():
     x = rows()
     with torch.no_grad():
         (core,) = shared.a.oft.default.cores()
-        turned = [torch.ops.oftfx.rotate(x * scale, core) for scale in (1, 2)]
+        turned = [OPS.rotate(x * scale, core) for scale in (1, 2)]
         base = [
             nn.functional.linear(t, m.weight, m.bias)
             for t, m in zip(turned, (layer.a, layer.b), strict=True)

@@ -1,6 +1,7 @@
 """The semantic ops, `torch.ops.oftfx.*`: what a rotation is, in eager, exported and compiled."""
 
 from oftfx.ops.cayley import cayley, cayley_grad
+from oftfx.ops.cayley_each import cayley_each, cayley_each_grad
 from oftfx.ops.folded_linear import folded_linear
 from oftfx.ops.givens import givens, givens_grad
 from oftfx.ops.glu_rotate import glu_rotate, glu_rotate_grad
@@ -10,6 +11,7 @@ from oftfx.ops.packed import Packed
 from oftfx.ops.parameters import reflections, spectral_norm
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
+from oftfx.ops.rotate_product import rotate_product_grad
 from oftfx.ops.rotated_linear import (
     defer,
     deferred_linear,
@@ -24,6 +26,8 @@ __all__ = [
     "Packed",
     "block_gram",
     "cayley",
+    "cayley_each",
+    "cayley_each_grad",
     "cayley_grad",
     "defer",
     "deferred_linear",
@@ -40,6 +44,7 @@ __all__ = [
     "rotate_grad",
     "rotate_group",
     "rotate_group_grad",
+    "rotate_product_grad",
     "rotated_linear",
     "rotated_linear_grad",
     "scale",

@@ -1,12 +1,14 @@
 """What a backward keeps of its input: of a product its factors, which autograd keeps anyway.
 
     h = silu(gate)·up                   keeps silu(gate) and up
-    y = linear(rotate(h, core), W)      keeps the core, and would keep h besides
+    n = weight·(h·rstd)                 of a frozen weight: keeps weight, h and rstd
+    y = linear(rotate(x, core), W)      keeps the core, and would keep x besides
 
 The product of a gated MLP is the widest input of a layer, so making it again saves most of what
 rotations keep; in a compiled graph the partitioner does the same.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,24 +22,33 @@ def kept(x: Tensor) -> tuple[Tensor, ...]:
     Args:
         x: An operand of an `autograd.Function`, as its forward gets it.
     """
-    node = x.grad_fn
-    if type(x) is not Tensor or node is None or node.name() != "MulBackward0":
-        return (x,)
     # What hooks keep in place of a tensor may be dear to look at, and a write to x is not in them.
-    if x._version or watched():
+    if type(x) is not Tensor or x.grad_fn is None or x._version or watched():
         return (x,)
-    product: Any = node
     try:
-        factors = product._saved_self, product._saved_other
-    except RuntimeError:  # they were written to, or let go of: nothing will ask for this gradient
+        return _factors(x.grad_fn, x.dtype) or (x,)
+    except RuntimeError:  # one was written to, or let go of: nothing will ask for this gradient
         return (x,)
-    return (x,) if any(factor is None for factor in factors) else factors
+
+
+def _factors(product: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What a node multiplied, in that order; nothing where it is no product, or not all is kept."""
+    if product is None or product.name() != "MulBackward0":
+        return ()
+    a, b = product._saved_self, product._saved_other
+    if a is not None and b is not None:
+        return (a, b) if a.dtype == b.dtype == dtype else ()
+    # A frozen factor's partner is not kept, but may be a product itself.
+    frozen, partner = (a, 1) if b is None else (b, 0)
+    if frozen is None or frozen.dtype != dtype:
+        return ()
+    inner = _factors(product.next_functions[partner][0], dtype)
+    return (*inner, frozen) if inner else ()
 
 
 def again(saved: Sequence[Tensor]) -> Tensor:
     """The x that [`kept`][oftfx.ops.kept.kept] gave these for, to the bit."""
-    x, *others = saved
-    return x * others[0] if others else x
+    return math.prod(saved[1:], start=saved[0])
 
 
 def watched() -> bool:

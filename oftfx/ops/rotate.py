@@ -188,7 +188,11 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         core, *saved = ctx.saved_tensors
         need_x, need_core = ctx.needs_input_grad[:2]
-        grad_x, grad_core = ROTATE_GRAD(grad, again(saved), core, need_x, need_core, ctx.stride)
+        if len(saved) == 1 or ctx.stride > 1:
+            grad_x, grad_core = ROTATE_GRAD(grad, again(saved), core, need_x, need_core, ctx.stride)
+        else:
+            product_grad = torch.ops.oftfx.rotate_product_grad.default
+            grad_x, (grad_core,) = product_grad([grad], saved, [core], need_x, need_core)
         return grad_x if need_x else None, grad_core if need_core else None, None
 
 

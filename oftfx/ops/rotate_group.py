@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.kept import kept
 from oftfx.ops.kernels import kernels
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 
@@ -111,14 +112,19 @@ def _(
 class _RotateGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *cores: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *cores)
+        ctx.save_for_backward(*cores, *kept(x))
         return tuple(below(ROTATE_GROUP, x, list(cores)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *cores = ctx.saved_tensors
         need_x, *need_cores = ctx.needs_input_grad
-        grad_x, grad_cores = ROTATE_GROUP_GRAD(list(grads), x, cores, need_x, any(need_cores))
+        tensors = list(ctx.saved_tensors)
+        cores, saved = tensors[: len(need_cores)], tensors[len(need_cores) :]
+        if len(saved) == 1:
+            grads_of, x = ROTATE_GROUP_GRAD, saved[0]
+        else:
+            grads_of, x = torch.ops.oftfx.rotate_product_grad.default, saved
+        grad_x, grad_cores = grads_of(list(grads), x, cores, need_x, any(need_cores))
         needed = zip(grad_cores, need_cores, strict=True)
         return grad_x if need_x else None, *(grad if need else None for grad, need in needed)
 

@@ -66,6 +66,13 @@ def cores(tensors: Mapping[str, Tensor], spec: OFT) -> tuple[Tensor]:
     return (blocks(tensors["theta"], spec),)
 
 
+def series(spec: Spec) -> tuple[int, int] | None:
+    """Block size and order, where the cores are the series of the parameters and nothing else."""
+    if not isinstance(spec, OFT) or spec.exact or spec.guard or spec.unit_rate or spec.doubled:
+        return None
+    return spec.block_size, spec.order
+
+
 def factors(cores: Sequence[Any], spec: OFT) -> tuple[Factor]:
     """One block-diagonal factor."""
     return (Factor(ROTATE, (cores[0],)),)

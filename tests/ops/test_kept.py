@@ -32,24 +32,47 @@ def test_of_a_product_the_factors_are_kept_and_give_its_bits(dtype):
     assert torch.equal(again(kept(x)), x)
 
 
+def norm() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An RMSNorm as models write it: its input, the rows' factors, a frozen weight; its output."""
+    torch.manual_seed(0)
+    h, weight = torch.randn(6, 32, requires_grad=True) * 1, torch.randn(32)
+    rows = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return h, rows, weight, weight * (h * rows)
+
+
+def test_of_a_norm_with_a_frozen_weight_the_input_is_kept():
+    h, rows, weight, x = norm()
+    assert places(kept(x)) == places([h, rows, weight])
+    assert torch.equal(again(kept(x)), x)
+
+
+def test_a_norm_in_a_wider_dtype_is_kept_itself():
+    h = torch.randn(6, 32, dtype=torch.bfloat16, requires_grad=True).float()
+    x = torch.randn(32).bfloat16() * (h * h.mean(-1, keepdim=True)).bfloat16()
+    assert places(kept(x)) == places([x])
+
+
 def test_rotations_keep_no_product():
     weight = random_packed(16, 32)
     a, b, x = gated()
     core = CORE.clone().requires_grad_()
-    for y in (ops.rotate(x, core), ops.rotated_linear(x, core, weight)):
+    (group,) = ops.rotate_group(x, [core])
+    for y in (ops.rotate(x, core), group, ops.rotated_linear(x, core, weight)):
         held = places(y.grad_fn.saved_tensors)
         assert x.data_ptr() not in held
         assert set(places([a, b, core])) <= set(held)
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_gradients_are_those_of_keeping_it(order):
+@pytest.mark.parametrize("group", [False, True])
+def test_gradients_are_those_of_keeping_it(order, group):
     def gradients(keep: bool) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
         leaves = [torch.randn(6, 32, requires_grad=True) for _ in range(2)]
         core = CORE.clone().requires_grad_()
         x = F.silu(leaves[0]) * leaves[1]
-        y = ops.rotate(x.clone() if keep else x, core)
+        x = x.clone() if keep else x
+        y = sum(ops.rotate_group(x, [core, 2 * core])) if group else ops.rotate(x, core)
         found = torch.autograd.grad(y.square().sum(), [*leaves, core], create_graph=order == 2)
         if order == 1:
             return found

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from oftfx.ops.native.binding import library
 
-FAMILIES = ("cayley", "dequantise", "fold", "rotate", "rotate_group")
+FAMILIES = ("cayley", "dequantise", "fold", "rotate", "rotate_group", "rotate_product")
 
 
 @functools.cache

@@ -18,12 +18,12 @@ POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 # Operands and sizes; each then takes GOMP_parallel and a number of threads.
 SIGNATURES = {
     "rotate": (*[POINTER] * 3, *[NUMBER] * 4),
-    "rotate_grad": (*[POINTER] * 5, *[NUMBER] * 4),
+    "rotate_grad": (*[POINTER] * 8, *[NUMBER] * 5),
     "fold": (*[POINTER] * 3, *[NUMBER] * 3),
     "fold_grad": (*[POINTER] * 4, *[NUMBER] * 3),
     "dequantise": (*[POINTER] * 8, *[NUMBER] * 5),
-    "cayley": (*[POINTER] * 2, *[NUMBER] * 3),
-    "cayley_grad": (*[POINTER] * 3, *[NUMBER] * 3),
+    "cayley": (*[POINTER] * 2, *[NUMBER] * 4),
+    "cayley_grad": (*[POINTER] * 3, *[NUMBER] * 4),
 }
 
 ALONE = 1 << 20
@@ -63,6 +63,11 @@ def call(name: str, operations: int, *arguments: object) -> None:
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """A C array of the tensors' addresses."""
     return (POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """A C array of integers."""
+    return (NUMBER * len(values))(*values)
 
 
 @functools.cache

@@ -1,9 +1,11 @@
 """Cayley–Neumann cores and their gradient; a block's matrices stay in the cache throughout."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from oftfx.ops.native.binding import call
+from oftfx.ops.native.binding import addresses, call
 
 LARGEST = 256
 """The widest block; of wider ones the matrices leave the cache."""
@@ -16,18 +18,34 @@ def fits(theta: Tensor, block_size: int, order: int | None) -> bool:
 
 def cayley(theta: Tensor, block_size: int, order: int) -> Tensor:
     """`oftfx::cayley`: theta (…, b(b−1)/2) to (…, b, b)."""
-    n, b = theta.shape[:-1].numel(), block_size
-    core = torch.empty(*theta.shape[:-1], b, b, dtype=theta.dtype)
-    theta = theta.contiguous()
-    call("cayley", n * order * b**3, theta.data_ptr(), core.data_ptr(), n, b, order)
+    (core,) = cayley_each([theta], block_size, order)
     return core
 
 
 def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Tensor:
     """`oftfx::cayley_grad`: the gradient (…, b, b) of the cores to theta's."""
-    n, b = theta.shape[:-1].numel(), block_size
-    out = torch.empty(theta.shape, dtype=theta.dtype)
-    grad, theta = grad.to(theta.dtype).contiguous(), theta.contiguous()
-    pointers = (grad.data_ptr(), theta.data_ptr(), out.data_ptr())
-    call("cayley_grad", 2 * n * order * b**3, *pointers, n, b, order)
+    (out,) = cayley_each_grad([grad], [theta], block_size, order)
     return out
+
+
+def cayley_each(thetas: Sequence[Tensor], block_size: int, order: int) -> list[Tensor]:
+    """`oftfx::cayley_each`: several parameters of one shape in one call."""
+    n, b = thetas[0].shape[:-1].numel(), block_size
+    thetas = [theta.contiguous() for theta in thetas]
+    cores = [torch.empty(*theta.shape[:-1], b, b, dtype=theta.dtype) for theta in thetas]
+    operations = len(thetas) * n * order * b**3
+    call("cayley", operations, addresses(thetas), addresses(cores), len(thetas), n, b, order)
+    return cores
+
+
+def cayley_each_grad(
+    grads: Sequence[Tensor], thetas: Sequence[Tensor], block_size: int, order: int
+) -> list[Tensor]:
+    """`oftfx::cayley_each_grad`: for each its gradient, (…, b, b) to (…, b(b−1)/2)."""
+    n, b = thetas[0].shape[:-1].numel(), block_size
+    thetas = [theta.contiguous() for theta in thetas]
+    grads = [grad.to(theta.dtype).contiguous() for grad, theta in zip(grads, thetas, strict=True)]
+    outs = [torch.empty(theta.shape, dtype=theta.dtype) for theta in thetas]
+    pointers = [addresses(tensors) for tensors in (grads, thetas, outs)]
+    call("cayley_grad", 2 * len(thetas) * n * order * b**3, *pointers, len(thetas), n, b, order)
+    return outs

@@ -27,6 +27,7 @@
 #define LEAST 256  /* but never into runs of fewer rows than this */
 #define HELD 65536 /* floats of cores that stay in the second-level cache */
 #define MOST 8     /* rotations of one tensor */
+#define FACTORS 4  /* of a product that is rotated */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(BYTES)));
@@ -42,6 +43,12 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 /* GOMP_parallel of the OpenMP that PyTorch runs: one pool of threads, not two that spin. */
 typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
+/* A matrix, or what is broadcast to one: a step of 0 reads the same number again. */
+typedef struct {
+    const float *at;
+    int64_t down, along; /* `along` is 1 or 0 */
+} factor;
+
 typedef struct job {
     void (*task)(const struct job *, int64_t index, float *scratch);
     int64_t tasks, room; /* room: floats of scratch for each thread */
@@ -52,9 +59,12 @@ typedef struct job {
     float *out[MOST], *gram[MOST], *part;
     int64_t count, rows, n, b, splits, group;
     int transposed, divides;
+    factor by[FACTORS]; /* what x is multiplied by where it stands */
+    int64_t factors;
     const struct packed *weight;
-    /* and of a core */
-    const float *theta, *grad;
+    /* and of cores, n blocks in each tensor */
+    const float *const *theta, *const *grad;
+    float *const *made;
     int64_t order;
 } job;
 
@@ -230,6 +240,25 @@ static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy) {
     return (rows_of){copy, wide};
 }
 
+/* The rows that an operand's own are multiplied by, factor after factor, made where they are used. */
+static rows_of multiplied(const job *all, rows_of rows, int64_t row, int64_t column, int64_t high,
+                          float *copy) {
+    int64_t wide = padded(all->b), below = row + 2 * TILE <= all->rows ? TILE : 0;
+    if (high % HIGH) memset(copy, 0, (size_t)(TILE * wide) * sizeof(float));
+    for (int64_t i = 0; i < high; i++)
+        for (int64_t j = 0; j < all->b; j += LANES) {
+            vec value = load(rows.at + i * rows.step + j);
+            for (int64_t f = 0; f < all->factors; f++) {
+                const factor *by = all->by + f;
+                const float *at = by->at + (row + i) * by->down + (column + j) * by->along;
+                value *= by->along ? load(at) : *at - (vec){0};
+                if (by->along && by->down) __builtin_prefetch(at + below * by->down, 0, 2);
+            }
+            store(copy + i * wide + j, value);
+        }
+    return (rows_of){copy, wide};
+}
+
 /* A run of rows of some neighbouring blocks. */
 typedef struct {
     int64_t run, first, blocks, begin, end;
@@ -318,7 +347,11 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
             }
             if (all->part) {
                 rows_of x = {all->x + place, step};
-                if (!fits) x = staged(x, high, b, copy + count * TILE * wide);
+                float *x_copy = copy + count * TILE * wide;
+                if (all->factors)
+                    x = multiplied(all, x, row, (own.first + block) * b, high, x_copy);
+                else if (!fits)
+                    x = staged(x, high, b, x_copy);
                 for (int64_t s = 0; s < count; s++)
                     add_gram(gram + (block * count + s) * square, x, source[s], high, b,
                              ahead + s);
@@ -456,11 +489,14 @@ int oftfx_rotate(const float *x, const float *const *core, float *const *out, in
 }
 
 /* out = Σ grad[s] + grad[s]·blockdiag(core[s])ᵀ and gram[s] = xᵀ·grad[s] of each block, both where
- * they are not null. */
-int oftfx_rotate_grad(const float *const *grad, const float *x, const float *const *core,
-                      float *out, float *const *gram, int64_t count, int64_t rows, int64_t n,
-                      int64_t b, parallel fork, int64_t threads) {
-    job all = {.x = x, .count = count, .rows = rows, .n = n, .b = b};
+ * they are not null. x is multiplied by `factors` others first, at by[f], their rows down[f] apart;
+ * b is then a multiple of 16. */
+int oftfx_rotate_grad(const float *const *grad, const float *x, const float *const *by,
+                      const int64_t *down, const int64_t *along, const float *const *core,
+                      float *out, float *const *gram, int64_t factors, int64_t count, int64_t rows,
+                      int64_t n, int64_t b, parallel fork, int64_t threads) {
+    job all = {.x = x, .count = count, .rows = rows, .n = n, .b = b, .factors = factors};
+    for (int64_t f = 0; f < factors; f++) all.by[f] = (factor){by[f], down[f], along[f]};
     all.out[0] = out;
     for (int64_t s = 0; s < count; s++) {
         all.source[s] = grad[s];
@@ -617,9 +653,10 @@ static void horner(const float *q, float *square, float *full, float *value, int
 static void cayley_task(const job *all, int64_t index, float *scratch) {
     int64_t b = all->b, size = padded(b) * padded(b), half = all->order / 2;
     float *q = scratch, *square = q + size, *full = square + size, *value = full + size;
-    unpack(q, all->theta + index * (b * (b - 1) / 2), 1, b);
+    int64_t tensor = index / all->n, block = index % all->n;
+    unpack(q, all->theta[tensor] + block * (b * (b - 1) / 2), 1, b);
     horner(q, square, full, value, half + 1, all->order, b);
-    copy_rows(all->out[0] + index * b * b, b, value + half * size, padded(b), b, b);
+    copy_rows(all->made[tensor] + block * b * b, b, value + half * size, padded(b), b, b);
 }
 
 static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
@@ -627,12 +664,13 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
     float *q = scratch, *square = q + size, *full = square + size, *grad = full + size;
     float *full_grad = grad + size, *square_grad = full_grad + size, *spare = square_grad + size;
     float *value = spare + size;
+    int64_t tensor = index / all->n, block = index % all->n;
     /* Every value is a polynomial in Q, and Qᵀ = −Q: the transposed ones that are wanted are the
      * values of −Q. */
-    unpack(q, all->theta + index * (b * (b - 1) / 2), -1, b);
+    unpack(q, all->theta[tensor] + block * (b * (b - 1) / 2), -1, b);
     horner(q, square, full, value, half, all->order, b);
     memset(grad, 0, (size_t)(3 * size) * sizeof(float)); /* and those after it */
-    copy_rows(grad, wide, all->grad + index * b * b, b, b, b);
+    copy_rows(grad, wide, all->grad[tensor] + block * b * b, b, b, b);
     for (int64_t step = half - 1; step >= 0; step--) {
         for (int64_t i = 0; i < size; i++) full_grad[i] += grad[i];
         multiply(square_grad, square_grad, grad, value + step * size, b);
@@ -653,27 +691,27 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
         for (int64_t j = 0; j < b; j++)
             spare[i * wide + j] = square_grad[i * wide + j] + square_grad[j * wide + i];
     multiply(full_grad, grad, spare, q, b); /* q is −Q */
-    float *to = all->out[0] + index * (b * (b - 1) / 2);
+    float *to = all->made[tensor] + block * (b * (b - 1) / 2);
     for (int64_t i = 0; i < b; to += b - 1 - i, i++)
         for (int64_t j = i + 1; j < b; j++)
             to[j - i - 1] = full_grad[i * wide + j] - full_grad[j * wide + i];
 }
 
-/* core (n, b, b) from theta (n, b(b−1)/2). */
-int oftfx_cayley(const float *theta, float *core, int64_t n, int64_t b, int64_t order,
-                 parallel fork, int64_t threads) {
-    job all = {.task = cayley_task, .tasks = n, .theta = theta, .b = b, .order = order};
-    all.out[0] = core;
+/* core (n, b, b) from theta (n, b(b−1)/2), for each of `count` tensors. */
+int oftfx_cayley(const float *const *theta, float *const *core, int64_t count, int64_t n, int64_t b,
+                 int64_t order, parallel fork, int64_t threads) {
+    job all = {.task = cayley_task, .tasks = count * n, .theta = theta, .made = core, .n = n,
+               .b = b, .order = order};
     all.room = (4 + order / 2) * padded(b) * padded(b);
     return run(&all, fork, threads);
 }
 
-/* The gradient (n, b, b) of the cores to that of theta. */
-int oftfx_cayley_grad(const float *grad, const float *theta, float *out, int64_t n, int64_t b,
-                      int64_t order, parallel fork, int64_t threads) {
-    job all = {.task = cayley_grad_task, .tasks = n, .theta = theta, .grad = grad, .b = b,
-               .order = order};
-    all.out[0] = out;
+/* The gradients (n, b, b) of the cores to those of theta. */
+int oftfx_cayley_grad(const float *const *grad, const float *const *theta, float *const *out,
+                      int64_t count, int64_t n, int64_t b, int64_t order, parallel fork,
+                      int64_t threads) {
+    job all = {.task = cayley_grad_task, .tasks = count * n, .theta = theta, .grad = grad,
+               .made = out, .n = n, .b = b, .order = order};
     all.room = (8 + order / 2) * padded(b) * padded(b);
     return run(&all, fork, threads);
 }

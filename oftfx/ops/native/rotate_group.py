@@ -5,13 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oftfx.ops.native.binding import addresses, call
+from oftfx.ops.native.binding import addresses, call, numbers
 
 STEP, LARGEST = 16, 256
 """Block sizes: whole vectors, or PyTorch is as fast; and what the caches hold."""
 
 MOST = 8
 """Rotations of one tensor that one call takes, as in `kernels.c`."""
+
+FACTORS = 4
+"""Tensors besides the first that one call multiplies, as in `kernels.c`."""
 
 
 def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bool:
@@ -37,9 +40,23 @@ def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
 
 
 def rotate_group_grad(
-    grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
+    grads: list[Tensor],
+    x: Tensor,
+    cores: list[Tensor],
+    need_x: bool,
+    need_cores: bool,
+    factors: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """`oftfx::rotate_group_grad`: all gradients from one reading of ``grads`` and x."""
+    """`oftfx::rotate_group_grad`: all gradients from one reading of ``grads`` and x.
+
+    Args:
+        grads: For each core, of x's shape.
+        x: (..., n·b); what was rotated, or its first factor.
+        cores: Each (n, b, b).
+        need_x: Whether the gradient of what was rotated is wanted.
+        need_cores: Whether those of the cores are.
+        factors: What x is multiplied by first: matrices (rows, n·b), one number a row or a column.
+    """
     given = cores
     x, cores, grads = _plain(x), [_plain(c) for c in cores], [_plain(grad) for grad in grads]
     out = torch.empty_like(x) if need_x else x.new_empty(0)
@@ -51,9 +68,13 @@ def rotate_group_grad(
             2 * operations,
             addresses(grads),
             x.data_ptr(),
+            addresses(factors),
+            numbers([factor.stride(0) for factor in factors]),
+            numbers([factor.stride(1) for factor in factors]),
             addresses(cores),
             out.data_ptr() if need_x else None,
             addresses(grams) if need_cores else None,
+            len(factors),
             *sizes,
         )
     return out, [gram.to(core.dtype) for gram, core in zip(grams, given, strict=True)]
