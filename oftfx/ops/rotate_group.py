@@ -4,7 +4,6 @@ What q, k and v (or gate and up) do to the tensor they share: each turns it by a
 The gradients meet here as well, so that their sum is never a pass of its own.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from oftfx.ops.define import LIBRARY, below, define, differentiate
 from oftfx.ops.kept import kept
 from oftfx.ops.kernels import kernels
-from oftfx.ops.rotate import block_gram, rotate, rotate_grad
+from oftfx.ops.rotate import rotate, rotate_grad
 
 
 def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
@@ -129,47 +128,9 @@ class _RotateGroup(torch.autograd.Function):
         return grad_x if need_x else None, *(grad if need else None for grad, need in needed)
 
 
-class _RotateGroupGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, need_x: bool, need_cores: bool, x: Tensor, *grads_and_cores: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.needs = need_x, need_cores
-        ctx.save_for_backward(x, *grads_and_cores)
-        grads, cores = _halves(grads_and_cores)
-        grad_x, grad_cores = below(ROTATE_GROUP_GRAD, grads, x, cores, need_x, need_cores)
-        return grad_x, *grad_cores
-
-    @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, *grad_cores: Tensor) -> tuple[Any, ...]:
-        """Second order, by differentiating the sum of what each core alone would give."""
-        need_x, need_cores = ctx.needs
-        x, *rest = leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        total = torch.zeros((), dtype=x.dtype, device=x.device)
-        with torch.enable_grad():
-            for grad, core, grad_core in zip(*_halves(rest), grad_cores, strict=True):
-                if need_x:
-                    total = total + (rotate(grad, core.mT) * grad_x).sum()
-                if need_cores:
-                    total = total + (block_gram(x, grad, core) * grad_core).sum()
-        return None, None, *torch.autograd.grad(total, leaves, allow_unused=True)
-
-
-def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    half = len(tensors) // 2
-    return list(tensors[:half]), list(tensors[half:])
-
-
 def _apply(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     return list(_RotateGroup.apply(x, *cores))
 
 
-def _apply_grad(
-    grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
-) -> tuple[Tensor, list[Tensor]]:
-    grad_x, *grad_cores = _RotateGroupGrad.apply(need_x, need_cores, x, *grads, *cores)
-    return grad_x, grad_cores
-
-
 differentiate(ROTATE_GROUP, _apply)
-differentiate(ROTATE_GROUP_GRAD, _apply_grad)
+differentiate(ROTATE_GROUP_GRAD, _one_by_one)
