@@ -67,7 +67,8 @@ def reload_here(monkeypatch: pytest.MonkeyPatch) -> None:
             reload.main(*command[3:])
         return types.SimpleNamespace(returncode=0, stdout=printed.getvalue())
 
-    monkeypatch.setattr(publish.subprocess, "run", run)
+    # In that module alone: the CPU kernels may be built meanwhile, by a process too.
+    monkeypatch.setattr(publish, "subprocess", types.SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")
