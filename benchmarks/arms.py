@@ -5,13 +5,16 @@ Counts are those of SmolLM2-135M's 210 linears. GOFT's are what they are: it has
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal, TypeAlias
+from unittest import mock
 
 import peft
 import torch
 from peft.tuners.boft import layer as boft_layer
+from peft.tuners.hra import layer as hra_layer
 from torch import Tensor, nn
 
 import oftfx
@@ -73,6 +76,31 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     return blocks.permute(0, 2, 3, 1).diag_embed(dim1=1, dim2=3).reshape(factors, n * b, n * b)
 
 
+def reflections_at_once() -> AbstractContextManager[Any]:
+    """Within it, PEFT's HRA makes its product of reflections in one go.
+
+    One by one, as it is timed, they take a training from one minute to five.
+    """
+
+    def whole(layer: Any, name: str, reverse: bool = False) -> Tensor:
+        directions = layer.hra_u[name]
+        with torch.autocast(directions.device.type, enabled=False):
+            return reflections(directions.flip(1) if reverse else directions)
+
+    return mock.patch.object(hra_layer.HRALinear, "get_delta_weight", whole)
+
+
+def reflections(directions: Tensor) -> Tensor:
+    """``∏(I − 2uᵢuᵢᵀ)``, (d, d), of the columns of (d, r) at length one, in their order.
+
+    It is ``I − U T Uᵀ``, and T the inverse of ``½I`` with what ``UᵀU`` has above its diagonal.
+    """
+    u = directions / directions.norm(dim=0)
+    half = (u.mT @ u).triu(1) + torch.eye(u.shape[1], device=u.device, dtype=u.dtype) / 2
+    apart = torch.linalg.solve_triangular(half, u.mT, upper=True)
+    return torch.eye(len(u), device=u.device, dtype=u.dtype) - u @ apart
+
+
 LORA = Arm(
     "PEFT LoRA r8",
     lambda: peft.LoraConfig(r=8, target_modules="all-linear"),
@@ -131,7 +159,7 @@ PEFT_BOFT = Arm(  # trains blocks of b² numbers of which only the skew half cou
 PEFT_HRA = Arm(
     "PEFT HRA r16",
     lambda: peft.HRAConfig(r=16, target_modules="all-linear"),
-    (2.5e-4, 5e-4),
+    (2.5e-4, 5e-4, 1e-3),
     panel="PEFT",
 )
 PEFT_PSOFT = Arm(

@@ -33,7 +33,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from arms import ARMS, Arm, Job, Key, jobs
+from arms import ARMS, Arm, Job, Key, jobs, reflections_at_once
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -148,10 +148,11 @@ def train(bench: Bench, job: Job) -> dict[str, Any] | None:
     training = Training(bench, job.arm, model, job.rate)
     losses = []
     ready = time.monotonic()
-    for rows in bench.order(job.seed):
-        losses.append(training.step(bench.train[rows.to(bench.device)]))
-        if time.time() > bench.setting.deadline:
-            return None
+    with reflections_at_once():
+        for rows in bench.order(job.seed):
+            losses.append(training.step(bench.train[rows.to(bench.device)]))
+            if time.time() > bench.setting.deadline:
+                return None
     curve = torch.stack(losses).tolist()
     trained = time.monotonic()
     task, unrelated = map(Change.between, bench.before, bench.losses(model))

@@ -114,6 +114,17 @@ def test_blocks_lie_on_a_diagonal(arms: ModuleType) -> None:
     assert torch.equal(arms.block_diagonal(blocks), dense)
 
 
+def test_reflections_at_once_are_pefts_one_by_one(arms: ModuleType) -> None:
+    theirs = arms.PEFT_HRA.adapt(llama(layers=1), 0, [])
+    layer = next(m for m in theirs.modules() if isinstance(m, arms.hra_layer.HRALinear))
+    (u,) = layer.hra_u.values()
+    torch.nn.init.normal_(u)
+    for reverse in (False, True):
+        one_by_one = layer.get_delta_weight("default", reverse)
+        with arms.reflections_at_once():
+            torch.testing.assert_close(layer.get_delta_weight("default", reverse), one_by_one)
+
+
 def test_the_report_has_pictures_and_every_method(
     arms: ModuleType, curves: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
