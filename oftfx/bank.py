@@ -10,7 +10,7 @@ A layer builds its own core wherever it cannot take this one: called by itself, 
 functorch, sharded, or in a region that is recomputed with a graph of its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -102,17 +102,17 @@ class Given:
         taken: Whether the rotation used it in that forward, with gradient.
     """
 
-    def __init__(self, tensors: list[Tensor], cores: tuple[Tensor, ...]) -> None:
-        self.tensors = [(tensor, tensor._version) for tensor in tensors]
+    def __init__(self, tensors: dict[str, Tensor], cores: tuple[Tensor, ...]) -> None:
+        self.tensors = [(tensor, tensor._version) for tensor in tensors.values()]
         self.cores = cores
         self.open = True
         self.taken = False
 
-    def take(self, tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
+    def take(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
         """The cores, if they may be used now."""
         if not (self.open or (self.taken and _running_again())):
             return None
-        for (tensor, version), now in zip(self.tensors, tensors, strict=True):
+        for (tensor, version), now in zip(self.tensors, tensors.values(), strict=True):
             if now is not tensor or now._version != version:
                 return None
         self.taken = True
@@ -141,7 +141,7 @@ def _build(members: list[Rotation]) -> Iterator[Given]:
     """Builds the cores of rotations of one spec, shape and scale, and gives each its share."""
     held = [rotation.tensors() for rotation in members]
     for rotation, tensors, cores in zip(members, held, _cores(members, held), strict=True):
-        given = Given(list(tensors.values()), cores)
+        given = Given(tensors, cores)
         vars(rotation)["given"] = given
         yield given
 

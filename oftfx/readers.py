@@ -102,10 +102,16 @@ class Readers:
 
     def _together(self, x: Tensor) -> bool:
         """Whether to compute more than one reader asks for."""
-        if len(self.turns) > 1 and not (self.useful and all(turn.enabled for turn in self.turns)):
+        several = len(self.turns) > 1
+        if (several and not self.useful) or not traceable(x):
             return False
-        parameters = (tensor for turn in self.turns for tensor in turn.tensors().values())
-        return traceable(x) and all(map(traceable, parameters))
+        for turn in self.turns:
+            if several and not turn.enabled:
+                return False
+            for tensor in turn.tensors().values():
+                if not traceable(tensor):
+                    return False
+        return True
 
     def _turned(self, out: dict[Turns, Any]) -> "dict[Turns, tuple[list[Tensor], list[int], Any]]":
         held = {turn: list(turn.tensors().values()) for turn in self.turns}
@@ -124,22 +130,31 @@ def _still(kept: Kept, own: Turns, reader: nn.Module) -> bool:
     if reader in kept.served:
         return False
     tensors, versions, _ = kept.turned[own]
-    now = own.tensors().values()
-    return all(
-        a is b and b._version == version
-        for a, b, version in zip(tensors, now, versions, strict=True)
-    )
+    for was, now, version in zip(tensors, own.tensors().values(), versions, strict=True):
+        if was is not now or now._version != version:
+            return False
+    return True
 
 
 def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
     """``x·M`` for several M, in one op where each is one block rotation of the same blocks."""
-    x, factors = cast(x), [turn.applied() for turn in turns]
-    alike = {(f[0].op, len(f), len(f[0].operands), f[0].operands[0].shape) for f in factors}
-    ((op, count, operands, _), *others) = alike
-    if len(turns) > 1 and not others and (op, count, operands) == (ROTATE, 1, 1):
-        outs = ops.rotate_group(x, [factor.operands[0] for (factor,) in factors])
-        return dict(zip(turns, outs, strict=True))
-    return {turn: rotated(x, own) for turn, own in zip(turns, factors, strict=True)}
+    x, applied = cast(x), [turn.applied() for turn in turns]
+    if len(turns) > 1 and (cores := _alike(applied)):
+        return dict(zip(turns, ops.rotate_group(x, cores), strict=True))
+    return {turn: rotated(x, own) for turn, own in zip(turns, applied, strict=True)}
+
+
+def _alike(applied: list[tuple[Factor, ...]]) -> list[Tensor]:
+    """The cores, where each is one block rotation of the same blocks; else none."""
+    cores: list[Tensor] = []
+    for factors in applied:
+        op, operands = factors[0]
+        if len(factors) > 1 or op is not ROTATE or len(operands) > 1:
+            return []
+        if cores and operands[0].shape != cores[0].shape:
+            return []
+        cores.append(operands[0])
+    return cores
 
 
 def deferred(x: Tensor, turns: list[Any]) -> dict[Turns, tuple[Tensor, Tensor]]:
@@ -165,6 +180,8 @@ def cast(x: Tensor) -> Tensor:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast x to before a matmul; None where it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
     if device == "meta":  # which has no autocast, not even to ask about
         return None
@@ -180,4 +197,7 @@ def plain(tensor: Tensor) -> bool:
 
 def traceable(tensor: Tensor) -> bool:
     """Whether a tensor has a version that tells its changes: not in inference mode or vmap."""
-    return not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    if tensor.is_inference():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not (torch._C._are_functorch_transforms_active() and wrapped(tensor))

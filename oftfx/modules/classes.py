@@ -34,9 +34,10 @@ class Adapted(nn.Module):
 
 def ordered(module: Any) -> list[Any]:
     """What each adapter holds of an adapted module, in the order x meets them."""
-    held, first = module.oft, module.oft_order
+    # Not module.oft, for which nn.Module's own lookup takes longer than all of this.
+    held, first = module._modules[CHILD], module.oft_order
     if not first:
-        return list(held.values())
+        return list(held._modules.values())
     names = [name for name in first if name in held]
     return [held[name] for name in (*names, *(name for name in held if name not in names))]
 

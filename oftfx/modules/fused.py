@@ -12,11 +12,15 @@ from oftfx.sites.quantised import Fusing
 
 def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | None:
     """A layer's output where it turns its weight instead of x, in a training step; else None."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if len(turns) != 1 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    if len(turns) != 1 or not isinstance(turn := turns[0], Rotation | SharedRotation):
+    turn = turns[0]
+    if isinstance(turn, SharedRotation):
+        rotation = turn.rotation
+    elif isinstance(turn, Rotation):
+        rotation = turn
+    else:
         return None  # a calibration's probe wants to see x
-    rotation = turn.rotation if isinstance(turn, SharedRotation) else turn
     readers = turn.readers
     if turn.outputs or rotation.block is None or not (readers is None or readers.blocks):
         return None
@@ -24,6 +28,7 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
     if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block, outs):
         return None
     if readers is not None and layers.DEFERS:
-        return layers.rotated_linear(module, *readers.defer(turn, x), deferred=True)
+        given, core = readers.defer(turn, x)
+        return layers.rotated_linear(module, given, core, deferred=True)
     (factor,) = rotation.applied()
     return layers.rotated_linear(module, cast(x), factor.operands[0], deferred=False)

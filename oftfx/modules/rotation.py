@@ -24,7 +24,7 @@ NOTE = "oftfx_spec"
 class Given(Protocol):
     """Cores that were built for a rotation beforehand, with those of others."""
 
-    def take(self, tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
+    def take(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
         """The cores, if they are those of these parameters and may be used now."""
 
 
@@ -89,11 +89,12 @@ class Rotation(Outputs):
         tensors = self.tensors()
         if torch.compiler.is_compiling():
             return built(self.spec, tensors, self.scaling)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
-            self._cached = None
-            given = None if self.given is None else self.given.take(list(tensors.values()))
+            if self._cached is not None:
+                self._cached = None
+            given = None if self.given is None else self.given.take(tensors)
             return given or built(self.spec, tensors, self.scaling)
         if not all(map(traceable, tensors.values())):
             return built(self.spec, tensors, self.scaling)
@@ -119,10 +120,12 @@ class Rotation(Outputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``, in autocast's dtype where that is on."""
-        if self.readers is None or torch.compiler.is_compiling():
+        if self.readers is not None and not torch.compiler.is_compiling():
+            return self.readers.rotate(self, x)
+        if torch.compiler.is_exporting():
             with self._noted():
                 return rotated(x, self.applied())
-        return self.readers.rotate(self, x)
+        return rotated(x, self.applied())
 
     def _noted(self) -> AbstractContextManager[None]:
         """Within it, the nodes of an exported graph remember the spec they came from."""

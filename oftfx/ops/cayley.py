@@ -6,7 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from oftfx.ops.kernels import kernels
+from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
 from oftfx.rotations import cayley as maths
 
@@ -40,7 +40,7 @@ def _(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: 
     fast = kernels("cayley", theta.device)
     if fast is None or not fast.fits(theta, block_size, order):
         return _cayley(theta, block_size, order)
-    with torch.cuda.device_of(theta):
+    with on(theta.device):
         return fast.cayley(theta, block_size, order)
 
 
@@ -66,7 +66,7 @@ def _(grad: Tensor, theta: Tensor, block_size: int, order: Optional[int]) -> Ten
     fast = kernels("cayley", theta.device)
     if fast is None or not fast.fits(theta, block_size, order):
         return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
-    with torch.cuda.device_of(theta):
+    with on(theta.device):
         return fast.cayley_grad(grad, theta, block_size, order)
 
 

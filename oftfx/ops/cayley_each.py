@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.cayley import cayley, cayley_grad
-from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels
 
 
@@ -102,7 +102,7 @@ class _CayleyEach(torch.autograd.Function):
     def forward(ctx: Any, block_size: int, order: int, *thetas: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*thetas)
         ctx.block_size, ctx.order = block_size, order
-        return tuple(below(CAYLEY_EACH, list(thetas), block_size, order))
+        return tuple(call(CAYLEY_EACH, list(thetas), block_size, order))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -4,12 +4,17 @@
 layer's own kernel; what they do for every signature, an op here does for its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 LIBRARY = torch.library.Library("oftfx", "FRAGMENT")
+
+_KERNELS: dict[Any, Callable[..., Any]] = {}
+_APPLY: dict[Any, Callable[..., Any]] = {}
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def define(schema: str, kernel: Callable[..., Any]) -> Any:
@@ -17,7 +22,9 @@ def define(schema: str, kernel: Callable[..., Any]) -> Any:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    return getattr(torch.ops.oftfx, name).default
+    op = getattr(torch.ops.oftfx, name).default
+    _KERNELS[op] = kernel
+    return op
 
 
 def differentiate(op: Any, apply: Callable[..., Any]) -> None:
@@ -33,12 +40,53 @@ def differentiate(op: Any, apply: Callable[..., Any]) -> None:
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return apply(*args)
-        return below(op, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
     LIBRARY.impl(op._schema.name.partition("::")[2], run, "Autograd")
+    _APPLY[op] = apply
 
 
-def below(op: Any, *args: Any) -> Any:
-    """Calls an op beneath autograd: from the forward of its own `autograd.Function`."""
-    with torch._C._AutoDispatchBelowAutograd():
+def call(op: Any, *args: Any) -> Any:
+    """``op(*args)``, past PyTorch's dispatcher where nothing there waits for it.
+
+    A matrix product leaves nothing else in the caches, and behind one the dispatcher's way to an op
+    in Python and back takes as long as a small layer's kernel.
+
+    Args:
+        op: The op, which comes this way if [`define`][oftfx.ops.define.define] gave it.
+        args: Its arguments, none of them named.
+    """
+    kernel = _KERNELS.get(op)
+    if (
+        kernel is None
+        or torch.compiler.is_compiling()
+        # A mode, a transform, a tracer or a profiler is to see the op.
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or not _plain(args)
+    ):
         return op(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _APPLY[op](*args)
+    return kernel(*args)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, which also asks each tensor, in Python, if it is torch.func's."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _plain(args: Sequence[Any]) -> bool:
+    """Whether the tensors among an op's arguments leave their ops to PyTorch."""
+    for arg in args:
+        if type(arg) is list:
+            if not _plain(arg):
+                return False
+        elif type(arg) not in _PLAIN and isinstance(arg, Tensor):
+            return False
+    return True

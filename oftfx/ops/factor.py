@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops import scale  # noqa: F401  (registers torch.ops.oftfx)
+from oftfx.ops.define import call
 from oftfx.ops.givens import GIVENS
 from oftfx.ops.rotate import ROTATE
 from oftfx.ops.subspace import SUBSPACE
@@ -30,7 +31,7 @@ class Factor(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x·F``, of x's shape and dtype."""
-        result: Tensor = self.op(x, *self.operands)
+        result: Tensor = call(self.op, x, *self.operands)
         return result
 
     def transposed(self) -> "Factor":

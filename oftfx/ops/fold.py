@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oftfx.ops.kernels import kernels
+from oftfx.ops.kernels import kernels, on
 from oftfx.ops.rotate import rotate, rotate_grad
 
 
@@ -53,7 +53,7 @@ def _divided(gram: Tensor, core: Tensor) -> Tensor:
     """``gram_i (I + C_i)⁻ᵀ``, exact for a truncated series too, whose R is not quite orthogonal."""
     fast = kernels("divide", gram.device)
     if fast is not None and fast.fits(gram, core):
-        with torch.cuda.device_of(gram):
+        with on(gram.device):
             result: Tensor = fast.divided(gram, core)
         return result
     dtype = torch.promote_types(gram.dtype, torch.float32)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.fold import core_grad, fits, folded, misfit
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate import rotate_grad
@@ -95,7 +95,7 @@ class _FoldedLinear(torch.autograd.Function):
                 "oftfx::folded_linear: the weight requires a gradient, and only a frozen one is "
                 "folded: rotate x instead, or weight.requires_grad_(False)."
             )
-        y, turned = below(FOLDED_LINEAR, x, core, weight, bias)
+        y, turned = call(FOLDED_LINEAR, x, core, weight, bias)
         ctx.mark_non_differentiable(turned)
         ctx.set_materialize_grads(False)
         # W itself, which costs nothing, is for the second derivative alone.

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftfx.ops.define import LIBRARY, below, define, differentiate
-from oftfx.ops.kernels import kernels
+from oftfx.ops.define import LIBRARY, call, define, differentiate
+from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
 
 
@@ -44,7 +44,7 @@ def _givens(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
     fast = kernels("givens", x.device)
     if fast is None or not fast.fits(x, core):
         return _run(x, core, transposed)
-    with torch.cuda.device_of(x):
+    with on(x.device):
         result: Tensor = fast.givens(x, core, transposed)
     return result
 
@@ -106,7 +106,7 @@ def _givens_grad(
     fast = kernels("givens", x.device)
     if fast is None or not fast.fits(x, core):
         return _in_stages(grad, x, core, need_x, need_core, transposed)
-    with torch.cuda.device_of(x):
+    with on(x.device):
         result: tuple[Tensor, Tensor] = fast.givens_grad(
             grad, x, core, need_x, need_core, transposed
         )
@@ -209,7 +209,7 @@ class _Givens(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
         ctx.save_for_backward(x, core)
         ctx.transposed = transposed
-        result: Tensor = below(GIVENS, x, core, transposed)
+        result: Tensor = call(GIVENS, x, core, transposed)
         return result
 
     @staticmethod

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oftfx.ops.define import LIBRARY, below, define, differentiate
-from oftfx.ops.kernels import kernels
+from oftfx.ops.define import LIBRARY, call, define, differentiate
+from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate import rotate, rotate_grad
 
@@ -94,7 +94,7 @@ def _glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) 
     fast = kernels("glu_rotate", gate.device)
     if fast is None or not fast.fits(gate, core):
         return rotate(_times(ACTIVATIONS[activation].value(gate), up), core)
-    with torch.cuda.device_of(gate):
+    with on(gate.device):
         result: Tensor = fast.glu_rotate(gate, up, core, activation)
     return result
 
@@ -172,7 +172,7 @@ def _glu_rotate_grad(
     fast = kernels("glu_rotate", gate.device)
     if fast is None or not fast.fits(gate, core):
         return _in_parts(grad, gate, up, core, activation, need_x, need_core)
-    with torch.cuda.device_of(gate):
+    with on(gate.device):
         result: tuple[Tensor, Tensor, Tensor] = fast.glu_rotate_grad(
             grad, gate, up, core, activation, need_x, need_core
         )
@@ -218,7 +218,7 @@ class _GluRotate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up, core)
         ctx.activation = activation
-        result: Tensor = below(GLU_ROTATE, gate, up, core, activation)
+        result: Tensor = call(GLU_ROTATE, gate, up, core, activation)
         return result
 
     @staticmethod

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oftfx.ops.define import LIBRARY, below, define, differentiate
-from oftfx.ops.kernels import kernels
+from oftfx.ops.define import LIBRARY, call, define, differentiate
+from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
 
@@ -83,7 +83,7 @@ def _norm_rotate(
     if fast is None or not fast.fits(x, cores, dtype):
         outs = rotate_group(normed(x, norm, dtype), cores)
     else:
-        with torch.cuda.device_of(x):
+        with on(x.device):
             outs = fast.norm_rotate(x, norm, cores, dtype)
     return [each for out in outs for each in (out, *(out.clone() for _ in range(readers - 1)))]
 
@@ -148,7 +148,7 @@ def _norm_rotate_grad(
     fast = kernels("norm_rotate", x.device)
     if need_affine or fast is None or not fast.fits(x, cores, grads[0].dtype, grads):
         return _in_parts(_added(grads, len(cores)), x, norm, cores, need_x, need_affine, need_cores)
-    with torch.cuda.device_of(x):
+    with on(x.device):
         grad_x, grad_mean, grad_rstd, grad_cores = fast.norm_rotate_grad(
             grads, x, norm, cores, need_x, need_cores
         )
@@ -253,7 +253,7 @@ class _NormRotate(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *given)
         norm, cores = given[:4], list(given[4:])
-        return tuple(_read(below(NORM_ROTATE, x, cores, dtype, 1, *norm), readers))
+        return tuple(_read(call(NORM_ROTATE, x, cores, dtype, 1, *norm), readers))
 
     @staticmethod
     @once_differentiable

@@ -5,15 +5,17 @@ Both are opaque to autograd and the compiler. With a frozen weight behind it, th
 is never kept.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.define import LIBRARY, apply, call, define, differentiate
 from oftfx.ops.kept import again, kept
-from oftfx.ops.kernels import kernels
+from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
+from oftfx.ops.rotate_product import ROTATE_PRODUCT_GRAD
 
 
 def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
@@ -32,7 +34,7 @@ def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     Raises:
         RuntimeError: The width of x is not n·b, or the stride does not fit it.
     """
-    result: Tensor = ROTATE(x, core, stride)
+    result: Tensor = call(ROTATE, x, core, stride)
     return result
 
 
@@ -59,7 +61,7 @@ def _rotate_anywhere(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     fast = kernels("rotate", x.device)
     if fast is None or not fast.fits(x, core, stride):
         return _rotate(x, core, stride)
-    with torch.cuda.device_of(x):
+    with on(x.device):
         result: Tensor = fast.rotate(x, core, stride)
     return result
 
@@ -89,7 +91,7 @@ def rotate_grad(
     Returns:
         (..., n·b) in x's dtype and (n, b, b) in the core's.
     """
-    result: tuple[Tensor, Tensor] = ROTATE_GRAD(grad, x, core, need_x, need_core, stride)
+    result: tuple[Tensor, Tensor] = call(ROTATE_GRAD, grad, x, core, need_x, need_core, stride)
     return result
 
 
@@ -109,7 +111,7 @@ def _rotate_grad_anywhere(
     fast = kernels("rotate", x.device)
     if fast is None or not fast.fits(x, core, stride):
         return _rotate_grad(grad, x, core, need_x, need_core, stride)
-    with torch.cuda.device_of(x):
+    with on(x.device):
         result: tuple[Tensor, Tensor] = fast.rotate_grad(grad, x, core, need_x, need_core, stride)
     return result
 
@@ -181,7 +183,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
         ctx.save_for_backward(core, *kept(x))
         ctx.stride = stride
-        result: Tensor = below(ROTATE, x, core, stride)
+        result: Tensor = call(ROTATE, x, core, stride)
         return result
 
     @staticmethod
@@ -189,12 +191,13 @@ class _Rotate(torch.autograd.Function):
         core, *saved = ctx.saved_tensors
         need_x, need_core = ctx.needs_input_grad[:2]
         if len(saved) == 1 or ctx.stride > 1:
-            grad_x, grad_core = ROTATE_GRAD(grad, again(saved), core, need_x, need_core, ctx.stride)
+            grad_x, grad_core = rotate_grad(grad, again(saved), core, need_x, need_core, ctx.stride)
         else:
-            product_grad = torch.ops.oftfx.rotate_product_grad.default
-            grad_x, (grad_core,) = product_grad([grad], saved, [core], need_x, need_core)
+            grad_x, (grad_core,) = call(
+                ROTATE_PRODUCT_GRAD, [grad], saved, [core], need_x, need_core
+            )
         return grad_x if need_x else None, grad_core if need_core else None, None
 
 
-differentiate(ROTATE, _Rotate.apply)
+differentiate(ROTATE, partial(apply, _Rotate))
 differentiate(ROTATE_GRAD, _rotate_grad)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.define import LIBRARY, apply, call, define, differentiate
 from oftfx.ops.kept import kept
-from oftfx.ops.kernels import kernels
+from oftfx.ops.kernels import kernels, on
 from oftfx.ops.rotate import rotate, rotate_grad
+from oftfx.ops.rotate_product import ROTATE_PRODUCT_GRAD
 
 
 def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
@@ -28,7 +29,7 @@ def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     Raises:
         RuntimeError: The width of x is not n·b.
     """
-    result: list[Tensor] = ROTATE_GROUP(x, cores)
+    result: list[Tensor] = call(ROTATE_GROUP, x, cores)
     return result
 
 
@@ -36,7 +37,7 @@ def _rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     fast = kernels("rotate_group", x.device)
     if fast is None or not fast.fits(x, cores):
         return [rotate(x, core) for core in cores]
-    with torch.cuda.device_of(x):
+    with on(x.device):
         result: list[Tensor] = fast.rotate_group(x, cores)
     return result
 
@@ -64,7 +65,9 @@ def rotate_group_grad(
     Returns:
         (..., n·b) in x's dtype, the sum over the cores; and for each core (n, b, b) in its dtype.
     """
-    result: tuple[Tensor, list[Tensor]] = ROTATE_GROUP_GRAD(grads, x, cores, need_x, need_cores)
+    result: tuple[Tensor, list[Tensor]] = call(
+        ROTATE_GROUP_GRAD, grads, x, cores, need_x, need_cores
+    )
     return result
 
 
@@ -86,7 +89,7 @@ def _rotate_group_grad(
     fast = kernels("rotate_group", x.device)
     if fast is None or not fast.fits(x, cores, grads):
         return _one_by_one(grads, x, cores, need_x, need_cores)
-    with torch.cuda.device_of(x):
+    with on(x.device):
         result: tuple[Tensor, list[Tensor]] = fast.rotate_group_grad(
             grads, x, cores, need_x, need_cores
         )
@@ -112,7 +115,7 @@ class _RotateGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *cores: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*cores, *kept(x))
-        return tuple(below(ROTATE_GROUP, x, list(cores)))
+        return tuple(call(ROTATE_GROUP, x, list(cores)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,14 +125,14 @@ class _RotateGroup(torch.autograd.Function):
         if len(saved) == 1:
             grads_of, x = ROTATE_GROUP_GRAD, saved[0]
         else:
-            grads_of, x = torch.ops.oftfx.rotate_product_grad.default, saved
-        grad_x, grad_cores = grads_of(list(grads), x, cores, need_x, any(need_cores))
+            grads_of, x = ROTATE_PRODUCT_GRAD, saved
+        grad_x, grad_cores = call(grads_of, list(grads), x, cores, need_x, any(need_cores))
         needed = zip(grad_cores, need_cores, strict=True)
         return grad_x if need_x else None, *(grad if need else None for grad, need in needed)
 
 
 def _apply(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
-    return list(_RotateGroup.apply(x, *cores))
+    return list(apply(_RotateGroup, x, *cores))
 
 
 differentiate(ROTATE_GROUP, _apply)

@@ -10,10 +10,9 @@ A kernel makes each tile of x where it uses it, so x is never in memory again.
 import torch
 from torch import Tensor
 
-from oftfx.ops.define import LIBRARY, define, differentiate
+from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kept import again
 from oftfx.ops.kernels import kernels
-from oftfx.ops.rotate_group import rotate_group_grad
 
 
 def rotate_product_grad(
@@ -31,8 +30,8 @@ def rotate_product_grad(
     Returns:
         (..., n·b) in the product's dtype, the sum over the cores; for each core (n, b, b).
     """
-    result: tuple[Tensor, list[Tensor]] = ROTATE_PRODUCT_GRAD(
-        grads, factors, cores, need_x, need_cores
+    result: tuple[Tensor, list[Tensor]] = call(
+        ROTATE_PRODUCT_GRAD, grads, factors, cores, need_x, need_cores
     )
     return result
 
@@ -53,7 +52,10 @@ def of_again(
     grads: list[Tensor], factors: list[Tensor], cores: list[Tensor], need_x: bool, need_cores: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The product, and the gradients of a tensor that is in memory: what is differentiated."""
-    return rotate_group_grad(grads, again(factors), cores, need_x, need_cores)
+    result: tuple[Tensor, list[Tensor]] = torch.ops.oftfx.rotate_group_grad.default(
+        grads, again(factors), cores, need_x, need_cores
+    )
+    return result
 
 
 ROTATE_PRODUCT_GRAD = define(

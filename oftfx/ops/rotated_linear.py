@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from oftfx.ops import packed
 from oftfx.ops.cost import folds_packed
-from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.fold import core_grad, fits, misfit
 from oftfx.ops.kept import again, kept
-from oftfx.ops.kernels import kernels
+from oftfx.ops.kernels import kernels, on
 from oftfx.ops.packed import Packed
 from oftfx.ops.precision import as_given, exactly
 from oftfx.ops.rotate import rotate, rotate_grad
@@ -59,7 +59,7 @@ def folded(weight: Packed, core: Tensor, dtype: torch.dtype) -> Tensor:
     n, b, _ = core.shape
     if fast is None or n * b != weight.shape[1] or not fast.fits(weight, b, dtype):
         return rotate(dequantised(weight, dtype), core.mT)
-    with torch.cuda.device_of(weight.data):
+    with on(weight.data.device):
         result: Tensor = fast.folded(weight, core, dtype)
     return result
 
@@ -69,7 +69,7 @@ def dequantised(weight: Packed, dtype: torch.dtype) -> Tensor:
     fast = kernels("dequantise", weight.data.device)
     if fast is None or not fast.fits(weight, None, dtype):
         return packed.dequantised(weight, dtype)
-    with torch.cuda.device_of(weight.data):
+    with on(weight.data.device):
         result: Tensor = fast.dequantised(weight, dtype)
     return result
 
@@ -214,7 +214,7 @@ class _RotatedLinear(torch.autograd.Function):
         ctx.save_for_backward(*saved, core, *(t for t in stored if isinstance(t, Tensor)))
         ctx.rest = [None if isinstance(t, Tensor) else t for t in stored]
         ctx.tensors = [isinstance(t, Tensor) for t in stored]
-        result: Tensor = below(ROTATED_LINEAR, x, core, bias, *stored)
+        result: Tensor = call(ROTATED_LINEAR, x, core, bias, *stored)
         return result
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftfx.ops.define import LIBRARY, below, define, differentiate
+from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.precision import as_given
 
 
@@ -146,7 +146,7 @@ class _Subspace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(x, support, kernel)
-        result: Tensor = below(SUBSPACE, x, support, kernel)
+        result: Tensor = call(SUBSPACE, x, support, kernel)
         return result
 
     @staticmethod

@@ -56,7 +56,7 @@ def test_randomised_vectors_come_as_close_as_subspace_iteration_says(
     found = supports.principal(weight, rank, generator())
     law = gap(weight, rank) ** (2 * iterations)
     assert is_orthonormal(found)
-    assert sine(found, exact) <= 5 * law
+    assert sine(found, exact) <= 5 * law + 1e-12  # where the law is below what float64 can tell
     kept, best = (float((weight @ p.mT).norm()) for p in (found, exact))
     assert best * (1 - law**2 - 1e-12) <= kept <= best * (1 + 1e-12)
 

@@ -5,26 +5,19 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from array import array
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from oftfx.ops.native.build import BuildError, built
 
 log = logging.getLogger("oftfx")
 
-POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
-# Operands and sizes; each then takes GOMP_parallel and a number of threads.
-SIGNATURES = {
-    "rotate": (*[POINTER] * 3, *[NUMBER] * 4),
-    "rotate_grad": (*[POINTER] * 8, *[NUMBER] * 5),
-    "fold": (*[POINTER] * 3, *[NUMBER] * 3),
-    "fold_grad": (*[POINTER] * 4, *[NUMBER] * 3),
-    "dequantise": (*[POINTER] * 8, *[NUMBER] * 5),
-    "cayley": (*[POINTER] * 2, *[NUMBER] * 4),
-    "cayley_grad": (*[POINTER] * 3, *[NUMBER] * 4),
-}
+FUNCTIONS = (
+    *("rotate", "rotate_grad", "fold", "fold_grad"),
+    *("dequantise", "cayley", "cayley_grad"),
+)
 
 ALONE = 1 << 20
 """Floating-point operations below which waking other threads costs more than they save."""
@@ -43,31 +36,34 @@ def library() -> ctypes.CDLL | None:
     except (BuildError, OSError) as error:
         log.warning("no CPU kernels, PyTorch does their work, correctly but slower: %s", error)
         return None
-    for name, arguments in SIGNATURES.items():
-        getattr(loaded, f"oftfx_{name}").argtypes = (*arguments, POINTER, NUMBER)
+    for name in FUNCTIONS:
+        # Numbers, then GOMP_parallel and how many threads.
+        operands = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        getattr(loaded, f"oftfx_{name}").argtypes = operands
     return loaded
 
 
-def call(name: str, operations: int, *arguments: object) -> None:
+def call(name: str, operations: int, *numbers: int) -> None:
     """Runs a function of the library on PyTorch's own threads.
+
+    Args:
+        name: Of the function, without its prefix.
+        operations: Floating-point operations, about.
+        numbers: The sizes and addresses that it takes, which their owner keeps.
 
     Raises:
         MemoryError: There was none for its scratch.
     """
     fork = _fork() if operations > ALONE else None
     threads = torch.get_num_threads() if fork else 1
-    if getattr(library(), f"oftfx_{name}")(*arguments, fork, threads):
+    given = array("q", numbers)
+    if _function(name)(given.buffer_info()[0], fork, threads):
         raise MemoryError(f"oftfx::{name}: no memory for scratch space")
 
 
-def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """A C array of the tensors' addresses."""
-    return (POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-
-
-def numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """A C array of integers."""
-    return (NUMBER * len(values))(*values)
+@functools.cache
+def _function(name: str) -> Any:
+    return getattr(library(), f"oftfx_{name}")
 
 
 @functools.cache
@@ -81,4 +77,4 @@ def _fork() -> int | None:
         found = ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (OSError, AttributeError):
         return None
-    return ctypes.cast(found, POINTER).value
+    return ctypes.cast(found, ctypes.c_void_p).value

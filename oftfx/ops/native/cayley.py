@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oftfx.ops.native.binding import addresses, call
+from oftfx.ops.native.binding import call
 
 LARGEST = 256
 """The widest block; of wider ones the matrices leave the cache."""
@@ -33,8 +33,8 @@ def cayley_each(thetas: Sequence[Tensor], block_size: int, order: int) -> list[T
     n, b = thetas[0].shape[:-1].numel(), block_size
     thetas = [theta.contiguous() for theta in thetas]
     cores = [torch.empty(*theta.shape[:-1], b, b, dtype=theta.dtype) for theta in thetas]
-    operations = len(thetas) * n * order * b**3
-    call("cayley", operations, addresses(thetas), addresses(cores), len(thetas), n, b, order)
+    operands = [tensor.data_ptr() for tensor in (*thetas, *cores)]
+    call("cayley", len(thetas) * n * order * b**3, len(thetas), n, b, order, *operands)
     return cores
 
 
@@ -46,6 +46,6 @@ def cayley_each_grad(
     thetas = [theta.contiguous() for theta in thetas]
     grads = [grad.to(theta.dtype).contiguous() for grad, theta in zip(grads, thetas, strict=True)]
     outs = [torch.empty(theta.shape, dtype=theta.dtype) for theta in thetas]
-    pointers = [addresses(tensors) for tensors in (grads, thetas, outs)]
-    call("cayley_grad", 2 * len(thetas) * n * order * b**3, *pointers, len(thetas), n, b, order)
+    operands = [tensor.data_ptr() for tensor in (*thetas, *outs, *grads)]
+    call("cayley_grad", 2 * len(thetas) * n * order * b**3, len(thetas), n, b, order, *operands)
     return outs

@@ -43,17 +43,18 @@ def _run(weight: Packed, core: Tensor | None, n: int, b: int) -> Tensor:
     rows = weight.shape[0]
     out = torch.empty(rows, n * b)
     operands = (
+        core,
+        out,
         weight.data,
         weight.absmax,
         weight.code,
         weight.nested_absmax,
         weight.nested_code,
         weight.offset,
-        core,
-        out,
     )
     held = [None if tensor is None else tensor.contiguous() for tensor in operands]
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in held]
-    sizes = (weight.block_size, weight.nested_block_size, rows, n, b)
-    call("dequantise", 2 * rows * n * b * (1 if core is None else b), *pointers, *sizes)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in held]
+    operations = 2 * rows * n * b * (1 if core is None else b)
+    sizes = weight.block_size, weight.nested_block_size
+    call("dequantise", operations, rows, n, b, *addresses, *sizes)
     return out

@@ -16,8 +16,8 @@ def folded(weight: Tensor, core: Tensor) -> Tensor:
     """``W blockdiag(I + C_1 … I + C_n)ᵀ``: the bits of rotating by the transposed cores."""
     weight, core = weight.contiguous(), core.to(weight.dtype).contiguous()
     out = torch.empty_like(weight)
-    pointers = (weight.data_ptr(), core.data_ptr(), out.data_ptr())
-    call("fold", 2 * weight.numel() * core.shape[-1], *pointers, *_sizes(weight, core))
+    operands = (weight.data_ptr(), core.data_ptr(), out.data_ptr())
+    call("fold", *_sizes(weight, core), *operands)
     return out
 
 
@@ -25,11 +25,11 @@ def core_grad(grad: Tensor, x: Tensor, core: Tensor) -> Tensor:
     """``x_iᵀ grad_i (I + C_i)⁻ᵀ`` of each block over all rows, (n, b, b)."""
     given, (grad, x, core) = core, (t.to(x.dtype).contiguous() for t in (grad, x, core))
     out = torch.empty_like(core)
-    pointers = (grad.data_ptr(), x.data_ptr(), core.data_ptr(), out.data_ptr())
-    call("fold_grad", 2 * x.numel() * core.shape[-1], *pointers, *_sizes(x, core))
+    operands = (grad.data_ptr(), x.data_ptr(), core.data_ptr(), out.data_ptr())
+    call("fold_grad", *_sizes(x, core), *operands)
     return out.to(given.dtype)
 
 
-def _sizes(x: Tensor, core: Tensor) -> tuple[int, int, int]:
+def _sizes(x: Tensor, core: Tensor) -> tuple[int, int, int, int]:
     n, b, _ = core.shape
-    return x.numel() // (n * b) if n else 0, n, b
+    return 2 * x.numel() * b, x.numel() // (n * b) if n else 0, n, b

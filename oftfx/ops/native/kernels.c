@@ -22,7 +22,9 @@
 #endif
 
 #define LANES ((int64_t)(BYTES / sizeof(float)))
-#define TILE 32    /* rows that stay in the first-level cache, a multiple of HIGH */
+#define TILE 24    /* rows at a time that stay in the first-level cache, a multiple of HIGH; */
+#define NEAR 65536 /* fewer where their operands are more floats than this: twice as many, those
+                      after them as well, stay in the second-level cache beside the cores */
 #define TASKS 64   /* rows are cut where there are fewer blocks than this, */
 #define LEAST 256  /* but never into runs of fewer rows than this */
 #define HELD 65536 /* floats of cores that stay in the second-level cache */
@@ -57,14 +59,13 @@ typedef struct job {
     /* the operands of a rotation */
     const float *source[MOST], *x, *core[MOST];
     float *out[MOST], *gram[MOST], *part;
-    int64_t count, rows, n, b, splits, group;
+    int64_t count, rows, n, b, splits, group, tall;
     int transposed, divides;
     factor by[FACTORS]; /* what x is multiplied by where it stands */
     int64_t factors;
     const struct packed *weight;
-    /* and of cores, n blocks in each tensor */
-    const float *const *theta, *const *grad;
-    float *const *made;
+    /* and of cores, n blocks in each tensor: addresses */
+    const int64_t *theta, *made, *grad;
     int64_t order;
 } job;
 
@@ -243,7 +244,7 @@ static rows_of staged(rows_of rows, int64_t high, int64_t b, float *copy) {
 /* The rows that an operand's own are multiplied by, factor after factor, made where they are used. */
 static rows_of multiplied(const job *all, rows_of rows, int64_t row, int64_t column, int64_t high,
                           float *copy) {
-    int64_t wide = padded(all->b), below = row + 2 * TILE <= all->rows ? TILE : 0;
+    int64_t wide = padded(all->b), below = row + 2 * all->tall <= all->rows ? all->tall : 0;
     if (high % HIGH) memset(copy, 0, (size_t)(TILE * wide) * sizeof(float));
     for (int64_t i = 0; i < high; i++)
         for (int64_t j = 0; j < all->b; j += LANES) {
@@ -277,7 +278,7 @@ static patch patch_of(const job *all, int64_t index) {
 
 /* The rows after these of a patch, of two operands; the same ones again after the last. */
 INLINE walk after(const job *all, const patch *own, int64_t row, const float *x, const float *y) {
-    int64_t step = all->n * all->b, next = row + TILE < own->end ? row + TILE : row;
+    int64_t step = all->n * all->b, next = row + all->tall < own->end ? row + all->tall : row;
     int64_t place = next * step + own->first * all->b;
     return (walk){{x + place, y + place}, own->blocks * all->b, step, 0};
 }
@@ -293,12 +294,13 @@ static void forward_task(const job *all, int64_t index, float *scratch) {
         for (int64_t block = 0; block < own.blocks; block++)
             pack(core + (s * all->group + block) * size,
                  all->core[s] + (own.first + block) * b * b, down, along, b);
-    for (int64_t row = own.begin; row < own.end; row += TILE) {
+    for (int64_t row = own.begin; row < own.end; row += all->tall) {
         walk ahead[MOST];
         for (int64_t s = 0; s < all->count; s++)
             ahead[s] = after(all, &own, row, all->x, all->out[s]);
         for (int64_t block = 0; block < own.blocks; block++) {
-            int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
+            int64_t high = least(all->tall, own.end - row);
+            int64_t whole = (high + HIGH - 1) / HIGH * HIGH;
             int64_t place = row * step + (own.first + block) * b;
             int fits = wide == b && whole == high;
             rows_of source = {all->x + place, step};
@@ -329,13 +331,14 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
                 pack(core + (block * count + s) * size,
                      all->core[s] + (own.first + block) * b * b, 1, b, b);
     if (all->part) memset(gram, 0, (size_t)(count * own.blocks * square) * sizeof(float));
-    for (int64_t row = own.begin; row < own.end; row += TILE) {
+    for (int64_t row = own.begin; row < own.end; row += all->tall) {
         const float *read = all->part ? all->out[0] : all->source[0]; /* a Gram asks for it else */
         walk ahead[MOST], out_ahead = after(all, &own, row, all->out[0], read);
         for (int64_t s = 0; s < count; s++)
             ahead[s] = after(all, &own, row, all->x, all->source[s]);
         for (int64_t block = 0; block < own.blocks; block++) {
-            int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
+            int64_t high = least(all->tall, own.end - row);
+            int64_t whole = (high + HIGH - 1) / HIGH * HIGH;
             int64_t place = row * step + (own.first + block) * b;
             int fits = wide == b && whole == high;
             rows_of source[MOST];
@@ -436,28 +439,32 @@ static int64_t splits(int64_t rows, int64_t n) {
     return wanted > 1 ? wanted : 1;
 }
 
-/* Blocks that one thread takes together, so that its rows are long; no result depends on it. */
-static void share(job *all, int64_t threads) {
+/* Blocks that one thread takes together, so that its rows are long, and how many of those it takes
+ * at a time, of this many operands; no result depends on either. */
+static void share(job *all, int64_t operands, int64_t threads) {
     int64_t fair = (all->n * all->splits + threads - 1) / threads;
     int64_t most = HELD / (all->b * padded(all->b) * all->count);
     all->group = least(all->n, least(fair, most));
     if (all->group < 1) all->group = 1;
     all->tasks = (all->n + all->group - 1) / all->group * all->splits;
+    all->tall = least(TILE, NEAR / (operands * all->group * all->b)) / HIGH * HIGH;
+    if (all->tall < HIGH) all->tall = HIGH;
 }
 
 static int forward(job all, parallel fork, int64_t threads) {
     all.task = forward_task;
     all.splits = splits(all.rows, all.n);
-    share(&all, threads);
+    share(&all, 1 + all.count, threads);
     all.room = (all.count * all.group * all.b + 2 * TILE) * padded(all.b);
     return run(&all, fork, threads);
 }
 
 static int backward(job all, int grams, parallel fork, int64_t threads) {
-    int64_t wide = padded(all.b);
+    int64_t wide = padded(all.b), operands = all.count + grams + (all.out[0] != NULL);
+    for (int64_t f = 0; f < all.factors; f++) operands += all.by[f].down && all.by[f].along;
     all.task = backward_task;
     all.splits = splits(all.rows, all.n);
-    share(&all, threads);
+    share(&all, operands, threads);
     all.room = (all.count * all.group * (all.b + wide) + (all.count + 2) * TILE) * wide;
     all.part = grams ? all.gram[0] : NULL;
     if (!grams || (all.splits == 1 && !all.divides)) return run(&all, fork, threads);
@@ -476,52 +483,63 @@ static int backward(job all, int grams, parallel fork, int64_t threads) {
     return failed;
 }
 
-/* out[s] = x + x·blockdiag(core[s]), s < count. All contiguous: x and out (rows, n·b), cores
- * (n, b, b). Gives back 0, or 1 where there was no memory. */
-int oftfx_rotate(const float *x, const float *const *core, float *const *out, int64_t count,
-                 int64_t rows, int64_t n, int64_t b, parallel fork, int64_t threads) {
-    job all = {.x = x, .count = count, .rows = rows, .n = n, .b = b};
-    for (int64_t s = 0; s < count; s++) {
-        all.core[s] = core[s];
-        all.out[s] = out[s];
+/* Every function that Python calls takes one array of numbers, sizes and addresses in the order that
+ * its comment gives: so many arguments would cost more than a small rotation. It gives back 0, or 1
+ * where there was no memory. */
+INLINE void *at(int64_t address) { return (void *)(intptr_t)address; }
+
+/* count, rows, n, b, x, core[count], out[count]: out[s] = x + x·blockdiag(core[s]). All contiguous:
+ * x and out (rows, n·b), cores (n, b, b). */
+int oftfx_rotate(const int64_t *given, parallel fork, int64_t threads) {
+    job all = {.count = given[0], .rows = given[1], .n = given[2], .b = given[3],
+               .x = at(given[4])};
+    given += 5;
+    for (int64_t s = 0; s < all.count; s++) {
+        all.core[s] = at(given[s]);
+        all.out[s] = at(given[all.count + s]);
     }
     return forward(all, fork, threads);
 }
 
-/* out = Σ grad[s] + grad[s]·blockdiag(core[s])ᵀ and gram[s] = xᵀ·grad[s] of each block, both where
- * they are not null. x is multiplied by `factors` others first, at by[f], their rows down[f] apart;
- * b is then a multiple of 16. */
-int oftfx_rotate_grad(const float *const *grad, const float *x, const float *const *by,
-                      const int64_t *down, const int64_t *along, const float *const *core,
-                      float *out, float *const *gram, int64_t factors, int64_t count, int64_t rows,
-                      int64_t n, int64_t b, parallel fork, int64_t threads) {
-    job all = {.x = x, .count = count, .rows = rows, .n = n, .b = b, .factors = factors};
-    for (int64_t f = 0; f < factors; f++) all.by[f] = (factor){by[f], down[f], along[f]};
-    all.out[0] = out;
-    for (int64_t s = 0; s < count; s++) {
-        all.source[s] = grad[s];
-        all.core[s] = core[s];
-        if (gram) all.gram[s] = gram[s];
+/* count, rows, n, b, x, out, grams, grad[count], core[count], gram[count], factors, and of each by,
+ * down, along: out = Σ grad[s] + grad[s]·blockdiag(core[s])ᵀ unless it is null, and
+ * gram[s] = xᵀ·grad[s] of each block if grams. x is multiplied by the factors first, whose rows are
+ * `down` apart; b is then a multiple of 16. */
+int oftfx_rotate_grad(const int64_t *given, parallel fork, int64_t threads) {
+    job all = {.count = given[0], .rows = given[1], .n = given[2], .b = given[3],
+               .x = at(given[4])};
+    int grams = given[6] != 0;
+    all.out[0] = at(given[5]);
+    given += 7;
+    for (int64_t s = 0; s < all.count; s++) {
+        all.source[s] = at(given[s]);
+        all.core[s] = at(given[all.count + s]);
+        all.gram[s] = at(given[2 * all.count + s]);
     }
-    return backward(all, gram != NULL, fork, threads);
+    given += 3 * all.count;
+    all.factors = *given++;
+    for (int64_t f = 0; f < all.factors; f++, given += 3)
+        all.by[f] = (factor){at(given[0]), given[1], given[2]};
+    return backward(all, grams, fork, threads);
 }
 
-/* out = w + w·blockdiag(core)ᵀ: a weight (rows, n·b), folded. */
-int oftfx_fold(const float *w, const float *core, float *out, int64_t rows, int64_t n, int64_t b,
-               parallel fork, int64_t threads) {
-    job all = {.x = w, .count = 1, .rows = rows, .n = n, .b = b, .transposed = 1};
-    all.core[0] = core;
-    all.out[0] = out;
+/* rows, n, b, w, core, out: out = w + w·blockdiag(core)ᵀ, a weight (rows, n·b), folded. */
+int oftfx_fold(const int64_t *given, parallel fork, int64_t threads) {
+    job all = {.count = 1, .rows = given[0], .n = given[1], .b = given[2], .x = at(given[3]),
+               .transposed = 1};
+    all.core[0] = at(given[4]);
+    all.out[0] = at(given[5]);
     return forward(all, fork, threads);
 }
 
-/* The core's gradient behind a folded weight, of each block: xᵀ·grad·(I + core)⁻ᵀ, grad that of x. */
-int oftfx_fold_grad(const float *grad, const float *x, const float *core, float *out, int64_t rows,
-                    int64_t n, int64_t b, parallel fork, int64_t threads) {
-    job all = {.x = x, .count = 1, .rows = rows, .n = n, .b = b, .divides = 1};
-    all.source[0] = grad;
-    all.core[0] = core;
-    all.gram[0] = out;
+/* rows, n, b, grad, x, core, out: the core's gradient behind a folded weight, of each block,
+ * xᵀ·grad·(I + core)⁻ᵀ, grad that of x. */
+int oftfx_fold_grad(const int64_t *given, parallel fork, int64_t threads) {
+    job all = {.count = 1, .rows = given[0], .n = given[1], .b = given[2], .x = at(given[4]),
+               .divides = 1};
+    all.source[0] = at(given[3]);
+    all.core[0] = at(given[5]);
+    all.gram[0] = at(given[6]);
     return backward(all, 1, fork, threads);
 }
 
@@ -575,8 +593,9 @@ static void dequantise_fold_task(const job *all, int64_t index, float *scratch) 
     float *core = scratch, *rows = core + all->group * b * wide, *out_copy = rows + TILE * width;
     for (int64_t block = 0; block < own.blocks; block++)
         pack(core + block * b * wide, all->core[0] + (own.first + block) * b * b, 1, b, b);
-    for (int64_t row = own.begin; row < own.end; row += TILE) {
-        int64_t high = least(TILE, own.end - row), whole = (high + HIGH - 1) / HIGH * HIGH;
+    for (int64_t row = own.begin; row < own.end; row += all->tall) {
+        int64_t high = least(all->tall, own.end - row);
+        int64_t whole = (high + HIGH - 1) / HIGH * HIGH;
         float *out = all->out[0] + row * step + own.first * b;
         walk ahead = after(all, &own, row, all->out[0], all->out[0]);
         for (int64_t i = 0; i < high; i++)
@@ -595,25 +614,26 @@ static void dequantise_fold_task(const job *all, int64_t index, float *scratch) 
     }
 }
 
-/* out = W, (rows, n·b), or W·blockdiag(I + core)ᵀ where core is not null; b then a multiple of 16,
- * and n·b even in either case. The scales are bytes where nested_absmax is not null. */
-int oftfx_dequantise(const uint8_t *data, const void *absmax, const float *code,
-                     const float *nested_absmax, const float *nested_code, const float *offset,
-                     const float *core, float *out, int64_t block_size, int64_t nested_block_size,
-                     int64_t rows, int64_t n, int64_t b, parallel fork, int64_t threads) {
-    packed weight = {data, absmax, nested_absmax, nested_code, offset, block_size,
-                     nested_block_size, {{0}}};
+/* rows, n, b, core, out, and what oftfx/ops/packed.py names data, absmax, code, nested_absmax,
+ * nested_code, offset, block_size, nested_block_size: out = W, (rows, n·b), or
+ * W·blockdiag(I + core)ᵀ where core is not null; b then a multiple of 16, and n·b even in either
+ * case. The scales are bytes where nested_absmax is not null. */
+int oftfx_dequantise(const int64_t *given, parallel fork, int64_t threads) {
+    const float *core = at(given[3]), *code = at(given[7]);
+    packed weight = {at(given[5]), at(given[6]), at(given[8]), at(given[9]), at(given[10]),
+                     given[11], given[12], {{0}}};
     for (int byte = 0; byte < 256; byte++)
         weight.value[byte] = (pair){code[byte >> 4], code[byte & 15]};
-    job all = {.task = dequantise_task, .tasks = (rows + TILE - 1) / TILE, .count = 1, .rows = rows,
-               .n = n, .b = b, .weight = &weight};
-    all.out[0] = out;
+    job all = {.task = dequantise_task, .count = 1, .rows = given[0], .n = given[1], .b = given[2],
+               .weight = &weight};
+    all.tasks = (all.rows + TILE - 1) / TILE;
+    all.out[0] = at(given[4]);
     if (core) {
         all.core[0] = core;
         all.task = dequantise_fold_task;
-        all.splits = splits(rows, n);
-        share(&all, threads);
-        all.room = all.group * b * (padded(b) + TILE) + TILE * padded(b);
+        all.splits = splits(all.rows, all.n);
+        share(&all, 2, threads);
+        all.room = all.group * all.b * (padded(all.b) + TILE) + TILE * padded(all.b);
     }
     return run(&all, fork, threads);
 }
@@ -654,9 +674,10 @@ static void cayley_task(const job *all, int64_t index, float *scratch) {
     int64_t b = all->b, size = padded(b) * padded(b), half = all->order / 2;
     float *q = scratch, *square = q + size, *full = square + size, *value = full + size;
     int64_t tensor = index / all->n, block = index % all->n;
-    unpack(q, all->theta[tensor] + block * (b * (b - 1) / 2), 1, b);
+    unpack(q, (float *)at(all->theta[tensor]) + block * (b * (b - 1) / 2), 1, b);
     horner(q, square, full, value, half + 1, all->order, b);
-    copy_rows(all->made[tensor] + block * b * b, b, value + half * size, padded(b), b, b);
+    copy_rows((float *)at(all->made[tensor]) + block * b * b, b, value + half * size, padded(b), b,
+              b);
 }
 
 static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
@@ -667,10 +688,10 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
     int64_t tensor = index / all->n, block = index % all->n;
     /* Every value is a polynomial in Q, and Qᵀ = −Q: the transposed ones that are wanted are the
      * values of −Q. */
-    unpack(q, all->theta[tensor] + block * (b * (b - 1) / 2), -1, b);
+    unpack(q, (float *)at(all->theta[tensor]) + block * (b * (b - 1) / 2), -1, b);
     horner(q, square, full, value, half, all->order, b);
     memset(grad, 0, (size_t)(3 * size) * sizeof(float)); /* and those after it */
-    copy_rows(grad, wide, all->grad[tensor] + block * b * b, b, b, b);
+    copy_rows(grad, wide, (float *)at(all->grad[tensor]) + block * b * b, b, b, b);
     for (int64_t step = half - 1; step >= 0; step--) {
         for (int64_t i = 0; i < size; i++) full_grad[i] += grad[i];
         multiply(square_grad, square_grad, grad, value + step * size, b);
@@ -691,27 +712,30 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
         for (int64_t j = 0; j < b; j++)
             spare[i * wide + j] = square_grad[i * wide + j] + square_grad[j * wide + i];
     multiply(full_grad, grad, spare, q, b); /* q is −Q */
-    float *to = all->made[tensor] + block * (b * (b - 1) / 2);
+    float *to = (float *)at(all->made[tensor]) + block * (b * (b - 1) / 2);
     for (int64_t i = 0; i < b; to += b - 1 - i, i++)
         for (int64_t j = i + 1; j < b; j++)
             to[j - i - 1] = full_grad[i * wide + j] - full_grad[j * wide + i];
 }
 
-/* core (n, b, b) from theta (n, b(b−1)/2), for each of `count` tensors. */
-int oftfx_cayley(const float *const *theta, float *const *core, int64_t count, int64_t n, int64_t b,
-                 int64_t order, parallel fork, int64_t threads) {
-    job all = {.task = cayley_task, .tasks = count * n, .theta = theta, .made = core, .n = n,
-               .b = b, .order = order};
-    all.room = (4 + order / 2) * padded(b) * padded(b);
+/* count, n, b, order, theta[count], core[count]: each core (n, b, b) from theta (n, b(b−1)/2). */
+int oftfx_cayley(const int64_t *given, parallel fork, int64_t threads) {
+    job all = {.task = cayley_task, .n = given[1], .b = given[2], .order = given[3]};
+    all.tasks = given[0] * all.n;
+    all.theta = given + 4;
+    all.made = all.theta + given[0];
+    all.room = (4 + all.order / 2) * padded(all.b) * padded(all.b);
     return run(&all, fork, threads);
 }
 
-/* The gradients (n, b, b) of the cores to those of theta. */
-int oftfx_cayley_grad(const float *const *grad, const float *const *theta, float *const *out,
-                      int64_t count, int64_t n, int64_t b, int64_t order, parallel fork,
-                      int64_t threads) {
-    job all = {.task = cayley_grad_task, .tasks = count * n, .theta = theta, .grad = grad,
-               .made = out, .n = n, .b = b, .order = order};
-    all.room = (8 + order / 2) * padded(b) * padded(b);
+/* count, n, b, order, theta[count], out[count], grad[count]: the gradients (n, b, b) of the cores to
+ * those of theta. */
+int oftfx_cayley_grad(const int64_t *given, parallel fork, int64_t threads) {
+    job all = {.task = cayley_grad_task, .n = given[1], .b = given[2], .order = given[3]};
+    all.tasks = given[0] * all.n;
+    all.theta = given + 4;
+    all.made = all.theta + given[0];
+    all.grad = all.made + given[0];
+    all.room = (8 + all.order / 2) * padded(all.b) * padded(all.b);
     return run(&all, fork, threads);
 }

@@ -1,11 +1,12 @@
 """Rotations of one tensor by several cores, and their gradients, in one pass each."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from oftfx.ops.native.binding import addresses, call, numbers
+from oftfx.ops.native.binding import call
 
 STEP, LARGEST = 16, 256
 """Block sizes: whole vectors, or PyTorch is as fast; and what the caches hold."""
@@ -19,33 +20,44 @@ FACTORS = 4
 
 def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bool:
     """Whether the kernels take these: float32, and blocks of a width that pays."""
-    first = cores[0]
-    return (
-        x.dtype == torch.float32
-        and first.shape[-1] % STEP == 0
-        and first.shape[-1] <= LARGEST
-        and len(cores) <= MOST
-        and all(core.shape == first.shape for core in cores)
-        and all(grad.dtype == x.dtype for grad in grads)
-    )
+    shape, dtype = cores[0].shape, torch.float32
+    width = shape[-1]
+    if x.dtype is not dtype or width % STEP or width > LARGEST or len(cores) > MOST:
+        return False
+    # Loops, here and below, since a generator costs more than all it would look at.
+    for core in cores[1:]:
+        if core.shape != shape:
+            return False
+    for grad in grads:  # noqa: SIM110
+        if grad.dtype is not dtype:
+            return False
+    return True
 
 
-def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
+def rotate_group(x: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:
     """`oftfx::rotate_group`: x (..., n·b) and cores (n, b, b), from one reading of x."""
     x, cores = _plain(x), [_plain(core) for core in cores]
     outs = [torch.empty_like(x) for _ in cores]
-    sizes, operations = _sizes(x, cores)
-    call("rotate", operations, x.data_ptr(), addresses(cores), addresses(outs), *sizes)
+    operands = [tensor.data_ptr() for tensor in (x, *cores, *outs)]
+    call("rotate", *_sizes(x, cores), *operands)
     return outs
 
 
+class Strided(NamedTuple):
+    """A matrix as the kernels read it: its first number, and the steps down and along it."""
+
+    first: int
+    down: int
+    along: int
+
+
 def rotate_group_grad(
-    grads: list[Tensor],
+    grads: Sequence[Tensor],
     x: Tensor,
-    cores: list[Tensor],
+    cores: Sequence[Tensor],
     need_x: bool,
     need_cores: bool,
-    factors: Sequence[Tensor] = (),
+    factors: Sequence[Strided] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """`oftfx::rotate_group_grad`: all gradients from one reading of ``grads`` and x.
 
@@ -55,37 +67,30 @@ def rotate_group_grad(
         cores: Each (n, b, b).
         need_x: Whether the gradient of what was rotated is wanted.
         need_cores: Whether those of the cores are.
-        factors: What x is multiplied by first: matrices (rows, n·b), one number a row or a column.
+        factors: What x is multiplied by first: matrices (rows, n·b), which their owner keeps.
     """
     given = cores
     x, cores, grads = _plain(x), [_plain(c) for c in cores], [_plain(grad) for grad in grads]
     out = torch.empty_like(x) if need_x else x.new_empty(0)
     grams = [torch.empty_like(core) if need_cores else core.new_empty(0) for core in cores]
-    sizes, operations = _sizes(x, cores)
     if need_x or need_cores:
-        call(
-            "rotate_grad",
-            2 * operations,
-            addresses(grads),
-            x.data_ptr(),
-            addresses(factors),
-            numbers([factor.stride(0) for factor in factors]),
-            numbers([factor.stride(1) for factor in factors]),
-            addresses(cores),
-            out.data_ptr() if need_x else None,
-            addresses(grams) if need_cores else None,
-            len(factors),
-            *sizes,
-        )
-    return out, [gram.to(core.dtype) for gram, core in zip(grams, given, strict=True)]
+        operands = [tensor.data_ptr() for tensor in (*grads, *cores, *grams)]
+        by = [number for factor in factors for number in factor]
+        wanted = x.data_ptr(), out.data_ptr() if need_x else 0, need_cores
+        call("rotate_grad", *_sizes(x, cores), *wanted, *operands, len(factors), *by)
+    for i, core in enumerate(given):
+        if core.dtype is not torch.float32:
+            grams[i] = grams[i].to(core.dtype)
+    return out, grams
 
 
-def _sizes(x: Tensor, cores: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
-    """How many cores, rows and blocks, their width; and the operations of the products."""
+def _sizes(x: Tensor, cores: Sequence[Tensor]) -> tuple[int, ...]:
+    """The operations of the products with x; how many cores, rows and blocks, and their width."""
     n, b, _ = cores[0].shape
     # One core for every block, (1, b, b), finds each of them as a row of its own.
-    rows = x.numel() // (n * b) if n else 0
-    return (len(cores), rows, n, b), 2 * len(cores) * x.numel() * b
+    numel = x.numel()
+    rows = numel // (n * b) if n else 0
+    return 2 * len(cores) * numel * b, len(cores), rows, n, b
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -3,20 +3,20 @@
 from torch import Tensor
 
 from oftfx.ops.native import rotate_group
-from oftfx.ops.native.rotate_group import FACTORS
+from oftfx.ops.native.rotate_group import FACTORS, Strided
 
 
 def fits(grads: list[Tensor], factors: list[Tensor], cores: list[Tensor]) -> bool:
     """Whether the kernels take these: one of the first two factors has the product's own shape."""
     x = grads[0]
     n, b, _ = cores[0].shape
-    return (
-        rotate_group.fits(x, cores, grads)
-        and x.shape[-1] == n * b
-        and len(factors) <= FACTORS
-        and all(factor.dtype == x.dtype for factor in factors)
-        and any(factor.shape == x.shape and factor.is_contiguous() for factor in factors[:2])
-    )
+    shape, dtype = x.shape, x.dtype
+    if not rotate_group.fits(x, cores, grads) or shape[-1] != n * b or len(factors) > FACTORS:
+        return False
+    for factor in factors:
+        if factor.dtype is not dtype:
+            return False
+    return _whole(factors[0], shape) or _whole(factors[1], shape)
 
 
 def rotate_product_grad(
@@ -24,14 +24,27 @@ def rotate_product_grad(
 ) -> tuple[Tensor, list[Tensor]]:
     """`oftfx::rotate_product_grad`, from one reading of the gradients and the factors."""
     shape = grads[0].shape
-    first, second, *others = factors
-    if first.shape != shape or not first.is_contiguous():
-        first, second = second, first  # whose product is the same, to the bit
-    others = [_matrix(factor, shape) for factor in (second, *others)]
-    return rotate_group.rotate_group_grad(grads, first, cores, need_x, need_cores, others)
+    first, *others = factors
+    if not _whole(first, shape):
+        others[0], first = first, others[0]  # whose product is the same, to the bit
+    held = [_matrix(factor, shape) for factor in others]
+    strided = [Strided(factor.data_ptr(), *steps) for factor, steps in held]
+    return rotate_group.rotate_group_grad(grads, first, cores, need_x, need_cores, strided)
 
 
-def _matrix(factor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Broadcast to a matrix, its columns next to each other or all the same."""
-    matrix = factor.expand(shape).reshape(-1, shape[-1])
-    return matrix if matrix.stride(1) in (0, 1) else matrix.contiguous()
+def _whole(factor: Tensor, shape: tuple[int, ...]) -> bool:
+    return factor.shape == shape and factor.is_contiguous()
+
+
+def _matrix(factor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, int]]:
+    """What to read as a matrix of the last axis, broadcast, with its steps; a copy at worst."""
+    own = factor.shape
+    if factor.is_contiguous():
+        if own == shape:
+            return factor, (shape[-1], 1)
+        if own == shape[-1:]:
+            return factor, (0, 1)
+        if own == (*shape[:-1], 1):
+            return factor, (1, 0)
+    whole = factor.expand(shape).contiguous()
+    return whole, (shape[-1], 1)
