@@ -4,6 +4,9 @@ before                          after
 y = linear(x, W, b)             y = scale(linear(x, W, b), m, b)        (1 + m)·(xWᵀ) + b
 """
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +32,8 @@ class Outputs(nn.Module):
     """
 
     scaling: float = 1.0
+    rotated: torch.Size | None = None
+    """Shape of the last input that was rotated because folding the weight would cost more."""
 
     def __init__(self, spec: Spec, out: int, device: torch.device, seed: int) -> None:
         super().__init__()
@@ -40,6 +45,13 @@ class Outputs(nn.Module):
             value = torch.empty(shape, dtype=spec.dtype, device=device)
             self.register_parameter(name, nn.Parameter(value))
         self.reset_outputs()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.rotated = None  # on another device folding may cost less
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rotated": None}
 
     @torch.no_grad()
     def reset_outputs(self) -> None:

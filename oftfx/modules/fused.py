@@ -21,11 +21,14 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
         rotation = turn
     else:
         return None  # a calibration's probe wants to see x
+    if turn.rotated == x.shape:
+        return None
     readers = turn.readers
     if turn.outputs or rotation.block is None or not (readers is None or readers.blocks):
         return None
     outs = (turn.out,) if readers is None else readers.outs
     if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block, outs):
+        vars(turn)["rotated"] = x.shape  # a module's own way of setting attributes is slow
         return None
     if readers is not None and layers.DEFERS:
         given, core = readers.defer(turn, x)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ class Rotation(Outputs):
         fields = ", ".join(f"{k}={v}" for k, v in self.spec.to_json().items() if k != "method")
         return ", ".join(filter(None, (f"width={self.width}", fields)))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotation":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.given = self._cached = None
         if self.readers is not None:
             self.readers.clear()
