@@ -92,7 +92,7 @@ class Rotation(Outputs):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
-            if self._cached is not None:
+            if self._cached is not None:  # a module's own way of setting attributes is slow
                 self._cached = None
             given = None if self.given is None else self.given.take(tensors)
             return given or built(self.spec, tensors, self.scaling)
@@ -122,10 +122,8 @@ class Rotation(Outputs):
         """``x·M``, in autocast's dtype where that is on."""
         if self.readers is not None and not torch.compiler.is_compiling():
             return self.readers.rotate(self, x)
-        if torch.compiler.is_exporting():
-            with self._noted():
-                return rotated(x, self.applied())
-        return rotated(x, self.applied())
+        with self._noted():
+            return rotated(x, self.applied())
 
     def _noted(self) -> AbstractContextManager[None]:
         """Within it, the nodes of an exported graph remember the spec they came from."""

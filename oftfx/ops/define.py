@@ -51,7 +51,7 @@ def call(op: Any, *args: Any) -> Any:
     """``op(*args)``, past PyTorch's dispatcher where nothing there waits for it.
 
     A matrix product leaves nothing else in the caches, and behind one the dispatcher's way to an op
-    in Python and back takes as long as a small layer's kernel.
+    in Python and back was measured to take 50 to 80 µs, a small layer's kernel 100 to 600.
 
     Args:
         op: The op, which comes this way if [`define`][oftfx.ops.define.define] gave it.
