@@ -92,30 +92,31 @@ class Readers:
             if kept is not None and torch._C._current_graph_task_id() == -1:
                 self.useful = False  # the others did not come for theirs: they read something else
             self._kept = kept = None
-            if not self._together(x):
+            held = {each: list(each.tensors().values()) for each in self.turns}
+            if not self._together(x, held):
                 return turn(x, [own])[own]
-            self._kept = kept = Kept(x, state, self._turned(turn(x, self.turns)), set())
+            turned = {
+                each: (held[each], [t._version for t in held[each]], value)
+                for each, value in turn(x, self.turns).items()
+            }
+            self._kept = kept = Kept(x, state, turned, set())
         kept.served.add(reader)
         if len(kept.served) == len(self.rotations):
             self._kept = None
         return kept.turned[own][2]
 
-    def _together(self, x: Tensor) -> bool:
+    def _together(self, x: Tensor, held: dict[Turns, list[Tensor]]) -> bool:
         """Whether to compute more than one reader asks for."""
-        several = len(self.turns) > 1
+        several = len(held) > 1
         if (several and not self.useful) or not traceable(x):
             return False
-        for turn in self.turns:
+        for turn, tensors in held.items():
             if several and not turn.enabled:
                 return False
-            for tensor in turn.tensors().values():
+            for tensor in tensors:
                 if not traceable(tensor):
                     return False
         return True
-
-    def _turned(self, out: dict[Turns, Any]) -> "dict[Turns, tuple[list[Tensor], list[int], Any]]":
-        held = {turn: list(turn.tensors().values()) for turn in self.turns}
-        return {turn: (held[turn], [t._version for t in held[turn]], out[turn]) for turn in out}
 
     def clear(self) -> None:
         """Lets go of what was kept."""

@@ -9,6 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import (
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch._C._autograd import _profiler_enabled
 
 LIBRARY = torch.library.Library("oftfx", "FRAGMENT")
 
@@ -38,7 +45,7 @@ def differentiate(op: Any, apply: Callable[..., Any]) -> None:
     """
 
     def run(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
             return apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -62,21 +69,21 @@ def call(op: Any, *args: Any) -> Any:
         kernel is None
         or torch.compiler.is_compiling()
         # A mode, a transform, a tracer or a profiler is to see the op.
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
         or not _plain(args)
     ):
         return op(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and _any_requires_grad(*args):
         return _APPLY[op](*args)
     return kernel(*args)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, which also asks each tensor, in Python, if it is torch.func's."""
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 

@@ -147,6 +147,39 @@ INLINE void product(float *out, const float *from, int64_t step, int64_t wide, c
     }
 }
 
+/* ---- squares turned over ---- */
+
+/* The numbers of two vectors in turn, of their first halves and of their second. */
+#if BYTES == 64
+#define FIRST(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define SECOND(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif BYTES == 32
+#define FIRST(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define SECOND(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define FIRST(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define SECOND(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#endif
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t places __attribute__((vector_size(BYTES)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
+#endif
+
+/* A square as wide as a vector, turned over its diagonal. */
+INLINE void flip(vec row[LANES]) {
+    for (int64_t round = 1; round < LANES; round *= 2) {
+        vec was[LANES];
+        memcpy(was, row, sizeof was);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < LANES / 2; i++) {
+            row[2 * i] = FIRST(was[i], was[i + LANES / 2]);
+            row[2 * i + 1] = SECOND(was[i], was[i + LANES / 2]);
+        }
+    }
+}
+
 /* ---- rotations ---- */
 
 /* Some rows of a block: `at` the first, `step` apart. */
@@ -213,6 +246,17 @@ static void pack(float *to, const float *core, int64_t down, int64_t along, int6
     int64_t all = padded(b);
     for (int64_t column = 0; column < all; column += 2 * LANES) {
         int64_t wide = least(2 * LANES, all - column), there = least(wide, b - column);
+        if (down == 1 && all == b) { /* its rows, in squares */
+            for (int64_t i = 0; i < b; i += LANES, to += LANES * wide)
+                for (int64_t j = 0; j < wide; j += LANES) {
+                    vec row[LANES];
+                    for (int64_t k = 0; k < LANES; k++)
+                        row[k] = load(core + (column + j + k) * along + i);
+                    flip(row);
+                    for (int64_t k = 0; k < LANES; k++) store(to + k * wide + j, row[k]);
+                }
+            continue;
+        }
         for (int64_t i = 0; i < b; i++, to += wide) {
             for (int64_t j = 0; j < there; j++) to[j] = core[i * down + (column + j) * along];
             for (int64_t j = there; j < wide; j++) to[j] = 0;
@@ -640,15 +684,39 @@ int oftfx_dequantise(const int64_t *given, parallel fork, int64_t threads) {
 
 /* ---- cores: the steps of oftfx/rotations/cayley.py ---- */
 
+/* m += sign·mᵀ, padding included. */
+static void add_flipped(float *m, float sign, int64_t wide) {
+    for (int64_t i = 0; i < wide; i += LANES)
+        for (int64_t j = i; j < wide; j += LANES) {
+            float *above = m + i * wide + j, *below = m + j * wide + i;
+            vec a[LANES], b[LANES];
+#pragma GCC unroll 16
+            for (int64_t k = 0; k < LANES; k++) a[k] = load(above + k * wide);
+#pragma GCC unroll 16
+            for (int64_t k = 0; k < LANES; k++) b[k] = load(below + k * wide);
+            flip(b);
+#pragma GCC unroll 16
+            for (int64_t k = 0; k < LANES; k++) store(above + k * wide, a[k] + sign * b[k]);
+            if (i == j) continue;
+            flip(a);
+#pragma GCC unroll 16
+            for (int64_t k = 0; k < LANES; k++)
+                store(below + k * wide, load(below + k * wide) + sign * a[k]);
+        }
+}
+
 /* Q = U − Uᵀ, its upper triangle times `sign`, padded with zeros. */
 static void unpack(float *q, const float *theta, float sign, int64_t b) {
     int64_t wide = padded(b);
     memset(q, 0, (size_t)(wide * wide) * sizeof(float));
-    for (int64_t i = 0; i < b; theta += b - 1 - i, i++) {
+    for (int64_t i = 0; i < b; theta += b - 1 - i, i++)
         for (int64_t j = i + 1; j < b; j++) q[i * wide + j] = sign * theta[j - i - 1];
-        for (int64_t j = 0; j < i; j++) q[i * wide + j] = -q[j * wide + i];
-    }
+    add_flipped(q, -1, wide);
 }
+
+/* From one matrix of scratch space to the next: their same entries would otherwise compete for the
+ * same places in the cache. */
+INLINE int64_t apart(int64_t b) { return padded(b) * padded(b) + LANES; }
 
 static void multiply(float *out, const float *from, const float *a, const float *b, int64_t size) {
     int64_t wide = padded(size);
@@ -660,41 +728,41 @@ static void multiply(float *out, const float *from, const float *a, const float 
 /* Q² and 2Q + 2Q², and Horner's values one after the other from `value` on, order/2 or one. */
 static void horner(const float *q, float *square, float *full, float *value, int64_t count,
                    int64_t order, int64_t b) {
-    int64_t size = padded(b) * padded(b);
     multiply(square, NULL, q, q, b);
-    for (int64_t i = 0; i < size; i++) {
+    for (int64_t i = 0; i < padded(b) * padded(b); i++) {
         full[i] = 2 * (q[i] + square[i]);
         value[i] = order % 2 ? 2 * q[i] + square[i] : q[i];
     }
-    for (int64_t step = 1; step < count; step++, value += size)
-        multiply(value + size, full, square, value, b);
+    for (int64_t step = 1; step < count; step++, value += apart(b))
+        multiply(value + apart(b), full, square, value, b);
 }
 
 static void cayley_task(const job *all, int64_t index, float *scratch) {
-    int64_t b = all->b, size = padded(b) * padded(b), half = all->order / 2;
-    float *q = scratch, *square = q + size, *full = square + size, *value = full + size;
+    int64_t b = all->b, next = apart(b), half = all->order / 2;
+    float *q = scratch, *square = q + next, *full = square + next, *value = full + next;
     int64_t tensor = index / all->n, block = index % all->n;
     unpack(q, (float *)at(all->theta[tensor]) + block * (b * (b - 1) / 2), 1, b);
     horner(q, square, full, value, half + 1, all->order, b);
-    copy_rows((float *)at(all->made[tensor]) + block * b * b, b, value + half * size, padded(b), b,
+    copy_rows((float *)at(all->made[tensor]) + block * b * b, b, value + half * next, padded(b), b,
               b);
 }
 
 static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
-    int64_t b = all->b, wide = padded(b), size = wide * wide, half = all->order / 2;
-    float *q = scratch, *square = q + size, *full = square + size, *grad = full + size;
-    float *full_grad = grad + size, *square_grad = full_grad + size, *spare = square_grad + size;
-    float *value = spare + size;
+    int64_t b = all->b, wide = padded(b), size = wide * wide, next = apart(b);
+    int64_t half = all->order / 2;
+    float *q = scratch, *square = q + next, *full = square + next, *grad = full + next;
+    float *full_grad = grad + next, *square_grad = full_grad + next, *spare = square_grad + next;
+    float *value = spare + next;
     int64_t tensor = index / all->n, block = index % all->n;
     /* Every value is a polynomial in Q, and Qᵀ = −Q: the transposed ones that are wanted are the
      * values of −Q. */
     unpack(q, (float *)at(all->theta[tensor]) + block * (b * (b - 1) / 2), -1, b);
     horner(q, square, full, value, half, all->order, b);
-    memset(grad, 0, (size_t)(3 * size) * sizeof(float)); /* and those after it */
+    memset(grad, 0, (size_t)(3 * next) * sizeof(float)); /* and the two after it */
     copy_rows(grad, wide, (float *)at(all->grad[tensor]) + block * b * b, b, b, b);
     for (int64_t step = half - 1; step >= 0; step--) {
         for (int64_t i = 0; i < size; i++) full_grad[i] += grad[i];
-        multiply(square_grad, square_grad, grad, value + step * size, b);
+        multiply(square_grad, square_grad, grad, value + step * next, b);
         multiply(spare, NULL, square, grad, b);
         float *swap = grad;
         grad = spare;
@@ -708,14 +776,12 @@ static void cayley_grad_task(const job *all, int64_t index, float *scratch) {
         }
         grad[i] += 2 * full_grad[i];
     }
-    for (int64_t i = 0; i < b; i++)
-        for (int64_t j = 0; j < b; j++)
-            spare[i * wide + j] = square_grad[i * wide + j] + square_grad[j * wide + i];
-    multiply(full_grad, grad, spare, q, b); /* q is −Q */
+    add_flipped(square_grad, 1, wide);
+    multiply(full_grad, grad, square_grad, q, b); /* q is −Q */
+    add_flipped(full_grad, -1, wide);
     float *to = (float *)at(all->made[tensor]) + block * (b * (b - 1) / 2);
     for (int64_t i = 0; i < b; to += b - 1 - i, i++)
-        for (int64_t j = i + 1; j < b; j++)
-            to[j - i - 1] = full_grad[i * wide + j] - full_grad[j * wide + i];
+        memcpy(to, full_grad + i * wide + i + 1, (size_t)(b - 1 - i) * sizeof(float));
 }
 
 /* count, n, b, order, theta[count], core[count]: each core (n, b, b) from theta (n, b(b−1)/2). */
@@ -724,7 +790,7 @@ int oftfx_cayley(const int64_t *given, parallel fork, int64_t threads) {
     all.tasks = given[0] * all.n;
     all.theta = given + 4;
     all.made = all.theta + given[0];
-    all.room = (4 + all.order / 2) * padded(all.b) * padded(all.b);
+    all.room = (4 + all.order / 2) * apart(all.b);
     return run(&all, fork, threads);
 }
 
@@ -736,6 +802,6 @@ int oftfx_cayley_grad(const int64_t *given, parallel fork, int64_t threads) {
     all.theta = given + 4;
     all.made = all.theta + given[0];
     all.grad = all.made + given[0];
-    all.room = (8 + all.order / 2) * padded(all.b) * padded(all.b);
+    all.room = (8 + all.order / 2) * apart(all.b);
     return run(&all, fork, threads);
 }

@@ -36,7 +36,7 @@ def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bo
 
 def rotate_group(x: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:
     """`oftfx::rotate_group`: x (..., n·b) and cores (n, b, b), from one reading of x."""
-    x, cores = _plain(x), [_plain(core) for core in cores]
+    x, *cores = _plain(x, *cores)
     outs = [torch.empty_like(x) for _ in cores]
     operands = [tensor.data_ptr() for tensor in (x, *cores, *outs)]
     call("rotate", *_sizes(x, cores), *operands)
@@ -70,11 +70,12 @@ def rotate_group_grad(
         factors: What x is multiplied by first: matrices (rows, n·b), which their owner keeps.
     """
     given = cores
-    x, cores, grads = _plain(x), [_plain(c) for c in cores], [_plain(grad) for grad in grads]
+    x, *held = _plain(x, *grads, *cores)
+    cores = held[len(grads) :]
     out = torch.empty_like(x) if need_x else x.new_empty(0)
     grams = [torch.empty_like(core) if need_cores else core.new_empty(0) for core in cores]
     if need_x or need_cores:
-        operands = [tensor.data_ptr() for tensor in (*grads, *cores, *grams)]
+        operands = [tensor.data_ptr() for tensor in (*held, *grams)]
         by = [number for factor in factors for number in factor]
         wanted = x.data_ptr(), out.data_ptr() if need_x else 0, need_cores
         call("rotate_grad", *_sizes(x, cores), *wanted, *operands, len(factors), *by)
@@ -93,8 +94,10 @@ def _sizes(x: Tensor, cores: Sequence[Tensor]) -> tuple[int, ...]:
     return 2 * len(cores) * numel * b, len(cores), rows, n, b
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(*tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors as the kernels read them: float32, contiguous."""
     # Asking costs half of what calls that change nothing do.
-    if tensor.dtype is torch.float32 and tensor.is_contiguous():
-        return tensor
-    return tensor.to(torch.float32).contiguous()
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+            return [each.to(torch.float32).contiguous() for each in tensors]
+    return tensors
