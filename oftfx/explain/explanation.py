@@ -35,8 +35,9 @@ class ExplainedSite:
         num_trainable: Trainable numbers it holds; 0 when another site holds them.
         bytes: Of its parameters.
         diverged: Whether its map is no rotation any more: no number, or from a series at ‖Q‖ ≥ 1.
-        fold_from: From so many rows of its input on, the tokens of a batch, an eager training step
-            folds its weight instead; None where it never does.
+        fold_from: From so many rows of its input on, the tokens of a batch, a training step, be it
+            eager or compiled by oftfx, folds its weight instead; None where it never does, and for
+            traces, whose eager steps never do.
     """
 
     fqn: str
@@ -75,8 +76,8 @@ class Explanation:
         sites: In the order of the plans.
         compiled: How many parts of the model are compiled, each by itself.
         counts: What ``backend="oftfx"`` counted in this process so far, of all models: the graphs,
-            rotations and cores it was given, how many ops each pass saved or fused, and under
-            ``…_left`` how many it could not, for the reasons that the pass's own text gives.
+            rotations and cores it was given, how many ops each pass saved, fused or folded, and
+            under ``…_left`` how many it could not, for the reasons that its own text gives.
         model: The model's class.
         base_bytes: Of its frozen parameters.
         graph: The graph of one layer, or why there is none; None where it was not asked for.

@@ -85,8 +85,9 @@ def _runs(found: Explanation) -> str:
     )
     if any(site.fold_from for site in found.sites):
         words += (
-            "<li><b>rows fold</b>: with so many rows of input (tokens of a batch) or more, an "
-            "eager training step folds the rotation into the weight instead</li>"
+            "<li><b>rows fold</b>: with so many rows of input (tokens of a batch) or more, a "
+            "training step, eager or compiled by oftfx, folds the rotation into the weight "
+            "instead</li>"
         )
     return (
         "<section><h2>How each site is run, and what it takes</h2>"
@@ -100,8 +101,8 @@ def _passes(found: Explanation) -> str:
     shown = _table(("pass", "times"), rows, ["times"]) if rows else f"<p>{escape(done)}</p>"
     return (
         f"<section><h2>What the compiler's passes did</h2><p>{escape(given)}.</p>{shown}"
-        "<p>Each line counts what a pass grouped or fused; what it had to leave as it was is under "
-        "<code>…_left</code>, and runs as a plain rotation.</p></section>"
+        "<p>Each line counts what a pass grouped, fused or folded; what it had to leave as it was "
+        "is under <code>…_left</code>, and runs as a plain rotation.</p></section>"
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import fx
 
 from oftfx.passes.batch_cores import batch_cores
+from oftfx.passes.fold import fold
 from oftfx.passes.fuse_glu import fuse_glu
 from oftfx.passes.fuse_norm import fuse_norm
 from oftfx.passes.group import group
@@ -17,6 +18,9 @@ from oftfx.passes.group import group
 Pass = Callable[[fx.GraphModule], int]
 
 PASSES: dict[str, Pass] = {
+    # Before `batch_cores`, behind which every core comes of all parameters and nothing tells which
+    # rotation is shared; before the others, which would fuse the rotations it takes.
+    "fold": fold,
     "batch_cores": batch_cores,
     "group": group,
     "fuse_norm": fuse_norm,

@@ -31,7 +31,7 @@ def group(graph: fx.GraphModule) -> int:
         x, core, *stride = node.args
         value = core.meta.get("example_value")
         if value is not None and stride in ([], [1]):
-            groups.setdefault((epoch, _source(x), value.shape, value.dtype), []).append(node)
+            groups.setdefault((epoch, source(x), value.shape, value.dtype), []).append(node)
     saved = 0
     for nodes in groups.values():
         together = [node for node in nodes if place[node.args[1]] < place[nodes[0]]]
@@ -41,10 +41,10 @@ def group(graph: fx.GraphModule) -> int:
     return saved
 
 
-def _source(x: fx.Node) -> Any:
+def source(x: Any) -> Any:
     """Equal for nodes of one value: autocast casts the tensor anew for every reader."""
     if x.op == "call_method" and x.target == "to" and not x.kwargs:
-        return (_source(x.args[0]), *x.args[1:])  # type: ignore[arg-type]
+        return (source(x.args[0]), *x.args[1:])
     return x
 
 

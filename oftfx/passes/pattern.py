@@ -61,6 +61,7 @@ OPERATIONS: dict[str, Operation] = {
     "gelu": Operation(
         (F.gelu, torch._C._nn.gelu), ("input", "approximate"), {"approximate": "none"}
     ),
+    "linear": Operation((F.linear,), ("input", "weight", "bias"), {"bias": None}),
     "rms_norm": Operation(
         (F.rms_norm, torch.rms_norm),
         ("input", "normalized_shape", "weight", "eps"),
