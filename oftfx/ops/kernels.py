@@ -26,4 +26,6 @@ def kernels(family: str, device: torch.device) -> ModuleType | None:
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Within it, this GPU is the one that kernels are launched on."""
-    return torch.cuda.device(device) if device.type == "cuda" else _NOWHERE
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _NOWHERE  # which every launch of a small model would pay for
+    return torch.cuda.device(device)
