@@ -201,12 +201,14 @@ def displace(model: nn.Module, names: Iterable[str] | None) -> None:
     for module in list(model.modules()):
         if not isinstance(module, Adapted):
             continue
-        for adapter in list(module.oft) if names is None else names:
-            if adapter in module.oft:
-                del module.oft[adapter]
-                module.oft_order = tuple(name for name in module.oft_order if name != adapter)
-        if not len(module.oft):
+        held = module.oft
+        leaving = set(held if names is None else names) & held.keys()
+        if len(leaving) == len(held):
             bare(module)
+        elif leaving:
+            for adapter in leaving:
+                del held[adapter]
+            module.oft_order = tuple(name for name in module.oft_order if name not in leaving)
 
 
 def _owner(model: nn.Module, site: Site) -> tuple[nn.Module, str]:

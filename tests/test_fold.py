@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -335,14 +336,38 @@ def test_a_gpu_is_waited_for_once_before_and_once_after(report):
     assert len(merge_once()) <= 1 + report
 
 
+class Named(TorchDispatchMode):
+    """How often each op ran, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_rotations_are_looked_at_in_one_call(kind):
+    model, _ = adapted(kind, "attention")
+    with Named() as named:
+        oftfx.merge(model)
+    norms = {name: times for name, times in named.ran.items() if "norm" in name}
+    assert norms == {"aten._foreach_norm.Scalar": 1}
+
+
 # refusals
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rotation_that_is_not_finite_is_refused_by_name(kind):
-    model, _x = adapted(kind, "attention")
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("parameter", ["theta", "magnitude"])
+def test_a_rotation_that_is_not_finite_is_refused_by_name(kind, parameter, number):
+    spec = OFT(block_size=4, init_std=0.2, dtype=torch.float64, magnitude=True)
+    model, _x = adapted(kind, "attention", spec=spec)
     with torch.no_grad():
-        testing.thetas(model)["v.oft.default.theta"][0, 0] = float("nan")
+        testing.thetas(model)[f"v.oft.default.{parameter}"].view(-1)[0] = number
     state = model.state_dict if kind == "program" else model.state_dict()
     before = {name: value.clone() for name, value in state.items()}
     with pytest.raises(MergeError, match="v: its rotation is not finite"):
@@ -351,7 +376,7 @@ def test_a_rotation_that_is_not_finite_is_refused_by_name(kind):
     assert list(after) == list(before)
     for name, value in after.items():
         assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name
-    assert len(oftfx.parameters(model)) == 4
+    assert len(oftfx.parameters(model)) == 8
 
 
 def test_weights_on_meta_are_refused_by_name():
@@ -367,8 +392,9 @@ def test_nothing_to_merge(kind):
     base = small("mlp")
     if kind != "module":
         base = fx.symbolic_trace(base) if kind == "graph" else export(base, (rows(),))
-    with pytest.raises(MergeError, match="nothing to merge"):
-        oftfx.merge(base)
+    for names in (None, ["default"], []):
+        with pytest.raises(MergeError, match=f"nothing to merge: {type(base).__name__} has no"):
+            oftfx.merge(base, names=names)
 
 
 def test_a_compiled_model_is_merged_inside_its_wrapper():

@@ -9,7 +9,7 @@ the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -96,15 +96,9 @@ def merge(
             rounded most of the adaptation away.
     """
     inner, options = unwrap(model), Options(dtype, requantize)
-    if not named_parameters(inner):
-        raise MergeError(f"nothing to merge: {type(inner).__name__} has no adapter.")
-    if is_sharded(inner):
-        raise MergeError(
-            "this model is sharded over processes: save the adapter, load it on the base in one "
-            "process, and merge that."
-        )
     merged: Any
     if isinstance(inner, (fx.GraphModule, ExportedProgram)):
+        _check(inner, named_parameters(inner))
         folded = list(dict.fromkeys(found.adapter for found in inserted(host_of(inner))))
         if names is not None and list(names) != folded:
             raise MergeError(
@@ -113,10 +107,13 @@ def merge(
             )
         merged, costs = merge_graph(inner, report, options)
     else:
-        folded = modules.in_use(inner) if names is None else modules.chosen(inner, names)
+        known = modules.in_order(inner)
+        _check(inner, known)
+        used = [name for name in known if known[name]]
+        folded = used if names is None else modules.chosen(inner, names)
         if not folded:
             raise MergeError(f"nothing to merge: {modules.absent(inner)}")
-        dropped = sorted(modules.in_order(inner).keys() - set(folded))
+        dropped = sorted(known.keys() - set(folded))
         with modules.kept(inner):
             modules.select(inner, folded)
             merged, costs = merge_module(inner, report, options)
@@ -129,3 +126,18 @@ def merge(
             )
     result = merged if isinstance(model, ExportedProgram) else model
     return (result, MergeReport(tuple(costs), tuple(folded))) if report else result
+
+
+def _check(model: nn.Module | ExportedProgram, adapted: Mapping[str, object]) -> None:
+    """That there is something to merge, and that this process has all of it.
+
+    Raises:
+        MergeError: There is not, or the model is sharded.
+    """
+    if not adapted:
+        raise MergeError(f"nothing to merge: {type(model).__name__} has no adapter.")
+    if is_sharded(model):
+        raise MergeError(
+            "this model is sharded over processes: save the adapter, load it on the base in one "
+            "process, and merge that."
+        )

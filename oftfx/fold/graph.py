@@ -98,11 +98,11 @@ def merge_graph(
     return remove(host.finish()), costs
 
 
-def _checked(host: Host, site: _Site) -> tuple[str, Tensor]:
-    """The largest number of a site's rotation; the floats of a quantised weight are gone then."""
+def _checked(host: Host, site: _Site) -> tuple[str, list[Tensor]]:
+    """What a site's factors are made of; the floats of a quantised weight are gone then."""
     fold = site.fold(host)
     fold.check()
-    return fold.fqn, fold.largest()
+    return fold.fqn, fold.tensors()
 
 
 def _opened(model: fx.GraphModule | ExportedProgram) -> fx.GraphModule | ExportedProgram:

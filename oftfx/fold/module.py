@@ -62,10 +62,12 @@ def merge_module(
     Raises:
         MergeError: The options do not fit, or a weight cannot be folded. The model is untouched.
     """
-    quantised = list(_quantised(model))
-    options.check(bool(quantised))
     found = list(_module_sites(model))
-    to_floats = options.to_floats(any(site.quantiser is not None for site in found))
+    adapted = any(site.quantiser is not None for site in found)
+    # Of a float model with floats to fold, none of the many other modules has to be asked.
+    quantised = list(_quantised(model)) if adapted or options != Options() else []
+    options.check(bool(quantised))
+    to_floats = options.to_floats(adapted)
     dtype, requantize = options.floats, options.requantize
     for site in found:
         if requantize and site.quantiser is not None and not site.quantiser.REQUANTISES:
@@ -74,11 +76,11 @@ def merge_module(
                 "floats, oftfx.merge(model), and quantise the result with its own library."
             )
     folds, turned = zip(*map(_checked, found), strict=True)
+    names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     check_finite(turned)
     if to_floats:
         for fqn, module, quantiser in quantised:
             _dequantised(fqn, module, quantiser)
-    names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     measured: list[Cost | None] = []
     any_untied = False
     for site, kept in tracked([*zip(found, folds, strict=True)], "folding"):
@@ -103,11 +105,11 @@ def merge_module(
     return model, costs
 
 
-def _checked(site: _Site) -> tuple[Fold | None, tuple[str, Tensor]]:
-    """A float weight's fold, None for a quantised one; and the largest number of its rotation."""
+def _checked(site: _Site) -> tuple[Fold | None, tuple[str, list[Tensor]]]:
+    """A float weight's fold, None for a quantised one; and what its factors are made of."""
     fold = site.fold()
     fold.check()
-    return None if site.quantiser else fold, (site.fqn, fold.largest())
+    return None if site.quantiser else fold, (site.fqn, fold.tensors())
 
 
 def _store(site: _Site, fold: Fold, untied: bool, report: bool) -> Cost | None:
@@ -180,14 +182,13 @@ def _module_sites(model: nn.Module) -> Iterator[_Site]:
     for fqn, module in model.named_modules():
         if not isinstance(module, Adapted):
             continue
-        layouts = dict(module.oft_shadowed)
+        layouts, provider = dict(module.oft_shadowed), sites.provider_of(module)
         if not layouts and sites.is_embedding(module):
             layouts = {"weight": "out_in"}
         if not layouts:
-            provider = sites.provider_of(module)
             assert provider is not None
             layouts = {"weight": provider.LAYOUT}
-        quantiser = sites.quantiser_of(module)
+        quantiser = sites.as_quantiser(provider)
         for name, layout in layouts.items():
             held: list[Any] = [
                 rotation[name] if isinstance(rotation, nn.ModuleDict) else rotation

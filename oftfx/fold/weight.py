@@ -47,11 +47,6 @@ class Fold:
                 "only: merge that and export it anew, or keep the rotation in the graph."
             )
 
-    def largest(self) -> Tensor:
-        """The largest number of its rotation, (1,), on the device; not finite if any is not."""
-        known = [torch.linalg.vector_norm(tensor, torch.inf) for tensor in self._tensors()]
-        return torch.stack(known).amax(0, keepdim=True) if known else torch.zeros(1)
-
     def folded(self, dtype: torch.dtype) -> Tensor:
         """``diag(1 + m)·W Mᵀ`` in (out, in), computed in this dtype."""
         return self.turned(self.weight if self.out_in else self.weight.mT, dtype)
@@ -98,26 +93,29 @@ class Fold:
 
     def wide(self) -> torch.dtype:
         """The widest of the weight's dtype and the factors'."""
-        dtypes = (tensor.dtype for tensor in self._tensors())
+        dtypes = (tensor.dtype for tensor in self.tensors())
         return functools.reduce(torch.promote_types, dtypes, self.weight.dtype)
 
-    def _tensors(self) -> Iterator[Tensor]:
-        for factor in (*self.factors, *self.scales):
-            yield from (operand for operand in factor.operands if isinstance(operand, Tensor))
+    def tensors(self) -> list[Tensor]:
+        """What its factors are made of."""
+        operands = (each for factor in (*self.factors, *self.scales) for each in factor.operands)
+        return [operand for operand in operands if isinstance(operand, Tensor)]
 
 
-def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+def check_finite(named: Iterable[tuple[str, Sequence[Tensor]]]) -> None:
     """That rotations are finite; waits for the device once.
 
     Args:
-        named: Sites, and the largest number of theirs.
+        named: Sites, and what their factors are made of.
 
     Raises:
         MergeError: One is not.
     """
-    names, known = zip(*named, strict=True)
-    for fqn, (largest,) in zip(names, read(known), strict=True):
-        if not math.isfinite(largest):
+    names, tensors = zip(*((fqn, each) for fqn, made_of in named for each in made_of), strict=True)
+    # One call for those of a whole model, which are many and small.
+    largest = [norm[None] for norm in torch._foreach_norm(tensors, torch.inf)]
+    for fqn, (number,) in zip(names, read(largest), strict=True):
+        if not math.isfinite(number):
             raise MergeError(f"{fqn}: its rotation is not finite; training diverged there.")
 
 

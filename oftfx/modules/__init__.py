@@ -93,13 +93,23 @@ def holders(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, st
         name: One adapter; None for all.
     """
     for fqn, module in model.named_modules():
-        if not isinstance(module, Adapted):
-            continue
-        for adapter, held in module.oft.items():
-            by_parameter = held.items() if isinstance(held, nn.ModuleDict) else [("weight", held)]
-            for parameter, state in by_parameter:
-                if name in (None, adapter) and isinstance(state, Rotation | SharedRotation):
+        if isinstance(module, Adapted):
+            for adapter, parameter, state in _held(module):
+                if name in (None, adapter):
                     yield adapter, site_name(fqn, parameter), state
+
+
+def _adapted(model: nn.Module) -> list[Adapted]:
+    return [module for module in model.modules() if isinstance(module, Adapted)]
+
+
+def _held(module: Adapted) -> Iterator[tuple[str, str, State]]:
+    """What adapters hold of one module: adapter, the parameter's name, and the state there."""
+    for adapter, held in module.oft.items():
+        by_parameter = held.items() if isinstance(held, nn.ModuleDict) else [("weight", held)]
+        for parameter, state in by_parameter:
+            if isinstance(state, State):
+                yield adapter, parameter, state
 
 
 def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Rotation]]:
@@ -112,11 +122,12 @@ def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, 
 def in_order(model: nn.Module) -> dict[str, bool]:
     """Whether each of a model's adapters is in use; in the order x meets them."""
     modules = list(model.modules())
-    chosen = (name for m in modules if isinstance(m, Adapted) for name in m.oft_order)
-    added = (name for m in modules for name in vars(m).get(RECORD, ()))
-    found = list(holders(model))
-    used = {adapter for adapter, _, state in found if state.enabled}
-    names = dict.fromkeys((*chosen, *added, *(adapter for adapter, *_ in found)))
+    adapted = [module for module in modules if isinstance(module, Adapted)]
+    chosen = (name for module in adapted for name in module.oft_order)
+    added = (name for module in modules for name in vars(module).get(RECORD, ()))
+    found = [(adapter, state) for m in adapted for adapter, _, state in _held(m)]
+    used = {adapter for adapter, state in found if state.enabled}
+    names = dict.fromkeys((*chosen, *added, *(adapter for adapter, _ in found)))
     return {name: name in used for name in names}
 
 
@@ -157,22 +168,22 @@ def chosen(model: nn.Module, names: str | Sequence[str]) -> list[str]:
 
 def select(model: nn.Module, names: Sequence[str]) -> None:
     """Puts these adapters to use and no others, in this order."""
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            module.oft_order = tuple(names)
-    for adapter, _, state in holders(model):
-        if isinstance(state, Rotation):
-            state.enabled = adapter in names
-        if state.readers is not None:
-            state.readers.useful = True  # whoever read apart behind another adapter may not now
+    for module in _adapted(model):
+        module.oft_order = tuple(names)
+        for adapter, _, state in _held(module):
+            if isinstance(state, Rotation):
+                state.enabled = adapter in names
+            if state.readers is not None:
+                state.readers.useful = True  # whoever read apart behind another may not now
     settle(model, names)
 
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
     """After it, those adapters are in use that were before, in their order."""
-    orders = [(m, m.oft_order) for m in model.modules() if isinstance(m, Adapted)]
-    held = [(rotation, rotation.enabled) for _, rotation in rotations(model)]
+    orders = [(module, module.oft_order) for module in _adapted(model)]
+    states = [state for module, _ in orders for _, _, state in _held(module)]
+    held = [(state, state.enabled) for state in states if isinstance(state, Rotation)]
     try:
         yield
     finally:

@@ -4,6 +4,8 @@
 knows one kind of module. Adding a library means adding its file to `PROVIDERS`.
 """
 
+import functools
+from collections.abc import Hashable
 from typing import Protocol
 
 from torch import fx, nn
@@ -14,7 +16,7 @@ from oftfx.sites.naming import forward_in
 from oftfx.sites.quantised import Fusing, Quantiser
 
 
-class Provider(Protocol):
+class Provider(Hashable, Protocol):
     """One kind of module whose forward is ``y = x·W`` for its first input.
 
     Attributes:
@@ -55,7 +57,12 @@ def is_embedding(module: nn.Module) -> bool:
 
 def quantiser_of(module: nn.Module) -> Quantiser | None:
     """The provider that knows this module, if it is a quantised layer."""
-    provider = provider_of(module)
+    return as_quantiser(provider_of(module))
+
+
+@functools.cache  # a protocol's check takes longer than all that providers ask of a module
+def as_quantiser(provider: Provider | None) -> Quantiser | None:
+    """A provider of quantised layers; None for one of others."""
     return provider if isinstance(provider, Quantiser) else None
 
 
@@ -80,7 +87,7 @@ def quantised_layers(model: object) -> dict[str, tuple[nn.Module, Quantiser]]:
 
 def is_quantised(kind: str) -> bool:
     """Whether sites of this kind belong to quantised layers."""
-    return any(isinstance(p, Quantiser) and kind == p.KIND for p in PROVIDERS)
+    return any(kind == p.KIND and as_quantiser(p) is not None for p in PROVIDERS)
 
 
 def provider_named(cls: str) -> Provider | None:

@@ -9,6 +9,7 @@ from oftfx.ops.cost import fold_from
 from oftfx.ops.folded_linear import folded_linear
 from oftfx.readers import autocast_dtype, plain
 from oftfx.sites.matmul import Layout
+from oftfx.sites.naming import class_of
 
 KIND = "linear"
 CLASS = "torch.nn.modules.linear.Linear"
@@ -22,8 +23,7 @@ def owns(module: nn.Module) -> bool:
     A subclass with a forward of its own may read its input twice, so its weight is folded on the
     fly instead.
     """
-    cls = getattr(module, "oft_base", type(module))
-    return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and class_of(module).forward is nn.Linear.forward
 
 
 def fuses(

@@ -7,7 +7,8 @@ from torch import fx, nn
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The module's class before it was adapted."""
-    cls: type[nn.Module] = getattr(module, "oft_base", type(module))
+    # Not of the module itself, whose own lookup takes longest for what is not there.
+    cls: type[nn.Module] = getattr(type(module), "oft_base", type(module))
     return cls
 
 

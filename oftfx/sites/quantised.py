@@ -1,5 +1,6 @@
 """What is the same for every library of quantised layers."""
 
+from collections.abc import Hashable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,7 +12,7 @@ from oftfx.sites.naming import class_of
 
 
 @runtime_checkable
-class Quantiser(Protocol):
+class Quantiser(Hashable, Protocol):
     """A [`Provider`][oftfx.sites.Provider] of layers whose weight is not stored as floats.
 
     The layer stands for ``y = x·Wᵀ + bias`` with W (out, in), whatever it holds in place of W.

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import oftfx
-from oftfx.sites import conv1d, linear, matmul, provider_named, provider_of
+from oftfx.sites import (
+    PROVIDERS,
+    as_quantiser,
+    conv1d,
+    linear,
+    matmul,
+    provider_named,
+    provider_of,
+)
+from oftfx.sites.quantised import Quantiser
 
 SPEC = oftfx.OFT(block_size=4)
 OUT_IN, IN_OUT = (12, 8), (8, 12)
@@ -217,3 +226,11 @@ def test_providers_know_their_modules():
     assert provider_of(nn.Bilinear(2, 2, 2)) is None
     assert provider_named("torch.nn.modules.linear.Linear") is linear
     assert provider_named("torch.nn.modules.sparse.Embedding") is None
+
+
+def test_a_provider_is_a_quantiser_if_it_has_all_that_one_needs():
+    kinds = {provider.KIND for provider in PROVIDERS if as_quantiser(provider) is provider}
+    assert kinds == {p.KIND for p in PROVIDERS if isinstance(p, Quantiser)}
+    assert {p.KIND for p in PROVIDERS} - kinds == {"linear", "conv1d"}
+    assert as_quantiser(linear) is None
+    assert as_quantiser(None) is None
