@@ -1,18 +1,18 @@
 """`oftfx::cayley`: skew parameters to residual rotation blocks, all blocks at once."""
 
 import functools
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from oftfx.ops.define import LIBRARY, apply, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
 from oftfx.rotations import cayley as maths
 
 
-@torch.library.custom_op("oftfx::cayley", mutates_args=())
-def cayley(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045 (schema)
+def cayley(theta: Tensor, block_size: int, order: int | None) -> Tensor:
     """``R − I`` of every block, by the series of the given order or exactly.
 
     Args:
@@ -24,54 +24,58 @@ def cayley(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # n
         (…, b, b), float32 (float64 for float64 parameters): a core keeps its digits even where
         parameters and activations are stored in less.
     """
-    return _cayley(theta, block_size, order)
+    result: Tensor = call(CAYLEY, theta, block_size, order)
+    return result
+
+
+def _cayley(theta: Tensor, block_size: int, order: int | None) -> Tensor:
+    fast = kernels("cayley", theta.device)
+    if fast is None or not fast.fits(theta, block_size, order):
+        return _in_pytorch(theta, block_size, order)
+    with on(theta.device):
+        result: Tensor = fast.cayley(theta, block_size, order)
+    return result
+
+
+CAYLEY = define("cayley(Tensor theta, int block_size, int? order) -> Tensor", _cayley)
+
+
+@torch.library.register_fake("oftfx::cayley", lib=LIBRARY)
+def _(theta: Tensor, block_size: int, order: int | None) -> Tensor:
+    torch._check(theta.shape[-1] == block_size * (block_size - 1) // 2)
+    return theta.new_empty(*theta.shape[:-1], block_size, block_size, dtype=_core_dtype(theta))
 
 
 @as_given
-def _cayley(theta: Tensor, block_size: int, order: int | None) -> Tensor:
+def _in_pytorch(theta: Tensor, block_size: int, order: int | None) -> Tensor:
     known = _layout(block_size, theta.device)
     q = maths.skew(theta.flatten(0, -2).to(_core_dtype(theta)), block_size, known)
     core = maths.exact(q) if order is None else maths.neumann(q, order)
     return core.view(*theta.shape[:-1], block_size, block_size)
 
 
-@torch.library.impl("oftfx::cayley", ("cpu", "cuda"))
-def _(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
-    fast = kernels("cayley", theta.device)
-    if fast is None or not fast.fits(theta, block_size, order):
-        return _cayley(theta, block_size, order)
-    with on(theta.device):
-        return fast.cayley(theta, block_size, order)
-
-
-@cayley.register_fake
-def _(theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
-    torch._check(theta.shape[-1] == block_size * (block_size - 1) // 2)
-    return theta.new_empty(*theta.shape[:-1], block_size, block_size, dtype=_core_dtype(theta))
-
-
-@torch.library.custom_op("oftfx::cayley_grad", mutates_args=())
-def cayley_grad(
-    grad: Tensor,
-    theta: Tensor,
-    block_size: int,
-    order: Optional[int],  # noqa: UP045
-) -> Tensor:
+def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int | None) -> Tensor:
     """Gradient of [`cayley`][oftfx.ops.cayley]: (…, b, b) to theta's shape and dtype."""
-    return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
+    result: Tensor = call(CAYLEY_GRAD, grad, theta, block_size, order)
+    return result
 
 
-@torch.library.impl("oftfx::cayley_grad", ("cpu", "cuda"))
-def _(grad: Tensor, theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
+def _cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int | None) -> Tensor:
     fast = kernels("cayley", theta.device)
     if fast is None or not fast.fits(theta, block_size, order):
         return _gradient(grad, theta, block_size, order, _layout(block_size, theta.device))
     with on(theta.device):
-        return fast.cayley_grad(grad, theta, block_size, order)
+        result: Tensor = fast.cayley_grad(grad, theta, block_size, order)
+    return result
 
 
-@cayley_grad.register_fake
-def _(grad: Tensor, theta: Tensor, block_size: int, order: Optional[int]) -> Tensor:  # noqa: UP045
+CAYLEY_GRAD = define(
+    "cayley_grad(Tensor grad, Tensor theta, int block_size, int? order) -> Tensor", _cayley_grad
+)
+
+
+@torch.library.register_fake("oftfx::cayley_grad", lib=LIBRARY)
+def _(grad: Tensor, theta: Tensor, block_size: int, order: int | None) -> Tensor:
     return theta.new_empty(theta.shape)
 
 
@@ -103,29 +107,19 @@ def _core_dtype(theta: Tensor) -> torch.dtype:
     return torch.promote_types(theta.dtype, torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, int, int | None], output: Tensor) -> None:
-    theta, ctx.block_size, ctx.order = inputs
-    ctx.save_for_backward(theta)
+class _Cayley(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, block_size: int, order: int | None) -> Tensor:
+        ctx.save_for_backward(theta)
+        ctx.block_size, ctx.order = block_size, order
+        result: Tensor = call(CAYLEY, theta, block_size, order)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (theta,) = ctx.saved_tensors
+        return cayley_grad(grad, theta, ctx.block_size, ctx.order), None, None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (theta,) = ctx.saved_tensors
-    return cayley_grad(grad, theta, ctx.block_size, ctx.order), None, None
-
-
-def _save_grad(ctx: Any, inputs: tuple[Tensor, Tensor, int, int | None], output: Tensor) -> None:
-    grad, theta, ctx.block_size, ctx.order = inputs
-    ctx.save_for_backward(grad, theta)
-
-
-def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    """Second order, by differentiating the gradient's own formula."""
-    first, theta = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-    with torch.enable_grad():
-        value = _gradient(first, theta, ctx.block_size, ctx.order)
-        grad_grad, theta_grad = torch.autograd.grad(value, (first, theta), grad)
-    return grad_grad, theta_grad, None, None
-
-
-cayley.register_autograd(_backward, setup_context=_save)
-cayley_grad.register_autograd(_grad_backward, setup_context=_save_grad)
+differentiate(CAYLEY, functools.partial(apply, _Cayley))
+differentiate(CAYLEY_GRAD, _gradient)

@@ -29,7 +29,7 @@ def cayley_each(thetas: list[Tensor], block_size: int, order: int) -> list[Tenso
     Returns:
         For each (n, b, b), float32 at least.
     """
-    result: list[Tensor] = CAYLEY_EACH(thetas, block_size, order)
+    result: list[Tensor] = call(CAYLEY_EACH, thetas, block_size, order)
     return result
 
 
@@ -66,7 +66,7 @@ def cayley_each_grad(
     grads: list[Tensor], thetas: list[Tensor], block_size: int, order: int
 ) -> list[Tensor]:
     """Gradients of [`cayley_each`][oftfx.ops.cayley_each]: each (n, b, b) to theta's shape."""
-    result: list[Tensor] = CAYLEY_EACH_GRAD(grads, thetas, block_size, order)
+    result: list[Tensor] = call(CAYLEY_EACH_GRAD, grads, thetas, block_size, order)
     return result
 
 
@@ -107,7 +107,7 @@ class _CayleyEach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         thetas = list(ctx.saved_tensors)
-        return None, None, *CAYLEY_EACH_GRAD(list(grads), thetas, ctx.block_size, ctx.order)
+        return None, None, *cayley_each_grad(list(grads), thetas, ctx.block_size, ctx.order)
 
 
 def _apply(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
