@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from oftfx.ops.kept import again
 from oftfx.ops.kernels import kernels, on
 from oftfx.ops.rotate import rotate, rotate_grad
+from oftfx.ops.rotate_product import rotate_product_grad
 
 
 def folded(weight: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,25 +30,37 @@ def folded(weight: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
     return result.to(dtype)
 
 
-def core_grad(grad: Tensor, x: Tensor, core: Tensor) -> Tensor:
+def core_grad(grad: Tensor, x: Tensor, core: Tensor, by: Sequence[Tensor] = ()) -> Tensor:
     """The core's gradient of ``x W̃ᵀ``, from that of x: no pass but one over what both are.
 
     ``d(x·M) = dx M⁻ᵀ``, so ``dC_i = x_iᵀ d(x·M)_i = (x_iᵀ dx_i) M_i⁻ᵀ``.
 
     Args:
         grad: (..., n·b), the gradient of x.
-        x: (..., n·b).
+        x: (..., n·b), or the first of its factors.
         core: (n, b, b).
+        by: Its other factors, as they were kept.
 
     Returns:
         (n, b, b) in the core's dtype.
     """
+    factors = [x, *by]
     fast = kernels("fold", x.device)
     if fast is not None and fast.fits(x.dtype, core.shape[-1]):
-        result: Tensor = fast.core_grad(grad, x, core)
+        result: Tensor = fast.core_grad(grad, again(factors), core)
         return result
-    _, gram = rotate_grad(grad, x, core, need_x=False, need_core=True)
+    _, gram = kept_grad(grad, factors, core, need_x=False, need_core=True)
     return _divided(gram, core.to(x.dtype))
+
+
+def kept_grad(
+    grad: Tensor, factors: list[Tensor], core: Tensor, need_x: bool, need_core: bool
+) -> tuple[Tensor, Tensor]:
+    """[`rotate_grad`][oftfx.ops.rotate_grad] of what was kept of x: itself, or its factors."""
+    if len(factors) == 1:
+        return rotate_grad(grad, factors[0], core, need_x, need_core)
+    grad_x, (grad_core,) = rotate_product_grad([grad], factors, [core], need_x, need_core)
+    return grad_x, grad_core
 
 
 def _divided(gram: Tensor, core: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kept import again
-from oftfx.ops.kernels import kernels
+from oftfx.ops.kernels import kernels, on
 
 
 def rotate_product_grad(
@@ -42,9 +42,10 @@ def _anywhere(
     fast = kernels("rotate_product", grads[0].device)
     if fast is None or not fast.fits(grads, factors, cores):
         return of_again(grads, factors, cores, need_x, need_cores)
-    result: tuple[Tensor, list[Tensor]] = fast.rotate_product_grad(
-        grads, factors, cores, need_x, need_cores
-    )
+    with on(grads[0].device):
+        result: tuple[Tensor, list[Tensor]] = fast.rotate_product_grad(
+            grads, factors, cores, need_x, need_cores
+        )
     return result
 
 

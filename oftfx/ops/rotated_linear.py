@@ -3,8 +3,8 @@
     y = (x·M) Wᵀ + bias = x W̃ᵀ + bias,    W̃ = W Mᵀ
 
 Dequantising W makes a float copy of it anyway, in the forward and again in the backward; a copy
-that is rotated on the way costs no pass over the activations. Nothing is kept but x, the core and
-the bytes of W.
+that is rotated on the way costs no pass over the activations. Nothing is kept but x, or the factors
+that it is the product of, the core and the bytes of W.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 from oftfx.ops import packed
 from oftfx.ops.cost import folds_packed
 from oftfx.ops.define import LIBRARY, call, define, differentiate
-from oftfx.ops.fold import core_grad, fits, misfit
-from oftfx.ops.kept import again, kept
+from oftfx.ops.fold import core_grad, fits, kept_grad, misfit
+from oftfx.ops.kept import kept
 from oftfx.ops.kernels import kernels, on
 from oftfx.ops.packed import Packed
 from oftfx.ops.precision import as_given, exactly
-from oftfx.ops.rotate import rotate, rotate_grad
+from oftfx.ops.rotate import rotate
 from oftfx.ops.rotate_group import rotate_group_grad
 
 PACKED = (
@@ -97,13 +97,19 @@ def _(x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
 
 
 def rotated_linear_grad(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, weight: Packed
+    grad: Tensor,
+    factors: list[Tensor],
+    core: Tensor,
+    need_x: bool,
+    need_core: bool,
+    weight: Packed,
 ) -> tuple[Tensor, Tensor]:
     """Both gradients of [`rotated_linear`][oftfx.ops.rotated_linear]; empty where not needed.
 
     Args:
         grad: (..., out), the gradient of the result.
-        x: (..., n·b), what was rotated.
+        factors: What was rotated, x, (..., n·b); or two or more tensors of its dtype, broadcast to
+            its shape and multiplied in this order.
         core: (n, b, b).
         need_x: Whether the gradient of x is wanted.
         need_core: Whether the gradient of the core is wanted.
@@ -112,24 +118,27 @@ def rotated_linear_grad(
     Returns:
         (..., n·b) in x's dtype and (n, b, b) in the core's.
     """
-    result: tuple[Tensor, Tensor] = ROTATED_LINEAR_GRAD(grad, x, core, need_x, need_core, *weight)
+    result: tuple[Tensor, Tensor] = ROTATED_LINEAR_GRAD(
+        grad, factors, core, need_x, need_core, *weight
+    )
     return result
 
 
 @as_given
 def _rotated_linear_grad(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
+    grad: Tensor, factors: list[Tensor], core: Tensor, need_x: bool, need_core: bool, *stored: Any
 ) -> tuple[Tensor, Tensor]:
     weight = Packed(*stored)
-    if not _folds(x, weight):
-        return _in_turn(grad, x, core, need_x, need_core, *stored)
+    if not _folds(grad, weight):
+        return _in_turn(grad, factors, core, need_x, need_core, *stored)
+    x, *by = factors
     grad_x = grad @ folded(weight, core, x.dtype)
-    grad_core = core_grad(grad_x, x, core) if need_core else core.new_empty(0)
+    grad_core = core_grad(grad_x, x, core, by) if need_core else core.new_empty(0)
     return grad_x if need_x else grad.new_empty(0), grad_core
 
 
 ROTATED_LINEAR_GRAD = define(
-    "rotated_linear_grad(Tensor grad, Tensor x, Tensor core, bool need_x, bool need_core, "
+    "rotated_linear_grad(Tensor grad, Tensor[] factors, Tensor core, bool need_x, bool need_core, "
     f"{PACKED}) -> (Tensor, Tensor)",
     _rotated_linear_grad,
 )
@@ -137,23 +146,24 @@ ROTATED_LINEAR_GRAD = define(
 
 @torch.library.register_fake("oftfx::rotated_linear_grad", lib=LIBRARY)
 def _(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
+    grad: Tensor, factors: list[Tensor], core: Tensor, need_x: bool, need_core: bool, *stored: Any
 ) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(x.shape if need_x else 0), core.new_empty(core.shape if need_core else 0)
+    shape = (*grad.shape[:-1], Packed(*stored).shape[1])
+    return grad.new_empty(shape if need_x else 0), core.new_empty(core.shape if need_core else 0)
 
 
 @as_given
 def _in_turn(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, *stored: Any
+    grad: Tensor, factors: list[Tensor], core: Tensor, need_x: bool, need_core: bool, *stored: Any
 ) -> tuple[Tensor, Tensor]:
     """The matmul's gradient, then the rotation's."""
-    inner = grad @ dequantised(Packed(*stored), x.dtype)
-    return rotate_grad(inner, x, core, need_x, need_core)
+    inner = grad @ dequantised(Packed(*stored), factors[0].dtype)
+    return kept_grad(inner, factors, core, need_x, need_core)
 
 
-def _folds(x: Tensor, weight: Packed) -> bool:
-    out, width = weight.shape
-    return folds_packed(x.numel() // max(1, width), out, x.device)
+def _folds(rows: Tensor, weight: Packed) -> bool:
+    """Whether to turn the weight and not x, whose rows these are, or those of its product."""
+    return folds_packed(rows.shape[:-1].numel(), weight.shape[0], rows.device)
 
 
 def defer(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...]:
@@ -220,7 +230,8 @@ class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        x, core, held = again(saved[: ctx.kept]), saved[ctx.kept], iter(saved[ctx.kept + 1 :])
+        factors, core = list(saved[: ctx.kept]), saved[ctx.kept]
+        held = iter(saved[ctx.kept + 1 :])
         stored = [
             next(held) if is_tensor else other
             for is_tensor, other in zip(ctx.tensors, ctx.rest, strict=True)
@@ -228,7 +239,7 @@ class _RotatedLinear(torch.autograd.Function):
         need_x, need_core, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_core = None
         if need_x or need_core:
-            grad_x, grad_core = ROTATED_LINEAR_GRAD(grad, x, core, need_x, need_core, *stored)
+            grad_x, grad_core = ROTATED_LINEAR_GRAD(grad, factors, core, need_x, need_core, *stored)
         return (
             grad_x if need_x else None,
             grad_core if need_core else None,

@@ -88,6 +88,25 @@ def test_gradcheck_and_gradgradcheck(rows):
     assert torch.autograd.gradgradcheck(run, (x, core, bias))
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("rows", [3, 40], ids=["rotating x", "folding"])
+def test_of_the_factors_of_a_product_the_gradients_are_those_of_x(rows, order):
+    weight, row = random_packed(24, 16), torch.rand(rows, 1, dtype=torch.float64)
+    up, column = torch.randn(rows, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    core = 0.2 * torch.randn(2, 8, 8, dtype=torch.float64)
+    grad = torch.randn(rows, 24, dtype=torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in (grad, up, row, column, core)]
+
+    def found(factors: list[Tensor]) -> tuple[Tensor, ...]:
+        grads = ops.rotated_linear_grad(grad, factors, core, True, True, weight)
+        if order == 1:
+            return grads
+        return torch.autograd.grad(sum(each.sin().sum() for each in grads), leaves)
+
+    for got, expected in zip(found([up, row, column]), found([up * row * column]), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype, double):
@@ -98,7 +117,8 @@ def test_opcheck(dtype, double):
     torch.library.opcheck(OP, (x, core, bias, *weight))
     grad = torch.randn(2, 5, 8, dtype=dtype)
     for needs in itertools.product((True, False), repeat=2):
-        torch.library.opcheck(GRAD, (grad, x.detach(), core.detach(), *needs, *weight))
+        for factors in ([x.detach()], [x.detach(), torch.randn(12, dtype=dtype)]):
+            torch.library.opcheck(GRAD, (grad, factors, core.detach(), *needs, *weight))
 
 
 @pytest.mark.parametrize("frozen", ["x", "core"])

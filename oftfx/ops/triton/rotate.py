@@ -8,7 +8,7 @@ multiply with the pack's block-diagonal core as if it were dense, which costs no
              |          |          out = source + source·blockdiag(C)       ROTATE
       rows   | tile     |
              | tile     |          gram_i = other_iᵀ source_i               GRAM
-             | …        |
+             | …        |          gram_i = (other·by)_iᵀ source_i          GRAM, PRODUCT
 """
 
 import functools
@@ -122,6 +122,19 @@ def beside(x: tl.tensor, other: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def times(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """The bits of PyTorch's product."""
+    if COMPILED and a.dtype == tl.float32:
+        # LLVM would join it with the subtraction that splits it in parts, and not round it.
+        product = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        product = (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype)
+    return product
+
+
+@triton.jit
 def store_gram(
     slot: tl.tensor,
     total: tl.tensor,
@@ -157,6 +170,7 @@ def _place(column: tl.tensor, first: tl.tensor, B: tl.constexpr, STRIDE: tl.cons
 def _pass(
     source: tl.tensor,
     other: tl.tensor,
+    by: tl.tensor,
     core: tl.tensor,
     out: tl.tensor,
     gram: tl.tensor,
@@ -166,6 +180,7 @@ def _pass(
     width: int,
     source_stride: int,
     other_stride: int,
+    by_stride: int,
     core_block: int,
     core_row: int,
     core_col: int,
@@ -177,6 +192,7 @@ def _pass(
     EVEN: tl.constexpr,
     ROTATE: tl.constexpr,
     GRAM: tl.constexpr,
+    PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -188,6 +204,7 @@ def _pass(
     shift = first.to(tl.int64) * B
     source += begin * source_stride + shift
     other += begin * other_stride + shift
+    by += begin * by_stride + shift
     out += begin * width + shift
     whole_at = _place(whole, first, B, STRIDE)
     part_at = _place(part, first, B, STRIDE)
@@ -197,7 +214,7 @@ def _pass(
     if ROTATE:
         turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
     if GRAM:
-        found = tl.full((PART, WIDE), 0.0, tl.float32)
+        found = tl.full((WIDE, PART) if PRODUCT else (PART, WIDE), 0.0, tl.float32)
 
     for start in range(0, end, TILE):
         row = start + lane
@@ -215,11 +232,18 @@ def _pass(
             tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
         if GRAM:
             y = load_rows(other, row, end, other_stride, part_at, part_in)
-            found = tl.dot(tl.trans(y.to(dtype)), x, found, input_precision=PRECISION)
+            if PRODUCT:
+                y = times(y, load_rows(by, row, end, by_stride, part_at, part_in))
+                # The other way around, the factors would miss Triton's pipeline.
+                found = tl.dot(tl.trans(x), y, found, input_precision=PRECISION)
+            else:
+                found = tl.dot(tl.trans(y.to(dtype)), x, found, input_precision=PRECISION)
         if AHEAD:
             x = following
 
     if GRAM:
+        if PRODUCT:
+            found = tl.trans(found)
         slot = (split.to(tl.int64) * n + first) * (B * B)
         store_gram(gram + slot, found, whole, whole_in, part, part_in, B)
 
@@ -257,16 +281,26 @@ def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     rows, step = rows_of(x)
     n, b, _ = core.shape
     count = x.numel() // (n * b) if n else 0
-    sizes, steps = (count, n, b, stride), (step, step)
-    work = _work(sizes, x.dtype, core.dtype, steps, core.stride(), True, False, x.device)
-    work.launch(rows, rows, core, out, out)
+    sizes, steps = (count, n, b, stride), (step, step, step)
+    needs = (True, False, False)
+    work = _work(sizes, x.dtype, core.dtype, steps, core.stride(), needs, x.device)
+    work.launch(rows, rows, rows, core, out, out)
     return out
 
 
 def rotate_grad(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    need_x: bool,
+    need_core: bool,
+    stride: int = 1,
+    by: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`oftfx::rotate_grad`: both gradients from one reading of ``grad`` and ``x``."""
+    """`oftfx::rotate_grad`: both gradients from one reading of ``grad`` and ``x``.
+
+    With ``by``, of x's shape and dtype, what was rotated is their product.
+    """
     grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
@@ -277,15 +311,17 @@ def rotate_grad(
         )
     grad_rows, grad_step = rows_of(grad)
     x_rows, x_step = rows_of(x)
+    by_rows, by_step = (x_rows, x_step) if by is None else rows_of(by)
     n, b, _ = core.shape
     count = x.numel() // (n * b) if n else 0
     block, row, col = core.stride()
     turned = (block, col, row)  # of Cᵀ
-    sizes, steps = (count, n, b, stride), (grad_step, x_step)
-    work = _work(sizes, x.dtype, core.dtype, steps, turned, need_x, need_core, x.device)
+    sizes, steps = (count, n, b, stride), (grad_step, x_step, by_step)
+    needs = (need_x, need_core, need_core and by is not None)
+    work = _work(sizes, x.dtype, core.dtype, steps, turned, needs, x.device)
     shape = (work.splits, n, b, b) if need_core else (0,)
     gram = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    work.launch(grad_rows, x_rows, core, grad_x, gram)
+    work.launch(grad_rows, x_rows, by_rows, core, grad_x, gram)
     if not need_core:
         return grad_x, core.new_empty(0)
     return grad_x, total(gram, core.dtype)
@@ -309,20 +345,20 @@ def _work(
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     core_dtype: torch.dtype,
-    row_strides: tuple[int, int],
+    row_strides: tuple[int, int, int],
     core_strides: tuple[int, int, int],
-    rotate: bool,
-    gram: bool,
+    needs: tuple[bool, bool, bool],
     device: torch.device,
 ) -> Work:
     """Chooses tiles, and runs of rows that make enough programs to keep the memory busy.
 
-    Sizes are the rows, the number of blocks, their width and their stride.
+    Sizes are the rows, the number of blocks, their width and their stride; needs are the kernel's
+    ROTATE, GRAM and PRODUCT.
     """
     rows, n, b, stride = sizes
-    chosen = tiles(b, dtype.itemsize, gram)
+    chosen = tiles(b, dtype.itemsize, needs[1])
     programs, run, splits = cut(rows, n, chosen, device, max(*row_strides, n * b))
-    last: tuple[int | str, ...] = (rotate, gram, PRECISION, chosen.stages == 0, stride)
+    last: tuple[int | str, ...] = (*needs, PRECISION, chosen.stages == 0, stride)
     numbers = (rows, n, run, n * b, *row_strides, *core_strides)
     constants = (*layout(n, b, chosen), *last)
     launch = Launch(_pass, programs, numbers, constants, **options(chosen))

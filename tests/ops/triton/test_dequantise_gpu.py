@@ -75,6 +75,25 @@ def test_value_and_gradients_are_those_of_float64(rows, b, dtype):
         assert error(one.detach(), other.detach()) < 2 * ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [100, 2048], ids=["rotating x", "folding"])
+def test_gradients_of_a_gated_product_are_those_of_x(rows, b, dtype):
+    """From its factors, which are all that is kept of it."""
+    weight, core = random_packed(768, 512, device=CUDA), random_core(512, b)
+    gate, up = torch.randn(2, rows, 512, device=CUDA).to(dtype).unbind()
+    leaves = [leaf.requires_grad_() for leaf in (gate, up, core)]
+    grad = torch.randn(rows, 768, device=CUDA).to(dtype)
+
+    def gradients(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(ops.rotated_linear(x, core, weight), leaves, grad)
+
+    got = gradients(F.silu(gate) * up)
+    expected = gradients((F.silu(gate) * up).clone())  # no product, so kept itself
+    for one, other in zip(got, expected, strict=True):
+        assert error(one, other.double()) < 5e-6
+
+
 @pytest.mark.parametrize("b", [16, 32, 64])
 def test_gram_matrices_are_divided_in_float32s_digits(b):
     divide = pytest.importorskip("oftfx.ops.triton.divide")
@@ -96,9 +115,9 @@ def test_the_same_input_gives_the_same_bits():
     weight, core = random_packed(512, 512, device=CUDA), random_core(512, 32)
     x = torch.randn(2048, 512, device=CUDA, dtype=torch.bfloat16)
     grad = torch.randn(2048, 512, device=CUDA, dtype=torch.bfloat16)
-    first = ops.rotated_linear_grad(grad, x, core, True, True, weight)
+    first = ops.rotated_linear_grad(grad, [x], core, True, True, weight)
     for _ in range(3):
-        again = ops.rotated_linear_grad(grad, x, core, True, True, weight)
+        again = ops.rotated_linear_grad(grad, [x], core, True, True, weight)
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 

@@ -55,6 +55,27 @@ def test_values_and_gradients_are_those_of_float64(b, dtype):
         assert torch.equal(ops.rotate(x, torch.zeros_like(core)), x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [2, 3, 4, 7, 8, 16, 24, 32, 48, 64, 96, 128, 160])
+def test_gradients_of_a_rotated_product_are_those_of_float64(b, dtype):
+    """Of the product as PyTorch rounds it, whether one kernel makes it or PyTorch does."""
+    for rows, blocks in ((4096, 3584 // b), (1, 576 // b), (33, 5), (1001, max(1, 200 // b))):
+        grad, up, core = operands(rows, max(1, blocks) * b, b, dtype)
+        factors = [torch.randn_like(up), up]
+        x = (factors[0] * factors[1]).double()
+        exact_x, exact_core = ops.rotate_grad(grad.double(), x, core.double(), True, True)
+        args = ([grad], factors, [core])
+        grad_x, (grad_core,) = ops.rotate_product_grad(*args, True, True)
+        assert error(grad_x, exact_x) < ROUNDING[dtype]
+        bound = 5e-6 if dtype is not torch.float64 else 5 * ROUNDING[dtype]
+        assert error(grad_core, exact_core) < bound
+        _, (alone,) = ops.rotate_product_grad(*args, False, True)
+        assert error(alone, exact_core) < bound
+        again = ops.rotate_product_grad(*args, True, True)
+        assert torch.equal(again[0], grad_x)
+        assert torch.equal(again[1][0], grad_core)
+
+
 @pytest.mark.parametrize("stride", [2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("b", [2, 8, 16, 32, 64, 128])
@@ -180,7 +201,7 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
 
 
 def test_triton_serves_this_device():
-    for family in ("rotate", "rotate_group", "glu_rotate", "cayley", "givens"):
+    for family in ("rotate", "rotate_group", "rotate_product", "glu_rotate", "cayley", "givens"):
         assert kernels(family, torch.device(CUDA)) is not None
     core = torch.zeros(2, 32, 32, device=CUDA)
     for dtype, expected in zip(DTYPES, (True, True, False, False), strict=True):
@@ -203,6 +224,10 @@ def test_opcheck(dtype):
             torch.ops.oftfx.rotate_group_grad.default,
             ([grad, grad.clone()], x.detach(), [core.detach() for core in group], *needs),
         )
+    torch.library.opcheck(
+        torch.ops.oftfx.rotate_product_grad.default,
+        ([grad], [x.detach(), grad.clone()], [core.detach()], True, True),
+    )
     glu = (x.detach().requires_grad_(), grad.clone().requires_grad_(), args[1], "silu")
     torch.library.opcheck(torch.ops.oftfx.glu_rotate.default, glu)
     torch.library.opcheck(torch.ops.oftfx.glu_rotate_grad.default, (grad, *glu, True, True))
@@ -248,6 +273,12 @@ def test_offsets_beyond_32_bits():
     for value, reference in zip(grads, exacts, strict=True):
         assert error(value[-tail:], reference[-tail:]) < 3 * ROUNDING[torch.bfloat16]
     del out, grads
+    grad_x, (grad_core,) = ops.rotate_product_grad([x], [x, x], [core], True, True)
+    square = (x[-tail:] * x[-tail:]).double()
+    exact = ops.rotate_grad(last, square, core.bfloat16().double(), False, True)[1]
+    assert error(grad_x[-tail:], exact_x) < ROUNDING[torch.bfloat16]
+    assert error(grad_core, exact) < 1e-6
+    del grad_x
     grad_x, grad_cores = ops.rotate_group_grad([x, x], x, [core, core], True, True)
     assert error(grad_x[-tail:], 2 * exact_x) < ROUNDING[torch.bfloat16]
     assert all(error(grad_core, exact_core) < 1e-6 for grad_core in grad_cores)

@@ -65,12 +65,17 @@ def check(launch, *tensors):
     source = ASTSource(kernel, signature, {(place(n),): values[n] for n in constants})
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch._options)
 
-for b, stride, dtype, name in (
-    (32, 1, bf16, "*bf16"), (4, 3, f32, "*fp32"), (33, 1, bf16, "*bf16"), (16, 3, bf16, "*bf16")
+for b, stride, dtype, name, product in (
+    (32, 1, bf16, "*bf16", False),
+    (32, 1, bf16, "*bf16", True),
+    (4, 3, f32, "*fp32", False),
+    (4, 1, f32, "*fp32", True),
+    (33, 1, bf16, "*bf16", False),
+    (16, 3, bf16, "*bf16", False),
 ):
-    strides = (3 * b, 3 * b), (b * b, b, 1)
-    work = rotate._work((99, 3, b, stride), dtype, f32, *strides, True, True, cpu)
-    check(work.launch, name, name, "*fp32", name, "*fp32")
+    strides = (3 * b, 3 * b, 3 * b), (b * b, b, 1)
+    work = rotate._work((99, 3, b, stride), dtype, f32, *strides, (True, True, product), cpu)
+    check(work.launch, name, name, name, "*fp32", name, "*fp32")
 for count in (2, 3):
     sizes, strides, name = (count, 99, 3, 32, bf16, f32, 96), (1024, 1, 32), "*bf16"
     work = rotate_group._work(*sizes, 0, strides, (), cpu)
