@@ -397,6 +397,24 @@ def test_nothing_to_merge(kind):
             oftfx.merge(base, names=names)
 
 
+def test_a_model_is_merged_whose_parts_were_adapted():
+    model = nn.Sequential(small("attention"), small("attention"))
+    for part in model:
+        oftfx.adapt(part, SPEC, example_inputs=rows())
+    before = model(rows())
+    testing.assert_close(oftfx.merge(model)(rows()), before, "output")
+    assert not any(isinstance(module, Adapted) for module in model.modules())
+
+
+def test_a_part_of_what_was_adapted_is_refused_untouched():
+    model = nn.Sequential(small("attention"), small("attention"))
+    oftfx.adapt(model, SPEC, example_inputs=rows())
+    before = model(rows())
+    with pytest.raises(MergeError, match="a part of a larger module than this"):
+        oftfx.merge(model[0])
+    assert torch.equal(model(rows()), before)
+
+
 def test_a_compiled_model_is_merged_inside_its_wrapper():
     model, x = adapted("module", "mlp")
     program = torch.compile(model, backend="eager")

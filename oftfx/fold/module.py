@@ -15,7 +15,7 @@ from oftfx.fold.cost import Cost, cost, settled
 from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, warn_of_loss
 from oftfx.fold.weight import Fold, check_finite
-from oftfx.modules import Adapted, State, bare, ordered, site_name
+from oftfx.modules import RECORD, Adapted, State, bare, ordered, site_name
 from oftfx.progress import tracked
 from oftfx.sites import pretrained
 from oftfx.sites.quantised import Quantiser, device_of, to_linear
@@ -63,6 +63,7 @@ def merge_module(
         MergeError: The options do not fit, or a weight cannot be folded. The model is untouched.
     """
     found = list(_module_sites(model))
+    parts = _parts(model, found)
     adapted = any(site.quantiser is not None for site in found)
     # Of a float model with floats to fold, none of the many other modules has to be asked.
     quantised = list(_quantised(model)) if adapted or options != Options() else []
@@ -95,7 +96,8 @@ def merge_module(
             measured.append(_store(site, kept, untied, report))
     costs = settled([each for each in measured if each is not None])
     any_untied |= any(copies.own and copies.in_place for _, _, copies in copied.of(model))
-    detach(model, merged=True)
+    for part in parts:
+        detach(part, merged=True)
     if any_untied:
         _forget_tie(model)
     if requantize:
@@ -103,6 +105,23 @@ def merge_module(
     if to_floats:
         _finish_floats(model, dtype)
     return model, costs
+
+
+def _parts(model: nn.Module, found: list[_Site]) -> list[nn.Module]:
+    """The modules that were adapted, the model or some within it, which have the records.
+
+    Raises:
+        MergeError: The model is itself a part of what was adapted.
+    """
+    parts = [module for module in model.modules() if RECORD in vars(module)]
+    inside = {id(module) for part in parts for module in part.modules()}
+    for site in found:
+        if id(site.module) not in inside:
+            raise MergeError(
+                f"{site.fqn} was adapted as a part of a larger module than this "
+                f"{type(model).__name__}: merge that one."
+            )
+    return parts
 
 
 def _checked(site: _Site) -> tuple[Fold | None, tuple[str, list[Tensor]]]:

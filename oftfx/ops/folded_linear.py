@@ -36,7 +36,7 @@ def folded_linear(x: Tensor, core: Tensor, weight: Tensor, bias: Tensor | None =
             would cost a matmul more than rotating x does.
     """
     y: Tensor
-    y, _ = FOLDED_LINEAR(x, core, weight, bias)
+    y, _ = call(FOLDED_LINEAR, x, core, weight, bias)
     return y
 
 
@@ -109,7 +109,7 @@ class _FoldedLinear(torch.autograd.Function):
         need_x, need_core, _, need_bias = ctx.needs_input_grad
         grad_x = grad_core = None
         if need_x or need_core:
-            grad_x, grad_core = FOLDED_LINEAR_GRAD(grad, *ctx.saved_tensors, need_core)
+            grad_x, grad_core = call(FOLDED_LINEAR_GRAD, grad, *ctx.saved_tensors, need_core)
         return (
             grad_x if need_x else None,
             grad_core if need_core else None,

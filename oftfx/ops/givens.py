@@ -35,7 +35,7 @@ def givens(x: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
     Raises:
         RuntimeError: The width of x is not one more than the number of blocks.
     """
-    result: Tensor = GIVENS(x, core, transposed)
+    result: Tensor = call(GIVENS, x, core, transposed)
     return result
 
 
@@ -96,7 +96,7 @@ def givens_grad(
     Returns:
         (..., d) in x's dtype and (d − 1, 2, 2) in the core's.
     """
-    result: tuple[Tensor, Tensor] = GIVENS_GRAD(grad, x, core, need_x, need_core, transposed)
+    result: tuple[Tensor, Tensor] = call(GIVENS_GRAD, grad, x, core, need_x, need_core, transposed)
     return result
 
 
@@ -216,7 +216,7 @@ class _Givens(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, core = ctx.saved_tensors
         need_x, need_core = ctx.needs_input_grad[:2]
-        grad_x, grad_core = GIVENS_GRAD(grad, x, core, need_x, need_core, ctx.transposed)
+        grad_x, grad_core = givens_grad(grad, x, core, need_x, need_core, ctx.transposed)
         return grad_x if need_x else None, grad_core if need_core else None, None
 
 

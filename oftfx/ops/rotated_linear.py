@@ -49,7 +49,7 @@ def rotated_linear(x: Tensor, core: Tensor, weight: Packed, bias: Tensor | None 
     Raises:
         RuntimeError: The width of x is not n·b, or not that of W.
     """
-    result: Tensor = ROTATED_LINEAR(x, core, bias, *weight)
+    result: Tensor = call(ROTATED_LINEAR, x, core, bias, *weight)
     return result
 
 
@@ -118,8 +118,8 @@ def rotated_linear_grad(
     Returns:
         (..., n·b) in x's dtype and (n, b, b) in the core's.
     """
-    result: tuple[Tensor, Tensor] = ROTATED_LINEAR_GRAD(
-        grad, factors, core, need_x, need_core, *weight
+    result: tuple[Tensor, Tensor] = call(
+        ROTATED_LINEAR_GRAD, grad, factors, core, need_x, need_core, *weight
     )
     return result
 
@@ -239,7 +239,9 @@ class _RotatedLinear(torch.autograd.Function):
         need_x, need_core, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_core = None
         if need_x or need_core:
-            grad_x, grad_core = ROTATED_LINEAR_GRAD(grad, factors, core, need_x, need_core, *stored)
+            grad_x, grad_core = call(
+                ROTATED_LINEAR_GRAD, grad, factors, core, need_x, need_core, *stored
+            )
         return (
             grad_x if need_x else None,
             grad_core if need_core else None,

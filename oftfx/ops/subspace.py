@@ -28,7 +28,7 @@ def subspace(x: Tensor, support: Tensor, kernel: Tensor) -> Tensor:
     Raises:
         RuntimeError: The shapes do not fit.
     """
-    result: Tensor = SUBSPACE(x, support, kernel)
+    result: Tensor = call(SUBSPACE, x, support, kernel)
     return result
 
 
@@ -74,7 +74,7 @@ def subspace_grad(
         (..., d), (r, d) and (r, r), each in its operand's dtype.
     """
     operands = (grad, x, support, kernel, need_x, need_support, need_kernel)
-    result: tuple[Tensor, Tensor, Tensor] = SUBSPACE_GRAD(*operands)
+    result: tuple[Tensor, Tensor, Tensor] = call(SUBSPACE_GRAD, *operands)
     return result
 
 
@@ -152,7 +152,7 @@ class _Subspace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        grads = SUBSPACE_GRAD(grad, *ctx.saved_tensors, *needed)
+        grads = call(SUBSPACE_GRAD, grad, *ctx.saved_tensors, *needed)
         return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
 
 

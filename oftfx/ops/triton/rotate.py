@@ -166,6 +166,37 @@ def _place(column: tl.tensor, first: tl.tensor, B: tl.constexpr, STRIDE: tl.cons
     return place
 
 
+@triton.jit
+def _factor(
+    other: tl.tensor,
+    by: tl.tensor,
+    row: tl.tensor,
+    end: tl.tensor,
+    stride: int,
+    by_stride: int,
+    column: tl.tensor,
+    column_in: tl.tensor,
+    PRODUCT: tl.constexpr,
+) -> tl.tensor:
+    """A tile of what was rotated: of a tensor, or of the product of two."""
+    y = load_rows(other, row, end, stride, column, column_in)
+    if PRODUCT:
+        y = times(y, load_rows(by, row, end, by_stride, column, column_in))
+    return y
+
+
+@triton.jit
+def _add_gram(
+    found: tl.tensor, x: tl.tensor, y: tl.tensor, PRODUCT: tl.constexpr, PRECISION: tl.constexpr
+) -> tl.tensor:
+    """``found + yᵀ x``; of a product ``found + xᵀ y``."""
+    if PRODUCT:  # the other way around, the factors would miss Triton's pipeline
+        found = tl.dot(tl.trans(x), y, found, input_precision=PRECISION)
+    else:
+        found = tl.dot(tl.trans(y.to(x.dtype)), x, found, input_precision=PRECISION)
+    return found
+
+
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
 def _pass(
     source: tl.tensor,
@@ -215,6 +246,9 @@ def _pass(
         turn = diagonal(core, first, n, part, core_block, core_row, core_col, B, PACK, WIDE, dtype)
     if GRAM:
         found = tl.full((WIDE, PART) if PRODUCT else (PART, WIDE), 0.0, tl.float32)
+    # The product that is waited for comes last: Triton (3.6) would refill x's buffer while the Gram
+    # still reads it. In float32, whose products are waited for, a program lacks the registers.
+    GRAM_FIRST: tl.constexpr = dtype.primitive_bitwidth == 16
 
     for start in range(0, end, TILE):
         row = start + lane
@@ -222,6 +256,9 @@ def _pass(
             following = load_rows(source, row + TILE, end, source_stride, whole_at, whole_in)
         else:  # Triton's pipeline asks for it some tiles before
             x = load_rows(source, row, end, source_stride, whole_at, whole_in)
+        if GRAM and GRAM_FIRST:
+            y = _factor(other, by, row, end, other_stride, by_stride, part_at, part_in, PRODUCT)
+            found = _add_gram(found, x, y, PRODUCT, PRECISION)
         if ROTATE:
             plain = (
                 x if PART == WIDE else load_rows(source, row, end, source_stride, part_at, part_in)
@@ -230,14 +267,9 @@ def _pass(
             turned = plain.to(tl.float32) + tl.dot(x, turn, input_precision=PRECISION)
             place = out + row[:, None] * width + part_at[None, :]
             tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
-        if GRAM:
-            y = load_rows(other, row, end, other_stride, part_at, part_in)
-            if PRODUCT:
-                y = times(y, load_rows(by, row, end, by_stride, part_at, part_in))
-                # The other way around, the factors would miss Triton's pipeline.
-                found = tl.dot(tl.trans(x), y, found, input_precision=PRECISION)
-            else:
-                found = tl.dot(tl.trans(y.to(dtype)), x, found, input_precision=PRECISION)
+        if GRAM and not GRAM_FIRST:
+            y = _factor(other, by, row, end, other_stride, by_stride, part_at, part_in, PRODUCT)
+            found = _add_gram(found, x, y, PRODUCT, PRECISION)
         if AHEAD:
             x = following
 

@@ -171,18 +171,18 @@ def _backward(
         g_1 = load_rows(grad_1, row, end, grad_stride, whole, whole_in)
         if THREE:
             g_2 = load_rows(grad_2, row, end, grad_stride, whole, whole_in)
+        if GRAM:  # before what is waited for, as in `rotate`
+            y = tl.trans(load_rows(other, row, end, other_stride, part, part_in))
+            total_0 = tl.dot(y, g_0, total_0, input_precision=PRECISION)
+            total_1 = tl.dot(y, g_1, total_1, input_precision=PRECISION)
+            if THREE:
+                total_2 = tl.dot(y, g_2, total_2, input_precision=PRECISION)
         if ROTATE:
             turned = _turned(g_0, g_0, turn_0, PRECISION) + _turned(g_1, g_1, turn_1, PRECISION)
             if THREE:
                 turned += _turned(g_2, g_2, turn_2, PRECISION)
             place = out + row[:, None] * width + part[None, :]
             tl.store(place, turned.to(dtype), (row < end)[:, None] & part_in[None, :])
-        if GRAM:
-            y = tl.trans(load_rows(other, row, end, other_stride, part, part_in))
-            total_0 = tl.dot(y, g_0, total_0, input_precision=PRECISION)
-            total_1 = tl.dot(y, g_1, total_1, input_precision=PRECISION)
-            if THREE:
-                total_2 = tl.dot(y, g_2, total_2, input_precision=PRECISION)
 
     if GRAM:
         count: tl.constexpr = 3 if THREE else 2
