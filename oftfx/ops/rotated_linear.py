@@ -7,6 +7,7 @@ that is rotated on the way costs no pass over the activations. Nothing is kept b
 that it is the product of, the core and the bytes of W.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from oftfx.ops import packed
 from oftfx.ops.cost import folds_packed
-from oftfx.ops.define import LIBRARY, call, define, differentiate
+from oftfx.ops.define import LIBRARY, apply, call, define, differentiate
 from oftfx.ops.fold import core_grad, fits, kept_grad, misfit
 from oftfx.ops.kept import kept
 from oftfx.ops.kernels import kernels, on
@@ -172,7 +173,7 @@ def defer(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...]:
     Together they are [`rotate_group`][oftfx.ops.rotate_group] and a matmul each, but that no
     rotated x is ever made; the backward is the group's own, where the gradients of x meet.
     """
-    result: tuple[Tensor, ...] = _Defer.apply(x, *cores)
+    result: tuple[Tensor, ...] = apply(_Defer, x, *cores)
     return result
 
 
@@ -182,7 +183,7 @@ def deferred_linear(x: Tensor, core: Tensor, weight: Packed, bias: Tensor | None
     Its gradient for x is that for ``x·M``, which `defer` takes further; the core gets none here.
     """
     with exactly(x.device):
-        result: Tensor = _DeferredLinear.apply(x, core, bias, weight)
+        result: Tensor = apply(_DeferredLinear, x, core, bias, weight)
     return result
 
 
@@ -250,5 +251,5 @@ class _RotatedLinear(torch.autograd.Function):
         )
 
 
-differentiate(ROTATED_LINEAR, _RotatedLinear.apply)
+differentiate(ROTATED_LINEAR, partial(apply, _RotatedLinear))
 differentiate(ROTATED_LINEAR_GRAD, _in_turn)
