@@ -12,6 +12,7 @@ from oftfx import OFT, MergeError, PlanError, testing
 from tests.quantised import dequantised, float_llama
 from tests.small import rows, tokens
 
+pytest.importorskip("torchao", reason="in the dev extra, but not on every machine with a GPU")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torchao.quantization import (

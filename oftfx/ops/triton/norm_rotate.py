@@ -284,33 +284,30 @@ def _backward(
                 y *= w
             if SHIFTED:
                 y += s
-            if WIDE > 64:  # the other way around, x would miss Triton's pipeline: see `beside`
-                found_0 = tl.dot(tl.trans(g_0), y.to(dtype), found_0, input_precision=PRECISION)
-            else:
-                y = tl.trans(y.to(dtype))
-                found_0 = tl.dot(y, g_0, found_0, input_precision=PRECISION)
+            # y comes second, in a buffer of this tile's own: Triton (3.6) waits for such a product.
+            # Else it would refill the gradients' buffers while the last product still reads them.
+            y = y.to(dtype)
+            found_0 = tl.dot(tl.trans(g_0), y, found_0, input_precision=PRECISION)
             if COUNT > 1:
                 if SAME:
-                    found_0 = tl.dot(y, g_1, found_0, input_precision=PRECISION)
+                    found_0 = tl.dot(tl.trans(g_1), y, found_0, input_precision=PRECISION)
                 else:
-                    found_1 = tl.dot(y, g_1, found_1, input_precision=PRECISION)
+                    found_1 = tl.dot(tl.trans(g_1), y, found_1, input_precision=PRECISION)
             if COUNT > 2:
                 if SAME:
-                    found_0 = tl.dot(y, g_2, found_0, input_precision=PRECISION)
+                    found_0 = tl.dot(tl.trans(g_2), y, found_0, input_precision=PRECISION)
                 else:
-                    found_2 = tl.dot(y, g_2, found_2, input_precision=PRECISION)
+                    found_2 = tl.dot(tl.trans(g_2), y, found_2, input_precision=PRECISION)
 
     if GRAM:
-        if WIDE > 64:
-            found_0 = tl.trans(found_0)
         count: tl.constexpr = 1 if SAME else COUNT
         entries = n.to(tl.int64) * (B * B)
         gram += split * count * entries + first.to(tl.int64) * (B * B)
-        store_gram(gram, found_0, whole, whole_in, whole, whole_in, B)
+        store_gram(gram, tl.trans(found_0), whole, whole_in, whole, whole_in, B)
         if count > 1:
-            store_gram(gram + entries, found_1, whole, whole_in, whole, whole_in, B)
+            store_gram(gram + entries, tl.trans(found_1), whole, whole_in, whole, whole_in, B)
         if count > 2:
-            store_gram(gram + 2 * entries, found_2, whole, whole_in, whole, whole_in, B)
+            store_gram(gram + 2 * entries, tl.trans(found_2), whole, whole_in, whole, whole_in, B)
 
 
 def fits(
