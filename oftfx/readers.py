@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from oftfx import ops
 from oftfx.ops.factor import Factor
 from oftfx.ops.rotate import ROTATE
+from oftfx.through import through
 
 
 class Turns(Protocol):
@@ -139,19 +140,32 @@ def _still(kept: Kept, own: Turns, reader: nn.Module) -> bool:
 
 def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
     """``x·M`` for several M, in one op where each is one block rotation of the same blocks."""
-    x, applied = cast(x), [turn.applied() for turn in turns]
-    if len(turns) > 1 and (cores := _alike(applied)):
+    applied = [turn.applied() for turn in turns]
+    cores = _alike(applied)
+    if cores and (outs := rotated_through(x, cores)) is not None:
+        return dict(zip(turns, outs, strict=True))
+    x = cast(x)
+    if len(cores) > 1:
         return dict(zip(turns, ops.rotate_group(x, cores), strict=True))
     return {turn: rotated(x, own) for turn, own in zip(turns, applied, strict=True)}
+
+
+def rotated_through(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...] | None:
+    """``x·M`` of block rotations, with a backward that goes on through what made x, if it can."""
+    return through(x, cores, autocast_dtype(x) or x.dtype, _turned)
+
+
+def _turned(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
+    return ops.rotate_group(x, cores) if len(cores) > 1 else [ops.rotate(x, cores[0])]
 
 
 def _alike(applied: list[tuple[Factor, ...]]) -> list[Tensor]:
     """The cores, where each is one block rotation of the same blocks; else none."""
     cores: list[Tensor] = []
     for factors in applied:
-        op, operands = factors[0]
-        if len(factors) > 1 or op is not ROTATE or len(operands) > 1:
+        if len(factors) != 1 or factors[0].op is not ROTATE or len(factors[0].operands) > 1:
             return []
+        operands = factors[0].operands
         if cores and operands[0].shape != cores[0].shape:
             return []
         cores.append(operands[0])
@@ -160,9 +174,19 @@ def _alike(applied: list[tuple[Factor, ...]]) -> list[Tensor]:
 
 def deferred(x: Tensor, turns: list[Any]) -> dict[Turns, tuple[Tensor, Tensor]]:
     """For each block rotation, x itself and the core by which its reader turns its own weight."""
-    x, cores = cast(x), [turn.applied()[0].operands[0] for turn in turns]
-    values = zip(ops.defer(x, cores), (core.detach() for core in cores), strict=True)
+    cores = [turn.applied()[0].operands[0] for turn in turns]
+    outs = deferred_through(x, cores) or ops.defer(cast(x), cores)
+    values = zip(outs, (core.detach() for core in cores), strict=True)
     return dict(zip(turns, values, strict=True))
+
+
+def deferred_through(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...] | None:
+    """[`defer`][oftfx.ops.defer] with a backward that goes on through what made x, if it can."""
+    return through(x, cores, autocast_dtype(x) or x.dtype, _as_it_is)
+
+
+def _as_it_is(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
+    return [x.detach() for _ in cores]
 
 
 def rotated(x: Tensor, factors: tuple[Factor, ...]) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from oftfx.modules.rotation import Rotation, SharedRotation
-from oftfx.readers import autocast_dtype, cast
+from oftfx.ops.cost import folds_packed
+from oftfx.readers import autocast_dtype, cast, deferred_through, rotated_through
 from oftfx.sites.quantised import Fusing
 
 
@@ -31,7 +32,14 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
         vars(turn)["rotated"] = x.shape  # a module's own way of setting attributes is slow
         return None
     if readers is not None and layers.DEFERS:
-        given, core = readers.defer(turn, x)
-        return layers.rotated_linear(module, given, core, deferred=True)
+        given, own = readers.defer(turn, x)
+        return layers.rotated_linear(module, given, own, deferred=True)
     (factor,) = rotation.applied()
-    return layers.rotated_linear(module, cast(x), factor.operands[0], deferred=False)
+    core: Tensor = factor.operands[0]
+    if layers.DEFERS:
+        folds = folds_packed(x.shape[:-1].numel(), turn.out, x.device)
+        outs = deferred_through(x, [core]) if folds else rotated_through(x, [core])
+        if outs is not None:
+            left = core.detach() if folds else None
+            return layers.rotated_linear(module, outs[0], left, deferred=True)
+    return layers.rotated_linear(module, cast(x), core, deferred=False)

@@ -12,7 +12,7 @@ from torch.fx import traceback
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
 from oftfx.outputs import Outputs
-from oftfx.readers import Readers, rotated, traceable
+from oftfx.readers import Readers, rotated, together, traceable
 from oftfx.rotations import Method, block_of, method_of, scaled
 from oftfx.rotations.oft import dropped
 from oftfx.spec import Spec
@@ -120,8 +120,10 @@ class Rotation(Outputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``, in autocast's dtype where that is on."""
-        if self.readers is not None and not torch.compiler.is_compiling():
-            return self.readers.rotate(self, x)
+        if not torch.compiler.is_compiling():
+            if self.readers is not None:
+                return self.readers.rotate(self, x)
+            return together(x, [self])[self]
         with self._noted():
             return rotated(x, self.applied())
 

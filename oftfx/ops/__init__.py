@@ -9,6 +9,7 @@ from oftfx.ops.int8_linear import int8_linear
 from oftfx.ops.norm_rotate import Norm, norm_rotate, norm_rotate_grad
 from oftfx.ops.packed import Packed
 from oftfx.ops.parameters import reflections, spectral_norm
+from oftfx.ops.rms_rotate import rms_rotate_grad
 from oftfx.ops.rotate import block_gram, rotate, rotate_grad
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
 from oftfx.ops.rotate_product import rotate_product_grad
@@ -40,6 +41,7 @@ __all__ = [
     "norm_rotate",
     "norm_rotate_grad",
     "reflections",
+    "rms_rotate_grad",
     "rotate",
     "rotate_grad",
     "rotate_group",

@@ -80,19 +80,21 @@ def _times(value: Tensor, up: Tensor | None) -> Tensor:
     return value if up is None else value * up
 
 
-def served(gate: Tensor, core: Tensor) -> bool:
+def served(gate: Tensor, core: Tensor, activation: str) -> bool:
     """Whether one kernel does it all, both ways; elsewhere the op costs what its parts do.
 
-    Those of float32 take more registers than there are.
+    On a GPU, those of float32 take more registers than there are.
     """
     fast = kernels("glu_rotate", gate.device)
-    return fast is not None and gate.dtype.itemsize == 2 and bool(fast.fits(gate, core))
+    if fast is None or (gate.is_cuda and gate.dtype.itemsize > 2):
+        return False
+    return bool(fast.fits(gate, core, activation))
 
 
 def _glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
     _check(gate, up, activation)
     fast = kernels("glu_rotate", gate.device)
-    if fast is None or not fast.fits(gate, core):
+    if fast is None or not fast.fits(gate, core, activation):
         return rotate(_times(ACTIVATIONS[activation].value(gate), up), core)
     with on(gate.device):
         result: Tensor = fast.glu_rotate(gate, up, core, activation)
@@ -170,7 +172,7 @@ def _glu_rotate_grad(
     need_core: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     fast = kernels("glu_rotate", gate.device)
-    if fast is None or not fast.fits(gate, core):
+    if fast is None or not fast.fits(gate, core, activation):
         return _in_parts(grad, gate, up, core, activation, need_x, need_core)
     with on(gate.device):
         result: tuple[Tensor, Tensor, Tensor] = fast.glu_rotate_grad(

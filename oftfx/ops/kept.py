@@ -22,12 +22,12 @@ def kept(x: Tensor) -> tuple[Tensor, ...]:
     Args:
         x: An operand of an `autograd.Function`, as its forward gets it.
     """
-    # What hooks keep in place of a tensor may be dear to look at, and a write to x is not in them.
+    # A write to x is not in what hooks keep in place of a tensor.
     if type(x) is not Tensor or x.grad_fn is None or x._version or watched():
         return (x,)
     try:
         return _factors(x.grad_fn, x.dtype) or (x,)
-    except RuntimeError:  # one was written to, or let go of: nothing will ask for this gradient
+    except UnreadableError:
         return (x,)
 
 
@@ -35,7 +35,7 @@ def _factors(product: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What a node multiplied, in that order; nothing where it is no product, or not all is kept."""
     if product is None or product.name() != "MulBackward0":
         return ()
-    a, b = product._saved_self, product._saved_other
+    a, b = saved(product, "self"), saved(product, "other")
     if a is not None and b is not None:
         return (a, b) if a.dtype == b.dtype == dtype else ()
     # A frozen factor's partner is not kept, but may be a product itself.
@@ -49,6 +49,25 @@ def _factors(product: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def again(saved: Sequence[Tensor]) -> Tensor:
     """The x that [`kept`][oftfx.ops.kept.kept] gave these for, to the bit."""
     return math.prod(saved[1:], start=saved[0])
+
+
+class UnreadableError(Exception):
+    """A node's tensor was written to or let go of, or hooks keep it; never leaves this package."""
+
+
+def saved(node: Any, name: str) -> Any:
+    """What a node of autograd's graph keeps under a name; None where it keeps nothing.
+
+    Raises:
+        UnreadableError: It is not to be had as it was.
+    """
+    kept_by_hooks = getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None)
+    if kept_by_hooks is not None:  # to ask them may be dear, and would give another tensor
+        raise UnreadableError
+    try:
+        return getattr(node, f"_saved_{name}")
+    except RuntimeError as error:  # then nothing will ask for this gradient
+        raise UnreadableError from error
 
 
 def watched() -> bool:

@@ -177,8 +177,10 @@ def defer(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...]:
     return result
 
 
-def deferred_linear(x: Tensor, core: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
-    """[`rotated_linear`][oftfx.ops.rotated_linear] of a deferred x.
+def deferred_linear(
+    x: Tensor, core: Tensor | None, weight: Packed, bias: Tensor | None = None
+) -> Tensor:
+    """[`rotated_linear`][oftfx.ops.rotated_linear] of a deferred x, or a turned one and no core.
 
     Its gradient for x is that for ``x·M``, which `defer` takes further; the core gets none here.
     """
@@ -205,9 +207,12 @@ class _Defer(torch.autograd.Function):
 
 class _DeferredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, core: Tensor | None, bias: Tensor | None, weight: Packed
+    ) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, folded(weight, core, x.dtype), bias)
+        rows = dequantised(weight, x.dtype) if core is None else folded(weight, core, x.dtype)
+        return F.linear(x, rows, bias)
 
     @staticmethod
     @once_differentiable

@@ -100,7 +100,7 @@ def _alike(a: Any, b: Any) -> bool:
 def _served(rotation: fx.Node, found: _Product) -> bool:
     """Whether one kernel does it all; without, the compiler's product and a rotation are faster."""
     gate, core = value_of(found.gate), value_of(rotation.args[1])
-    return gate is not None and core is not None and served(gate, core)
+    return gate is not None and core is not None and served(gate, core, found.activation)
 
 
 def _fuse(graph: fx.Graph, rotation: fx.Node, found: _Product) -> None:

@@ -126,7 +126,7 @@ class Linear4bit(_Layer):
         fits: bool = fast.fits(weight, block, computed)
         return fits
 
-    def rotated_linear(self, module: Any, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
+    def rotated_linear(self, module: Any, x: Tensor, core: Tensor | None, deferred: bool) -> Tensor:
         """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``, in the dtypes of its own."""
         if not module.compute_type_is_set:
             module.set_compute_type(x)
@@ -134,8 +134,9 @@ class Linear4bit(_Layer):
         given = x if module.compute_dtype is None else x.to(module.compute_dtype)
         bias = None if module.bias is None else module.bias.to(given.dtype)
         weight = packed_of(module.weight.data, _state(module))
-        run = deferred_linear if deferred else rotated_linear
-        return run(given, core, weight, bias).to(x.dtype)
+        if deferred or core is None:
+            return deferred_linear(given, core, weight, bias).to(x.dtype)
+        return rotated_linear(given, core, weight, bias).to(x.dtype)
 
 
 class Linear8bitLt(_Layer):

@@ -41,6 +41,6 @@ def fuses(
     )
 
 
-def rotated_linear(module: Any, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
+def rotated_linear(module: Any, x: Tensor, core: Any, deferred: bool) -> Tensor:
     """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``."""
     return folded_linear(x, core, module.weight, module.bias)

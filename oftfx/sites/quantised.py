@@ -83,14 +83,17 @@ class Fusing(Protocol):
                 none of them where they share one.
         """
 
-    def rotated_linear(self, module: nn.Module, x: Tensor, core: Tensor, deferred: bool) -> Tensor:
+    def rotated_linear(
+        self, module: nn.Module, x: Tensor, core: Tensor | None, deferred: bool
+    ) -> Tensor:
         """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``.
 
         Args:
             module: The layer.
             x: Its input.
-            core: (n, b, b).
-            deferred: Whether x comes from [`defer`][oftfx.ops.defer], which has the gradients.
+            core: (n, b, b); None of an x that is turned already, which only a deferred one is.
+            deferred: Whether x comes from [`defer`][oftfx.ops.defer], or from what goes on through
+                its producer: which has the gradients.
         """
 
 

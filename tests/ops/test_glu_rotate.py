@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from oftfx import ops
 from oftfx.ops.glu_rotate import ACTIVATIONS, served
+from oftfx.ops.native.binding import library
 
 GLU = torch.ops.oftfx.glu_rotate.default
 GLU_GRAD = torch.ops.oftfx.glu_rotate_grad.default
@@ -134,6 +135,12 @@ def test_what_does_not_fit_is_refused():
         ops.glu_rotate(gate, up, core, "softplus")
 
 
-def test_a_cpu_is_served_by_the_parts():
-    gate, _, core = case(dtype=torch.bfloat16)
-    assert not served(gate, core)
+def test_a_cpu_serves_float32_in_blocks_of_whole_vectors():
+    for dtype, b, activation, expected in (
+        (torch.float32, 16, "silu", library() is not None),
+        (torch.float32, 16, "relu2", False),
+        (torch.float32, 4, "silu", False),
+        (torch.bfloat16, 16, "silu", False),
+    ):
+        gate, core = torch.ones(3, 32, dtype=dtype), torch.zeros(32 // b, b, b)
+        assert served(gate, core, activation) == expected

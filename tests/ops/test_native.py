@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from oftfx import ops
 from oftfx.ops import packed
 from oftfx.ops.kernels import kernels
-from oftfx.ops.native import build, cayley, dequantise, fold, rotate, rotate_group
+from oftfx.ops.native import (
+    build,
+    cayley,
+    dequantise,
+    fold,
+    glu_rotate,
+    rms_rotate,
+    rotate,
+    rotate_group,
+)
 from oftfx.ops.native.binding import library
 from oftfx.rotations import cayley as maths
 from tests.packed import random_packed
@@ -161,6 +170,85 @@ def test_the_widest_cores():
     torch.testing.assert_close(result.double(), reference, rtol=1e-5, atol=1e-4)
 
 
+SIZES = [(1, 1, 16), (7, 2, 32), (57, 3, 48), (1030, 1, 32), (600, 3, 16), (50, 130, 32)]
+WIDE = [(40, 1, 256), (33, 2, 128)]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(("rows", "n", "b"), SIZES + WIDE)
+@pytest.mark.parametrize("activation", glu_rotate.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_gated_layers_of_any_size(rows, n, b, activation, gated):
+    gate, (core,), (grad,) = case(rows, n, b)
+    gate *= 3
+    up = torch.randn_like(gate) if gated else None
+    double = gate.double(), None if up is None else up.double(), core.double(), activation
+    out = glu_rotate.glu_rotate(gate, up, core, activation)
+    expected = ops.glu_rotate(*double)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    got = glu_rotate.glu_rotate_grad(grad, gate, up, core, activation, True, True)
+    expected = ops.glu_rotate_grad(grad.double(), *double, True, True)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+    for wanted in ((True, False), (False, True)):
+        some = glu_rotate.glu_rotate_grad(grad, gate, up, core, activation, *wanted)
+        for ours, all_of_it in zip(some, got, strict=True):
+            assert not ours.numel() or torch.equal(ours, all_of_it)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("activation", glu_rotate.ACTIVATIONS)
+def test_activations_at_their_ends(activation):
+    """Where an exponential would overflow, and nearest to where it gives nothing."""
+    gate = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 20, -20, 88, -88, 104, -104, 1e4, -1e4])
+    gate = torch.cat([gate, torch.linspace(-12, 12, 4 * 128 - len(gate))]).reshape(4, 128)
+    core, up, grad = torch.zeros(4, 32, 32), torch.ones(4, 128), torch.ones(4, 128)
+    out = glu_rotate.glu_rotate(gate, up, core, activation)
+    got = glu_rotate.glu_rotate_grad(grad, gate, up, core, activation, True, False)
+    double = gate.double(), up.double(), core.double(), activation
+    expected = ops.glu_rotate_grad(grad.double(), *double, True, False)
+    torch.testing.assert_close(out.double(), ops.glu_rotate(*double), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got[1].double(), expected[1], rtol=1e-6, atol=1e-6)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_a_gate_that_is_no_number_spoils_its_own_place_alone(value):
+    gate, (core,), (grad,) = case(9, 2, 16)
+    up = torch.randn_like(gate)
+    clean = glu_rotate.glu_rotate_grad(grad, gate, up, core, "silu", True, False)
+    gate[3, 5] = value
+    got = glu_rotate.glu_rotate_grad(grad, gate, up, core, "silu", True, False)
+    for ours, before in zip(got[:2], clean[:2], strict=True):
+        ours[3, 5] = before[3, 5] = 0
+        assert torch.equal(ours, before)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(("rows", "n", "b"), SIZES + WIDE)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_norms_of_any_size(rows, n, b, count, weighted):
+    x, cores, grads = case(rows, n, b, count)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+    weight = 1 + 0.3 * torch.randn(n * b) if weighted else None
+    grad_x, grad_cores = rms_rotate.rms_rotate_grad(grads, x, rstd, weight, cores, True)
+    double = (
+        doubles(grads),
+        x.double(),
+        rstd.double(),
+        weight if weight is None else weight.double(),
+    )
+    expected_x, expected = ops.rms_rotate_grad(*double, doubles(cores), True)
+    torch.testing.assert_close(grad_x.double(), expected_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(doubles(grad_cores), expected, rtol=1e-5, atol=1e-4)
+    alone, empty = rms_rotate.rms_rotate_grad(grads, x, rstd, weight, cores, False)
+    assert torch.equal(alone, grad_x)
+    assert not any(grad.numel() for grad in empty)
+
+
 @needs_a_compiler
 @pytest.mark.parametrize(("rows", "n", "b"), [(700, 3, 32), (1100, 1, 64), (200, 40, 16)])
 def test_the_same_bits_on_any_number_of_threads(rows, n, b):
@@ -171,7 +259,11 @@ def test_the_same_bits_on_any_number_of_threads(rows, n, b):
         grad_x, grad_cores = ops.rotate_group_grad(grads, x, cores, True, True)
         core = ops.cayley(theta, b, 4)
         grad_theta = ops.cayley_grad(core, theta, b, 4)
-        return [*ops.rotate_group(x, cores), grad_x, *grad_cores, core, grad_theta]
+        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True))
+        normed, normed_cores = ops.rms_rotate_grad(grads, x, rstd, None, cores, True)
+        gated = ops.glu_rotate_grad(grads[0], x, grads[1], cores[0], "silu", True, True)
+        found = [*ops.rotate_group(x, cores), grad_x, *grad_cores, core, grad_theta]
+        return [*found, normed, *normed_cores, *gated]
 
     before = torch.get_num_threads()
     try:
@@ -247,6 +339,33 @@ def test_strided_operands_cores_of_other_dtypes_and_one_core_for_all():
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     shared = core[:1]
     torch.testing.assert_close(ops.rotate(x, shared), ops.rotate(x, shared.expand(2, 32, 32)))
+
+
+@needs_a_compiler
+def test_what_tensors_are_by_default_does_not_matter():
+    x, cores, grads = case(20, 2, 32)
+    theta, weight = torch.randn(2, 496) / 64, random_packed(32, 64)
+
+    def results():
+        core = ops.cayley(theta, 32, 4)
+        rotated = ops.rotate_group_grad(grads, x, cores, True, True)
+        return (
+            core,
+            ops.cayley_grad(core, theta, 32, 4),
+            rotated[0],
+            *rotated[1],
+            (dequantise.dequantised(weight, torch.float32)),
+        )
+
+    expected = results()
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            got = results()
+    finally:
+        torch.set_default_dtype(dtype)
+    assert all(map(torch.equal, got, expected))
 
 
 @needs_a_compiler

@@ -187,7 +187,8 @@ def test_on_a_cpu_they_do_where_it_is_cheaper(rows, counted, monkeypatch):
     model = oftfx.adapt(quantised_llama(linear4bit), OFT(block_size=16, init_std=0.1)).train()
     counted.clear()
     got = testing.gradients(model, given)
-    assert (counted.count(False), counted.count(True)) == (2 * 2, 2 * 5 * (rows == 128))
+    # The backward of `down` goes on through the product that it reads.
+    assert (counted.count(False), counted.count(True)) == (2, 2 + 2 * 5 * (rows == 128))
     for name, expected in testing.gradients(rotating(model, monkeypatch), given).items():
         testing.assert_close(got[name], expected, name)
 
@@ -196,7 +197,7 @@ def test_on_a_cpu_they_do_where_it_is_cheaper(rows, counted, monkeypatch):
 def test_on_a_cpu_layers_that_share_a_rotation_and_16_bits_turn_the_input(counted):
     spec = OFT(block_size=16, init_std=0.1, share_inputs=True)
     testing.gradients(oftfx.adapt(quantised_llama(linear4bit), spec).train(), tokens(2, 64))
-    assert counted == [False] * 4  # o and down, which share theirs with none
+    assert counted == [False, True] * 2  # o and down, which share theirs with none
     model = oftfx.adapt(chain(), OFT(block_size=16), capture="modules")
     model(rows(torch.bfloat16, 64))
     assert len(counted) == 4

@@ -11,7 +11,10 @@ from types import ModuleType
 
 from oftfx.ops.native.binding import library
 
-FAMILIES = ("cayley", "dequantise", "fold", "rotate", "rotate_group", "rotate_product")
+FAMILIES = (
+    *("cayley", "dequantise", "fold", "glu_rotate", "rms_rotate"),
+    *("rotate", "rotate_group", "rotate_product"),
+)
 
 
 @functools.cache

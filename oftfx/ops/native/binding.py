@@ -15,7 +15,7 @@ from oftfx.ops.native.build import BuildError, built
 log = logging.getLogger("oftfx")
 
 FUNCTIONS = (
-    *("rotate", "rotate_grad", "fold", "fold_grad"),
+    *("rotate", "rotate_grad", "glu_rotate", "glu_rotate_grad", "fold", "fold_grad"),
     *("dequantise", "cayley", "cayley_grad"),
 )
 

@@ -32,7 +32,7 @@ def cayley_each(thetas: Sequence[Tensor], block_size: int, order: int) -> list[T
     """`oftfx::cayley_each`: several parameters of one shape in one call."""
     n, b = thetas[0].shape[:-1].numel(), block_size
     thetas = [theta.contiguous() for theta in thetas]
-    cores = [torch.empty(*theta.shape[:-1], b, b, dtype=theta.dtype) for theta in thetas]
+    cores = [theta.new_empty(*theta.shape[:-1], b, b) for theta in thetas]
     operands = [tensor.data_ptr() for tensor in (*thetas, *cores)]
     call("cayley", len(thetas) * n * order * b**3, len(thetas), n, b, order, *operands)
     return cores
@@ -45,7 +45,7 @@ def cayley_each_grad(
     n, b = thetas[0].shape[:-1].numel(), block_size
     thetas = [theta.contiguous() for theta in thetas]
     grads = [grad.to(theta.dtype).contiguous() for grad, theta in zip(grads, thetas, strict=True)]
-    outs = [torch.empty(theta.shape, dtype=theta.dtype) for theta in thetas]
+    outs = [torch.empty_like(theta) for theta in thetas]
     operands = [tensor.data_ptr() for tensor in (*thetas, *outs, *grads)]
     call("cayley_grad", 2 * len(thetas) * n * order * b**3, len(thetas), n, b, order, *operands)
     return outs

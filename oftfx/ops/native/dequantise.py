@@ -41,7 +41,7 @@ def dequantised(weight: Packed, dtype: torch.dtype) -> Tensor:
 
 def _run(weight: Packed, core: Tensor | None, n: int, b: int) -> Tensor:
     rows = weight.shape[0]
-    out = torch.empty(rows, n * b)
+    out = torch.empty(rows, n * b, dtype=torch.float32, device=weight.data.device)
     operands = (
         core,
         out,

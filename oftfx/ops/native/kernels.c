@@ -63,6 +63,11 @@ typedef struct job {
     int transposed, divides;
     factor by[FACTORS]; /* what x is multiplied by where it stands */
     int64_t factors;
+    int normed; /* x is normed by these: the gradient goes on to x itself */
+    /* or x is a gate, whose activation is multiplied by `up` unless that is null */
+    int activation;
+    const float *up;
+    float *up_out;
     const struct packed *weight;
     /* and of cores, n blocks in each tensor: addresses */
     const int64_t *theta, *made, *grad;
@@ -304,6 +309,134 @@ static rows_of multiplied(const job *all, rows_of rows, int64_t row, int64_t col
     return (rows_of){copy, wide};
 }
 
+/* ---- activations ---- */
+
+typedef int32_t ints __attribute__((vector_size(BYTES)));
+enum { NONE, SILU, GELU, GELU_TANH };
+
+INLINE vec pick(ints where, vec a, vec b) {
+    return (vec)(((ints)a & where) | ((ints)b & ~where));
+}
+
+/* eˣ to 1e-7 of itself: 2ⁿ by the exponent's bits, the rest by a polynomial. Beyond where both are
+ * numbers, that of the last one there. */
+INLINE vec exponential(vec x) {
+    const vec zero = {0}, most = zero + 88.0f, round = zero + 12582912.0f; /* 1.5·2²³ */
+    x = pick(x > most, most, pick(x < -most + 1, -most + 1, x));
+    vec n = x * 1.44269504f + round;
+    ints bits = (ints)n << 23;
+    n -= round;
+    x -= n * 0.693359375f;
+    x += n * 2.12194440e-4f;
+    vec p = x * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * x + 8.3334519073e-3f;
+    p = p * x + 4.1665795894e-2f;
+    p = p * x + 1.6666665459e-1f;
+    p = p * x + 5.0000001201e-1f;
+    p = p * x * x + x + 1;
+    return (vec)((ints)p + bits);
+}
+
+INLINE vec logistic(vec x) { return 1 / (1 + exponential(-x)); }
+
+/* (1 + erf(x/√2)) / 2 to 1e-7: Abramowitz and Stegun, 7.1.26; `bell` is e^(−x²/2). */
+INLINE vec normal(vec x, vec bell) {
+    vec size = pick(x < 0, -x, x) * 0.70710678f, t = 1 / (1 + 0.3275911f * size);
+    vec p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    vec tail = 0.5f * p * t * bell;
+    return pick(x < 0, tail, 1 - tail);
+}
+
+/* An activation and its slope. */
+INLINE vec activate(int activation, vec x, vec *slope) {
+    if (activation == SILU) {
+        vec share = logistic(x), value = x * share;
+        *slope = share + (value - value * share);
+        return value;
+    }
+    if (activation == GELU) {
+        vec bell = exponential(-0.5f * x * x), share = normal(x, bell);
+        *slope = share + x * 0.39894228f * bell;
+        return x * share;
+    }
+    /* (1 + tanh z) / 2 is the logistic function of 2z. */
+    vec share = logistic(1.59576912f * x * (1 + 0.044715f * x * x));
+    *slope = share * (1 + x * (1 - share) * (1.59576912f * (1 + 0.134145f * x * x)));
+    return x * share;
+}
+
+/* What a gated layer feeds its last one, made where it is used; after it in `copy`, by what its
+ * gradient is multiplied for those of up and of the gate. */
+static rows_of gated(const job *all, int64_t place, int64_t step, int64_t high, float *copy) {
+    int64_t b = all->b, size = TILE * b, below = place + all->tall * step;
+    below = below + high * step <= all->rows * step ? all->tall * step : 0;
+    if (high % HIGH) memset(copy, 0, (size_t)(3 * size) * sizeof(float));
+    for (int64_t i = 0; i < high; i++, place += step, copy += b)
+        for (int64_t j = 0; j < b; j += LANES) {
+            vec slope, value = activate(all->activation, load(all->x + place + j), &slope);
+            store(copy + size + j, value);
+            if (all->up) {
+                vec up = load(all->up + place + j);
+                __builtin_prefetch(all->up + place + below + j, 0, 2);
+                value *= up;
+                slope *= up;
+            }
+            store(copy + j, value);
+            store(copy + 2 * size + j, slope);
+        }
+    return (rows_of){copy - high * b, b};
+}
+
+/* The product's gradient, `high` rows, to those of its two factors. */
+static void ungate(const job *all, int64_t place, int64_t step, int64_t high, const float *grad,
+                   const float *copy) {
+    int64_t b = all->b, size = TILE * b;
+    for (int64_t i = 0; i < high; i++, place += step, grad += b, copy += b)
+        for (int64_t j = 0; j < b; j += LANES) {
+            vec own = load(grad + j);
+            store(all->out[0] + place + j, own * load(copy + 2 * size + j));
+            if (all->up) store(all->up_out + place + j, own * load(copy + size + j));
+        }
+}
+
+/* ---- the norm before a rotation ---- */
+
+/* y = x·rstd·weight of a row: from y's gradient in `out` to x's, through rstd = (mean x² + ε)^−½. */
+static void unnorm(const job *all, int64_t row, int64_t high) {
+    int64_t width = all->n * all->b;
+    const float *weight = all->factors > 1 ? all->by[1].at : NULL;
+    for (int64_t i = row; i < row + high; i++) {
+        const float *x = all->x + i * width;
+        float *out = all->out[0] + i * width, rstd = all->by[0].at[i], share = 0;
+        vec sum = {0}, more = {0};
+        for (int64_t j = 0; j < width; j += LANES) {
+            vec own = load(out + j);
+            if (weight) own *= load(weight + j);
+            if (j / LANES % 2)
+                more += own * load(x + j);
+            else
+                sum += own * load(x + j);
+        }
+        sum += more;
+        for (int64_t k = 0; k < LANES; k++) share += sum[k];
+        share *= rstd * rstd / (float)width;
+        for (int64_t j = 0; j < width; j += LANES) {
+            vec own = load(out + j);
+            if (weight) own *= load(weight + j);
+            store(out + j, (own - load(x + j) * share) * rstd);
+        }
+    }
+}
+
+static void unnorm_task(const job *all, int64_t index, float *scratch) {
+    int64_t row = index * TILE;
+    (void)scratch;
+    unnorm(all, row, least(TILE, all->rows - row));
+}
+
 /* A run of rows of some neighbouring blocks. */
 typedef struct {
     int64_t run, first, blocks, begin, end;
@@ -333,7 +466,7 @@ static void forward_task(const job *all, int64_t index, float *scratch) {
     patch own = patch_of(all, index);
     int64_t down = all->transposed ? 1 : b, along = all->transposed ? b : 1;
     float *core = scratch, *copy = core + all->count * all->group * size;
-    float *out_copy = copy + TILE * wide;
+    float *out_copy = copy + 3 * TILE * wide;
     for (int64_t s = 0; s < all->count; s++)
         for (int64_t block = 0; block < own.blocks; block++)
             pack(core + (s * all->group + block) * size,
@@ -348,7 +481,10 @@ static void forward_task(const job *all, int64_t index, float *scratch) {
             int64_t place = row * step + (own.first + block) * b;
             int fits = wide == b && whole == high;
             rows_of source = {all->x + place, step};
-            if (!fits) source = staged(source, high, b, copy);
+            if (all->activation)
+                source = gated(all, place, step, high, copy);
+            else if (!fits)
+                source = staged(source, high, b, copy);
             for (int64_t s = 0; s < all->count; s++) {
                 float *by = core + (s * all->group + block) * size, *out = all->out[s] + place;
                 if (fits) {
@@ -368,7 +504,7 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
     int64_t size = b * wide, square = wide * wide;
     patch own = patch_of(all, index);
     float *core = scratch, *gram = core + count * all->group * size;
-    float *copy = gram + count * all->group * square, *out_copy = copy + (count + 1) * TILE * wide;
+    float *copy = gram + count * all->group * square, *out_copy = copy + (count + 3) * TILE * wide;
     if (all->out[0])
         for (int64_t block = 0; block < own.blocks; block++)
             for (int64_t s = 0; s < count; s++)
@@ -392,25 +528,32 @@ static void backward_task(const job *all, int64_t index, float *scratch) {
                 if (!fits) source[s] = staged(source[s], high, b, copy + s * TILE * wide);
                 by[s] = core + (block * count + s) * size;
             }
-            if (all->part) {
+            if (all->part || all->activation) {
                 rows_of x = {all->x + place, step};
                 float *x_copy = copy + count * TILE * wide;
-                if (all->factors)
+                if (all->activation)
+                    x = gated(all, place, step, high, x_copy);
+                else if (all->factors)
                     x = multiplied(all, x, row, (own.first + block) * b, high, x_copy);
                 else if (!fits)
                     x = staged(x, high, b, x_copy);
-                for (int64_t s = 0; s < count; s++)
+                for (int64_t s = 0; all->part && s < count; s++)
                     add_gram(gram + (block * count + s) * square, x, source[s], high, b,
                              ahead + s);
             }
             if (!all->out[0]) continue;
-            if (fits) {
+            if (all->activation) {
+                turn(out_copy, b, source, by, count, whole, b, &out_ahead);
+                ungate(all, place, step, high, out_copy, copy + count * TILE * wide);
+            } else if (fits) {
                 turn(all->out[0] + place, step, source, by, count, high, b, &out_ahead);
             } else {
                 turn(out_copy, wide, source, by, count, whole, b, &out_ahead);
                 copy_rows(all->out[0] + place, step, out_copy, wide, high, b);
             }
         }
+        if (all->normed && own.blocks == all->n)
+            unnorm(all, row, least(all->tall, own.end - row));
     }
     if (!all->part) return;
     for (int64_t block = 0; block < own.blocks; block++)
@@ -498,20 +641,33 @@ static void share(job *all, int64_t operands, int64_t threads) {
 static int forward(job all, parallel fork, int64_t threads) {
     all.task = forward_task;
     all.splits = splits(all.rows, all.n);
-    share(&all, 1 + all.count, threads);
-    all.room = (all.count * all.group * all.b + 2 * TILE) * padded(all.b);
+    share(&all, 1 + all.count + (all.up != NULL), threads);
+    all.room = (all.count * all.group * all.b + 4 * TILE) * padded(all.b);
+    return run(&all, fork, threads);
+}
+
+/* The rows of a norm that no task had the whole of. */
+static int unnorm_rest(job all, parallel fork, int64_t threads) {
+    if (!all.normed || all.group == all.n) return 0;
+    all.task = unnorm_task;
+    all.tasks = (all.rows + TILE - 1) / TILE;
+    all.room = 1;
     return run(&all, fork, threads);
 }
 
 static int backward(job all, int grams, parallel fork, int64_t threads) {
     int64_t wide = padded(all.b), operands = all.count + grams + (all.out[0] != NULL);
     for (int64_t f = 0; f < all.factors; f++) operands += all.by[f].down && all.by[f].along;
+    operands += 2 * (all.up != NULL);
     all.task = backward_task;
     all.splits = splits(all.rows, all.n);
     share(&all, operands, threads);
-    all.room = (all.count * all.group * (all.b + wide) + (all.count + 2) * TILE) * wide;
+    all.room = (all.count * all.group * (all.b + wide) + (all.count + 4) * TILE) * wide;
     all.part = grams ? all.gram[0] : NULL;
-    if (!grams || (all.splits == 1 && !all.divides)) return run(&all, fork, threads);
+    if (!grams || (all.splits == 1 && !all.divides)) {
+        int failed = run(&all, fork, threads);
+        return failed || unnorm_rest(all, fork, threads);
+    }
     float *parts = NULL;
     if (all.splits > 1) {
         parts = malloc((size_t)(all.splits * all.n * all.count * all.b * all.b) * sizeof(float));
@@ -524,7 +680,7 @@ static int backward(job all, int grams, parallel fork, int64_t threads) {
     all.room = all.divides ? (4 * wide + 1) * wide : 0;
     failed = failed || run(&all, fork, threads);
     free(parts);
-    return failed;
+    return failed || unnorm_rest(all, fork, threads);
 }
 
 /* Every function that Python calls takes one array of numbers, sizes and addresses in the order that
@@ -545,10 +701,11 @@ int oftfx_rotate(const int64_t *given, parallel fork, int64_t threads) {
     return forward(all, fork, threads);
 }
 
-/* count, rows, n, b, x, out, grams, grad[count], core[count], gram[count], factors, and of each by,
- * down, along: out = Σ grad[s] + grad[s]·blockdiag(core[s])ᵀ unless it is null, and
+/* count, rows, n, b, x, out, grams, grad[count], core[count], gram[count], normed, factors, and of
+ * each by, down, along: out = Σ grad[s] + grad[s]·blockdiag(core[s])ᵀ unless it is null, and
  * gram[s] = xᵀ·grad[s] of each block if grams. x is multiplied by the factors first, whose rows are
- * `down` apart; b is then a multiple of 16. */
+ * `down` apart; b is then a multiple of 16. Where it is normed by them, one number a row, of its own
+ * mean square, and perhaps one a column, out is its gradient before that. */
 int oftfx_rotate_grad(const int64_t *given, parallel fork, int64_t threads) {
     job all = {.count = given[0], .rows = given[1], .n = given[2], .b = given[3],
                .x = at(given[4])};
@@ -561,10 +718,35 @@ int oftfx_rotate_grad(const int64_t *given, parallel fork, int64_t threads) {
         all.gram[s] = at(given[2 * all.count + s]);
     }
     given += 3 * all.count;
+    all.normed = (int)*given++;
     all.factors = *given++;
     for (int64_t f = 0; f < all.factors; f++, given += 3)
         all.by[f] = (factor){at(given[0]), given[1], given[2]};
     return backward(all, grams, fork, threads);
+}
+
+/* rows, n, b, activation, gate, up, core, out: out = x + x·blockdiag(core) of
+ * x = activation(gate)·up, where up is null for 1; b a multiple of 16. */
+int oftfx_glu_rotate(const int64_t *given, parallel fork, int64_t threads) {
+    job all = {.count = 1, .rows = given[0], .n = given[1], .b = given[2],
+               .activation = (int)given[3], .x = at(given[4]), .up = at(given[5])};
+    all.core[0] = at(given[6]);
+    all.out[0] = at(given[7]);
+    return forward(all, fork, threads);
+}
+
+/* rows, n, b, activation, gate, up, core, grad, out, up_out, gram: x = activation(gate)·up was turned
+ * by core, grad is what came back; out and up_out are the gradients of gate and up, both null where
+ * only gram is wanted, which is null where it is not. up is null for 1. b is a multiple of 16. */
+int oftfx_glu_rotate_grad(const int64_t *given, parallel fork, int64_t threads) {
+    job all = {.count = 1, .rows = given[0], .n = given[1], .b = given[2],
+               .activation = (int)given[3], .x = at(given[4]), .up = at(given[5]),
+               .up_out = at(given[9])};
+    all.core[0] = at(given[6]);
+    all.source[0] = at(given[7]);
+    all.out[0] = at(given[8]);
+    all.gram[0] = at(given[10]);
+    return backward(all, all.gram[0] != NULL, fork, threads);
 }
 
 /* rows, n, b, w, core, out: out = w + w·blockdiag(core)ᵀ, a weight (rows, n·b), folded. */

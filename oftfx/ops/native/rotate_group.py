@@ -58,6 +58,7 @@ def rotate_group_grad(
     need_x: bool,
     need_cores: bool,
     factors: Sequence[Strided] = (),
+    normed: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """`oftfx::rotate_group_grad`: all gradients from one reading of ``grads`` and x.
 
@@ -68,6 +69,7 @@ def rotate_group_grad(
         need_x: Whether the gradient of what was rotated is wanted.
         need_cores: Whether those of the cores are.
         factors: What x is multiplied by first: matrices (rows, n·b), which their owner keeps.
+        normed: They are the norm of x; its gradient is wanted, not that of what was rotated.
     """
     given = cores
     x, *held = _plain(x, *grads, *cores)
@@ -78,7 +80,7 @@ def rotate_group_grad(
         operands = [tensor.data_ptr() for tensor in (*held, *grams)]
         by = [number for factor in factors for number in factor]
         wanted = x.data_ptr(), out.data_ptr() if need_x else 0, need_cores
-        call("rotate_grad", *_sizes(x, cores), *wanted, *operands, len(factors), *by)
+        call("rotate_grad", *_sizes(x, cores), *wanted, *operands, normed, len(factors), *by)
     for i, core in enumerate(given):
         if core.dtype is not torch.float32:
             grams[i] = grams[i].to(core.dtype)

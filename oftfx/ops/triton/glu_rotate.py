@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.glu_rotate import ACTIVATIONS
 from oftfx.ops.triton import rotate
 from oftfx.ops.triton.add import total
 from oftfx.ops.triton.launch import Launch
@@ -228,9 +229,9 @@ def _backward(
         store_gram(gram + slot, found, whole, whole_in, part, part_in, B)
 
 
-def fits(gate: Tensor, core: Tensor) -> bool:
+def fits(gate: Tensor, core: Tensor, activation: str) -> bool:
     """Whether the kernels take these: what `rotate`'s takes, in blocks up to the widest."""
-    return core.shape[-1] <= WIDEST and rotate.fits(gate, core)
+    return activation in ACTIVATIONS and core.shape[-1] <= WIDEST and rotate.fits(gate, core)
 
 
 def glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:

@@ -355,14 +355,34 @@ def norm_rotate_grad(
 
     Of a single core there may be several gradients, of its readers.
     """
-    grad_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
+    grad_x, sums, grad_cores = gradients(grads, x, norm, cores, need_x, need_cores)
     grad_mean, grad_rstd = x.new_empty(0), x.new_empty(0)
+    if need_x:
+        grad_rstd = total(sums[0], norm.rstd.dtype).reshape(norm.rstd.shape)
+        if norm.mean is not None:
+            grad_mean = total(sums[1], norm.mean.dtype).reshape(norm.mean.shape)
+    return grad_x, grad_mean, grad_rstd, grad_cores
+
+
+def gradients(
+    grads: list[Tensor],
+    x: Tensor,
+    norm: Norm,
+    cores: list[Tensor],
+    need_x: bool,
+    need_cores: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What `norm_rotate_grad` gives, but rstd's gradients in shares: (1, packs, rows), float32.
+
+    Where there is a mean, (2, packs, rows): rstd's and the mean's.
+    """
+    grad_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
     grad_cores = [
         torch.empty(core.shape if need_cores else 0, dtype=core.dtype, device=x.device)
         for core in cores
     ]
     if not (need_x or need_cores):
-        return grad_x, grad_mean, grad_rstd, grad_cores
+        return grad_x, x.new_empty(0), grad_cores
     rows, stride = rows_of(x)
     flat, grad_stride = rows_alike(grads)
     cores, (block, row, col) = alike(cores)
@@ -384,11 +404,7 @@ def norm_rotate_grad(
     )
     if need_cores:
         added(gram, *grad_cores)
-    if need_x:
-        grad_rstd = total(sums[0], norm.rstd.dtype).reshape(norm.rstd.shape)
-        if norm.mean is not None:
-            grad_mean = total(sums[1], norm.mean.dtype).reshape(norm.mean.shape)
-    return grad_x, grad_mean, grad_rstd, grad_cores
+    return grad_x, sums, grad_cores
 
 
 def _vectors(norm: Norm) -> list[Tensor]:

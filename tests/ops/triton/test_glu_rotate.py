@@ -129,7 +129,7 @@ def test_many_runs_are_added_the_same_way_every_time(device, monkeypatch):
 
 def test_serves_what_it_says():
     def fits(dtype=torch.bfloat16, b=32, n=1):
-        return kernel.fits(torch.zeros(b, dtype=dtype), torch.zeros(n, b, b))
+        return kernel.fits(torch.zeros(b, dtype=dtype), torch.zeros(n, b, b), "silu")
 
     assert all(fits(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
     assert not fits(torch.float64)

@@ -1,0 +1,217 @@
+"""What made the tensor that a layer reads, as autograd recorded it.
+
+    a = silu(gate)                          Gated(gate, up, "silu")
+    x = a·up
+
+    h = given.float()                       Normed(h, r, weight)
+    r = rsqrt(mean(h²) + ε)
+    x = weight·(h·r).to(given.dtype)
+
+From there a rotation's backward can go on by itself: [`through`][oftfx.through.through]. What they
+hold, autograd keeps anyway.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from oftfx.ops.glu_rotate import ACTIVATIONS, glu_rotate_grad
+from oftfx.ops.glu_rotate import served as glu_served
+from oftfx.ops.kept import UnreadableError, saved, watched
+from oftfx.ops.rms_rotate import rms_rotate_grad
+from oftfx.ops.rms_rotate import served as rms_served
+
+
+class Gated(NamedTuple):
+    """``activation(gate)·up``, the product of a gated layer; without ``up``, the activation alone.
+
+    Attributes:
+        gate: (..., width).
+        up: The same, or None.
+        activation: A name in [`ACTIVATIONS`][oftfx.ops.glu_rotate.ACTIVATIONS].
+    """
+
+    gate: Tensor
+    up: Tensor | None
+    activation: str
+
+    def sources(self) -> list[Tensor]:
+        """What gets a gradient."""
+        return [self.gate] if self.up is None else [self.gate, self.up]
+
+    def between(self, made: Any) -> Tensor | None:
+        """What autograd keeps on the way from the sources to what a node made."""
+        if self.up is None:
+            return None
+        value: Tensor = made._saved_other if made._saved_self is self.up else made._saved_self
+        return value
+
+    def again(self, dtype: torch.dtype) -> Tensor:
+        """What was made, made again."""
+        value = ACTIVATIONS[self.activation].value(self.gate)
+        return (value if self.up is None else value * self.up).to(dtype)
+
+    def served(self, cores: list[Tensor], dtype: torch.dtype) -> bool:
+        """Whether a kernel has the gradients of its rotations, which are of this dtype."""
+        return (
+            len(cores) == 1
+            and dtype is self.gate.dtype
+            and glu_served(self.gate, cores[0], self.activation)
+        )
+
+    def grads(
+        self, grads: list[Tensor], cores: list[Tensor], need_cores: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of the sources and of the cores, given those of the rotated tensors."""
+        grad_gate, grad_up, grad_core = glu_rotate_grad(
+            grads[0], self.gate, self.up, cores[0], self.activation, True, need_cores
+        )
+        return [grad_gate, grad_up][: len(self.sources())], [grad_core]
+
+
+class Normed(NamedTuple):
+    """An RMSNorm, ``x·rstd·weight``.
+
+    Attributes:
+        x: (..., width).
+        rstd: (..., 1), ``(mean(x²) + ε)^−½`` of each row.
+        weight: (width,), frozen; None for ones.
+    """
+
+    x: Tensor
+    rstd: Tensor
+    weight: Tensor | None
+
+    def sources(self) -> list[Tensor]:
+        """What gets a gradient."""
+        return [self.x]
+
+    def between(self, made: Any) -> Tensor | None:
+        """What autograd keeps on the way from the sources to what a node made."""
+        return self.rstd
+
+    def again(self, dtype: torch.dtype) -> Tensor:
+        """What was made, made again: rounded where models do, before the weight."""
+        y = (self.x * self.rstd).to(dtype)
+        return (y if self.weight is None else y * self.weight).to(dtype)
+
+    def served(self, cores: list[Tensor], dtype: torch.dtype) -> bool:
+        """Whether a kernel has the gradients of its rotations, which are of this dtype."""
+        return rms_served(self.x, cores, dtype)
+
+    def grads(
+        self, grads: list[Tensor], cores: list[Tensor], need_cores: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of the sources and of the cores, given those of the rotated tensors."""
+        grad_x, grad_cores = rms_rotate_grad(
+            grads, self.x, self.rstd, self.weight, cores, need_cores
+        )
+        return [grad_x], grad_cores
+
+
+Producer: TypeAlias = Gated | Normed
+
+
+def producer_of(x: Tensor) -> Producer | None:
+    """What made x, if that is known and nothing is attached to x yet; else None."""
+    if type(x) is not Tensor or x.grad_fn is None or x._version or attached(x) or watched():
+        return None
+    try:
+        return _gated(x.grad_fn, x) or _normed(x.grad_fn, x)
+    except UnreadableError:
+        return None
+
+
+def attached(x: Tensor) -> bool:
+    """Whether somebody waits for x's own gradient."""
+    return bool(x._backward_hooks) or x.retains_grad
+
+
+def _gated(node: Any, x: Tensor) -> Gated | None:
+    found = _activation(node)
+    if found is not None:
+        gate, name = found
+        return Gated(gate, None, name) if _alike(gate, x) else None
+    if node.name() != "MulBackward0":
+        return None
+    a, b = saved(node, "self"), saved(node, "other")
+    if a is None or b is None or not (_alike(a, x) and _alike(b, x)):
+        return None
+    for (inner, _), value, up in zip(node.next_functions, (a, b), (b, a), strict=True):
+        found = _activation(inner)
+        if found is not None:
+            gate, name = found
+            return Gated(gate, up, name) if _alike(gate, x) and not attached(value) else None
+    return None
+
+
+def _activation(node: Any) -> tuple[Tensor, str] | None:
+    """The argument and the name of the activation that a node is of."""
+    name = "" if node is None else node.name()
+    if name == "SiluBackward0":
+        return saved(node, "self"), "silu"
+    if name == "GeluBackward0":
+        tanh = node._saved_approximate == "tanh"
+        return saved(node, "self"), "gelu_tanh" if tanh else "gelu"
+    return None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype is b.dtype
+
+
+def _normed(node: Any, x: Tensor) -> Normed | None:
+    node, weight = _uncast(node), None
+    if node is None or node.name() != "MulBackward0":
+        return None
+    a, b = saved(node, "self"), saved(node, "other")
+    if a is None or b is None:  # of a frozen factor, the other one is not kept
+        weight, partner = (a, 1) if b is None else (b, 0)
+        if weight is None or weight.shape != x.shape[-1:]:
+            return None
+        inner = node.next_functions[partner][0]
+        node = _uncast(inner)
+        if node is None or node.name() != "MulBackward0":
+            return None
+        if node is not inner and inner._input_metadata[0].dtype is not x.dtype:
+            return None  # rounded to fewer digits than x has
+        a, b = saved(node, "self"), saved(node, "other")
+    rows = (*x.shape[:-1], 1)
+    for source, rstd, place in ((a, b, 1), (b, a, 0)):
+        if source is None or rstd is None or source.shape != x.shape or rstd.shape != rows:
+            continue
+        if attached(rstd) or not _rms(node.next_functions[place][0], source, rstd):
+            continue
+        return Normed(source, rstd, weight)
+    return None
+
+
+def _rms(node: Any, x: Tensor, rstd: Tensor) -> bool:
+    """Whether a node made rstd as ``rsqrt(mean(x²) + ε)`` of each row."""
+    if node is None or node.name() != "RsqrtBackward0":
+        return False
+    if saved(node, "result").data_ptr() != rstd.data_ptr():
+        return False
+    (add, _), *_ = node.next_functions
+    if add is None or add.name() != "AddBackward0":
+        return False
+    (mean, _), *others = add.next_functions
+    if mean is None or mean.name() != "MeanBackward1" or any(other for other, _ in others):
+        return False
+    if [(place + x.dim()) % 2**64 % x.dim() for place in mean._saved_dim] != [x.dim() - 1]:
+        return False
+    (power, _), *_ = mean.next_functions
+    return (
+        power is not None
+        and power.name() == "PowBackward0"
+        and power._saved_exponent == 2
+        and saved(power, "self") is x
+    )
+
+
+def _uncast(node: Any) -> Any:
+    """The node before a cast."""
+    if node is not None and node.name() == "ToCopyBackward0":
+        return node.next_functions[0][0]
+    return node

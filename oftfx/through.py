@@ -1,0 +1,141 @@
+"""Rotations whose backward goes on through what made x.
+
+    recorded                                 the backward
+    x = producer(sources)                    d sources, dC_i = one op of (dy_i, sources, C_i)
+    y_i = rotate(x, C_i)
+
+PyTorch would give x its gradient, and then go back through each op that made it in passes of their
+own. They stay in its graph and get no gradient from here. Only where somebody waits for one of
+theirs, or for the gradients' own gradient, does the backward take PyTorch's way.
+"""
+
+import functools
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+
+from oftfx.ops.define import apply
+from oftfx.ops.rotate_group import rotate_group_grad
+from oftfx.producers import Producer, attached, producer_of
+
+Turn = Callable[[Tensor, list[Tensor]], Sequence[Tensor]]
+
+
+def through(
+    x: Tensor, cores: list[Tensor], dtype: torch.dtype, turn: Turn
+) -> tuple[Tensor, ...] | None:
+    """``turn(x, cores)``, whose backward goes on through what made x.
+
+    Args:
+        x: What is rotated.
+        cores: Each (n, b, b), of one shape.
+        dtype: What x is cast to before.
+        turn: Gives, for each core, a tensor of x's shape whose gradient is that of a rotated x.
+
+    Returns:
+        None where nothing known made x, where no kernel serves it, and under a mode, a transform or
+        a tracer.
+    """
+    if x.grad_fn is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
+        return None
+    producer = None if _get_tracing_state() is not None else producer_of(x)
+    if producer is None or not producer.served(cores, dtype):
+        return None
+    result: tuple[Tensor, ...] = apply(
+        _Through, _Between(x, producer), producer, dtype, turn, x, *producer.sources(), *cores
+    )
+    return result
+
+
+class _Between:
+    """Whatever lies between a rotation and the sources of its x, for others to wait for.
+
+    What autograd does not keep, such as most steps of a norm, and hooks on nodes of the graph in
+    place of tensors, cannot be seen from here.
+
+    Args:
+        x: What is rotated.
+        producer: What made it.
+    """
+
+    def __init__(self, x: Tensor, producer: Producer) -> None:
+        self._x = weakref.ref(x)
+        # As `register_hook` begins: hooks that are registered on x from now on are seen in it.
+        if x._backward_hooks is None:
+            x._backward_hooks = OrderedDict()
+            x.grad_fn._register_hook_dict(x)  # type: ignore[union-attr]
+        self._hooks = x._backward_hooks
+        value = producer.between(x.grad_fn)
+        self._value = None if value is None else weakref.ref(value)
+        self._alone = _held_by_a_graph()
+
+    def awaited(self) -> bool:
+        """Whether anybody holds one of these tensors, and could ask for its gradient."""
+        if self._x() is not None or self._hooks:
+            return True
+        return self._value is not None and _held(self._value) > self._alone
+
+
+def _held(tensor: "weakref.ref[Tensor]") -> int:
+    """How many hold a tensor, autograd among them; one that has something attached, very many."""
+    value = tensor()
+    if value is None:
+        return 0
+    return sys.maxsize if attached(value) else sys.getrefcount(value)
+
+
+@functools.cache
+def _held_by_a_graph() -> int:
+    """The same of a tensor that autograd alone keeps; asked where no hooks watch what it keeps."""
+    with torch.enable_grad():
+        one = torch.ones(1, device="cpu", requires_grad=True)
+        product = torch.exp(one) * torch.exp(one)
+    return _held(weakref.ref(product.grad_fn._saved_self))  # type: ignore[union-attr]
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        between: _Between,
+        producer: Producer,
+        dtype: torch.dtype,
+        turn: Turn,
+        x: Tensor,
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:
+        cores = given[len(producer.sources()) :]
+        held = [value for value in producer if isinstance(value, Tensor)]
+        ctx.save_for_backward(*cores, *held)
+        ctx.between, ctx.cores, ctx.dtype = between, len(cores), dtype
+        ctx.kind = type(producer)
+        ctx.rest = [None if isinstance(value, Tensor) else (value,) for value in producer]
+        return tuple(turn(x.to(dtype), list(cores)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        awaited = ctx.between.awaited()  # before anything below holds what it counts holders of
+        cores, held = list(ctx.saved_tensors[: ctx.cores]), iter(ctx.saved_tensors[ctx.cores :])
+        producer = ctx.kind(*(rest[0] if rest else next(held) for rest in ctx.rest))
+        need_x, *needed = ctx.needs_input_grad[4:]
+        need_sources, need_cores = needed[: -ctx.cores], needed[-ctx.cores :]
+        grad_x: Tensor | None = None
+        sources: list[Tensor | None] = [None] * len(need_sources)
+        if torch.is_grad_enabled() or awaited:
+            x = producer.again(ctx.dtype)
+            grad_x, of_cores = rotate_group_grad(list(grads), x, cores, need_x, any(need_cores))
+        else:
+            found, of_cores = producer.grads(list(grads), cores, any(need_cores))
+            sources = [
+                grad if need else None for grad, need in zip(found, need_sources, strict=True)
+            ]
+        of = (grad if need else None for grad, need in zip(of_cores, need_cores, strict=True))
+        return None, None, None, None, grad_x, *sources, *of
