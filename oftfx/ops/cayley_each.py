@@ -4,9 +4,16 @@
     C = cayley(stack(theta_1 … theta_n))      C_1 … C_n = cayley_each(theta_1 … theta_n)
     C_1 … C_n = unbind(C)
 
-On a CPU, where each copy takes memory anew from the system, page by page.
+On a CPU, where each copy takes memory anew from the system, page by page; and in a compiled layer
+on a GPU, where a copy of the parameters and one of the cores' gradients are launches of their own.
+
+There a kernel writes all cores into one tensor, `oftfx::cayley_joined`, and the forward hands that
+one to the backward. It is an op by itself because the results of one op may not share memory, which
+compilers rely on: `cayley_each` gives tensors of their own, and only its formula for autograd,
+which a compiler sees op by op, cuts them out of a joined one.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +22,14 @@ from torch import Tensor
 
 from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.define import LIBRARY, call, define, differentiate
-from oftfx.ops.kernels import kernels
+from oftfx.ops.kernels import kernels, on
 
 
 def cayley_each(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
     """[`cayley`][oftfx.ops.cayley] of each of several parameters.
 
     Args:
-        thetas: Each (n, b(b−1)/2), of one shape, dtype and device.
+        thetas: Each (n, b(b−1)/2), of one dtype and device; n may differ.
         block_size: b.
         order: k of the Cayley–Neumann series.
 
@@ -34,19 +41,33 @@ def cayley_each(thetas: list[Tensor], block_size: int, order: int) -> list[Tenso
 
 
 def served(thetas: Sequence[Tensor], block_size: int, order: int | None) -> bool:
-    """Whether a kernel takes the parameters where they are; else a stack of them is as good."""
+    """Whether a kernel takes the parameters where they are; else a stack of them is as good.
+
+    On a CPU any number of one shape, on a GPU up to eight (n, b(b−1)/2), b ≤ 64, n of each its own.
+    """
+    return _kernels(thetas, block_size, order) is not None
+
+
+def _kernels(thetas: Sequence[Tensor], block_size: int, order: int | None) -> Any:
     first = thetas[0]
-    if first.device.type != "cpu":
-        return False
-    fast = kernels("cayley", first.device)
-    return fast is not None and bool(fast.fits(first, block_size, order))
+    fast: Any = kernels("cayley", first.device)
+    if fast is None or not fast.fits(first, block_size, order):
+        return None
+    fits_each = getattr(fast, "fits_each", _alike)
+    return fast if fits_each(thetas, block_size) else None
+
+
+def _alike(thetas: Sequence[Tensor], block_size: int) -> bool:
+    first = thetas[0]
+    return all(theta.shape == first.shape and theta.dtype == first.dtype for theta in thetas)
 
 
 def _cayley_each(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
-    if not served(thetas, block_size, order):
+    fast = _kernels(thetas, block_size, order)
+    if fast is None:
         return [cayley(theta, block_size, order) for theta in thetas]
-    fast: Any = kernels("cayley", thetas[0].device)
-    result: list[Tensor] = fast.cayley_each(thetas, block_size, order)
+    with on(thetas[0].device):
+        result: list[Tensor] = fast.cayley_each(thetas, block_size, order)
     return result
 
 
@@ -58,61 +79,136 @@ CAYLEY_EACH = define(
 @torch.library.register_fake("oftfx::cayley_each", lib=LIBRARY)
 def _(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
     wide = torch.promote_types(thetas[0].dtype, torch.float32)
-    shape = *thetas[0].shape[:-1], block_size, block_size
-    return [theta.new_empty(shape, dtype=wide) for theta in thetas]
+    shape = block_size, block_size
+    return [theta.new_empty((*theta.shape[:-1], *shape), dtype=wide) for theta in thetas]
+
+
+def _cayley_joined(thetas: list[Tensor], block_size: int, order: int) -> Tensor:
+    fast = _joining(thetas, block_size, order)
+    if fast is None:
+        return torch.cat([cayley(theta, block_size, order) for theta in thetas])
+    with on(thetas[0].device):
+        result: Tensor = fast.cayley_joined(thetas, block_size, order)
+    return result
+
+
+def _joining(thetas: Sequence[Tensor], block_size: int, order: int) -> Any:
+    """The kernels that write all cores into one tensor, if there are any for these."""
+    fast = _kernels(thetas, block_size, order)
+    return fast if hasattr(fast, "cayley_joined") else None
+
+
+CAYLEY_JOINED = define(
+    "cayley_joined(Tensor[] thetas, int block_size, int order) -> Tensor", _cayley_joined
+)
+"""What `CAYLEY_EACH` gives, one behind the other: thetas (n, b(b−1)/2) to (sum of n, b, b)."""
+
+
+@torch.library.register_fake("oftfx::cayley_joined", lib=LIBRARY)
+def _(thetas: list[Tensor], block_size: int, order: int) -> Tensor:
+    wide = torch.promote_types(thetas[0].dtype, torch.float32)
+    n = sum(theta.shape[0] for theta in thetas)
+    return thetas[0].new_empty((n, block_size, block_size), dtype=wide)
 
 
 def cayley_each_grad(
-    grads: list[Tensor], thetas: list[Tensor], block_size: int, order: int
+    grads: list[Tensor],
+    thetas: list[Tensor],
+    block_size: int,
+    order: int,
+    joined: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients of [`cayley_each`][oftfx.ops.cayley_each]: each (n, b, b) to theta's shape."""
-    result: list[Tensor] = call(CAYLEY_EACH_GRAD, grads, thetas, block_size, order)
+    """Gradients of [`cayley_each`][oftfx.ops.cayley_each]: each (n, b, b) to theta's shape.
+
+    Args:
+        grads: For each core its gradient.
+        thetas: As forward.
+        block_size: As forward.
+        order: As forward.
+        joined: The tensor that all cores are cut out of, if they are. No kernel reads it: a
+            compiler that hands it to the backward anyway cuts the cores out of it there, too,
+            and need not hand over each by itself.
+    """
+    result: list[Tensor] = call(CAYLEY_EACH_GRAD, grads, thetas, block_size, order, joined)
     return result
 
 
 def _cayley_each_grad(
-    grads: list[Tensor], thetas: list[Tensor], block_size: int, order: int
+    grads: list[Tensor],
+    thetas: list[Tensor],
+    block_size: int,
+    order: int,
+    joined: Tensor | None = None,
 ) -> list[Tensor]:
-    if not served(thetas, block_size, order):
+    fast = _kernels(thetas, block_size, order)
+    if fast is None:
         return of_each(grads, thetas, block_size, order)
-    fast: Any = kernels("cayley", thetas[0].device)
-    result: list[Tensor] = fast.cayley_each_grad(grads, thetas, block_size, order)
+    with on(thetas[0].device):
+        result: list[Tensor] = fast.cayley_each_grad(grads, thetas, block_size, order)
     return result
 
 
-def of_each(grads: list[Tensor], thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
+def of_each(
+    grads: list[Tensor],
+    thetas: list[Tensor],
+    block_size: int,
+    order: int,
+    joined: Tensor | None = None,
+) -> list[Tensor]:
     """Each gradient by itself: what is differentiated again."""
     pairs = zip(grads, thetas, strict=True)
     return [cayley_grad(grad, theta, block_size, order) for grad, theta in pairs]
 
 
 CAYLEY_EACH_GRAD = define(
-    "cayley_each_grad(Tensor[] grads, Tensor[] thetas, int block_size, int order) -> Tensor[]",
+    "cayley_each_grad(Tensor[] grads, Tensor[] thetas, int block_size, int order, "
+    "Tensor? joined=None) -> Tensor[]",
     _cayley_each_grad,
 )
 
 
 @torch.library.register_fake("oftfx::cayley_each_grad", lib=LIBRARY)
-def _(grads: list[Tensor], thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
+def _(
+    grads: list[Tensor],
+    thetas: list[Tensor],
+    block_size: int,
+    order: int,
+    joined: Tensor | None = None,
+) -> list[Tensor]:
     return [theta.new_empty(theta.shape) for theta in thetas]
 
 
 class _CayleyEach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block_size: int, order: int, *thetas: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*thetas)
         ctx.block_size, ctx.order = block_size, order
-        return tuple(call(CAYLEY_EACH, list(thetas), block_size, order))
+        given = list(thetas)
+        if _joining(given, block_size, order) is None:
+            ctx.save_for_backward(None, *given)
+            return tuple(call(CAYLEY_EACH, given, block_size, order))
+        joined: Tensor = call(CAYLEY_JOINED, given, block_size, order)
+        ctx.save_for_backward(joined, *given)
+        # Slices, which partitioners make again in the backward; parts of a split they save.
+        ends = itertools.accumulate(theta.shape[0] for theta in given)
+        return tuple(
+            joined[end - theta.shape[0] : end] for theta, end in zip(given, ends, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        thetas = list(ctx.saved_tensors)
-        return None, None, *cayley_each_grad(list(grads), thetas, ctx.block_size, ctx.order)
+        joined, *thetas = ctx.saved_tensors
+        given = (list(grads), thetas, ctx.block_size, ctx.order, joined)
+        return None, None, *cayley_each_grad(*given)
 
 
 def _apply(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
     return list(_CayleyEach.apply(block_size, order, *thetas))
 
 
+def _apply_joined(thetas: list[Tensor], block_size: int, order: int) -> Tensor:
+    return torch.cat(_apply(thetas, block_size, order))
+
+
 differentiate(CAYLEY_EACH, _apply)
+differentiate(CAYLEY_JOINED, _apply_joined)
 differentiate(CAYLEY_EACH_GRAD, of_each)

@@ -5,7 +5,8 @@ matrices stay so in sums and products), and keeps every power of Q in registers.
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,20 +20,23 @@ from oftfx.ops.triton.rotate import COMPILED
 LARGEST = 64
 """The widest block: a few of its matrices still fit a program's registers."""
 
+MOST = 8
+"""How many parameters a launch takes where they lie: a transformer layer has seven."""
 
-@triton.jit(do_not_specialize=["n"])
-def _cayley(
+
+@triton.jit
+def _build(
     theta: tl.tensor,
     core: tl.tensor,
-    n: int,
+    first: tl.tensor,
+    n: tl.tensor,
     B: tl.constexpr,
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """The series of [`oftfx.rotations.cayley.neumann`][]."""
-    first = tl.program_id(0).to(tl.int64) * PACK
+    """The series of [`oftfx.rotations.cayley.neumann`][], of a pack of the n blocks."""
     i, j = tl.arange(0, WIDE)[:, None], tl.arange(0, WIDE)[None, :]
     same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
     place = i % B * (2 * B - i % B - 1) // 2 + j % B - i % B - 1
@@ -50,20 +54,20 @@ def _cayley(
     tl.store(core + (first + i // B) * (B * B) + i % B * B + j % B, value, same)
 
 
-@triton.jit(do_not_specialize=["n"])
-def _cayley_grad(
+@triton.jit
+def _differentiate(
     grad: tl.tensor,
     theta: tl.tensor,
     out: tl.tensor,
-    n: int,
+    first: tl.tensor,
+    n: tl.tensor,
     B: tl.constexpr,
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """The steps of [`oftfx.rotations.cayley.neumann_grad`][]."""
-    first = tl.program_id(0).to(tl.int64) * PACK
+    """The steps of [`oftfx.rotations.cayley.neumann_grad`][], for a pack of the n blocks."""
     i, j = tl.arange(0, WIDE)[:, None], tl.arange(0, WIDE)[None, :]
     same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
     place = i % B * (2 * B - i % B - 1) // 2 + j % B - i % B - 1
@@ -94,6 +98,159 @@ def _cayley_grad(
     back += 2 * full_grad - tl.dot(both, q, input_precision=PRECISION)
     # d theta_ij = d Q_ij − d Q_ji
     tl.store(out + entry, (back - tl.trans(back)).to(out.dtype.element_ty), same & (i < j))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _cayley(
+    theta: tl.tensor,
+    core: tl.tensor,
+    n: int,
+    B: tl.constexpr,
+    ORDER: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    first = tl.program_id(0).to(tl.int64) * PACK
+    _build(theta, core, first, n, B, ORDER, PACK, WIDE, PRECISION)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _cayley_grad(
+    grad: tl.tensor,
+    theta: tl.tensor,
+    out: tl.tensor,
+    n: int,
+    B: tl.constexpr,
+    ORDER: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    first = tl.program_id(0).to(tl.int64) * PACK
+    _differentiate(grad, theta, out, first, n, B, ORDER, PACK, WIDE, PRECISION)
+
+
+@triton.jit
+def _chosen(tensors: tl.tuple, which: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
+    """One of several tensors, by a number that only the running program knows."""
+    found = tensors[0]
+    for i in tl.static_range(1, COUNT):
+        found = tl.where(which == i, tensors[i], found)
+    return found
+
+
+@triton.jit
+def _located(
+    counts: tl.tuple, COUNT: tl.constexpr, PACK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Which tensor a program has, its first block there, and how many there are.
+
+    Every tensor begins a pack, as it does alone: its blocks then have the bits they have there.
+    """
+    program = tl.program_id(0)
+    which = program * 0
+    begin = program * 0
+    end = tl.cdiv(counts[0], PACK)
+    for i in tl.static_range(1, COUNT):
+        which = tl.where(program >= end, i, which)
+        begin = tl.where(program >= end, end, begin)
+        end += tl.cdiv(counts[i], PACK)
+    return which, (program - begin).to(tl.int64) * PACK, _chosen(counts, which, COUNT)
+
+
+_COUNTS = [f"n_{i}" for i in range(8)]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _cayley_each(
+    theta_0: tl.tensor,
+    theta_1: tl.tensor,
+    theta_2: tl.tensor,
+    theta_3: tl.tensor,
+    theta_4: tl.tensor,
+    theta_5: tl.tensor,
+    theta_6: tl.tensor,
+    theta_7: tl.tensor,
+    core_0: tl.tensor,
+    core_1: tl.tensor,
+    core_2: tl.tensor,
+    core_3: tl.tensor,
+    core_4: tl.tensor,
+    core_5: tl.tensor,
+    core_6: tl.tensor,
+    core_7: tl.tensor,
+    n_0: int,
+    n_1: int,
+    n_2: int,
+    n_3: int,
+    n_4: int,
+    n_5: int,
+    n_6: int,
+    n_7: int,
+    COUNT: tl.constexpr,
+    B: tl.constexpr,
+    ORDER: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    which, first, n = _located((n_0, n_1, n_2, n_3, n_4, n_5, n_6, n_7), COUNT, PACK)
+    theta = _chosen(
+        (theta_0, theta_1, theta_2, theta_3, theta_4, theta_5, theta_6, theta_7), which, COUNT
+    )
+    core = _chosen((core_0, core_1, core_2, core_3, core_4, core_5, core_6, core_7), which, COUNT)
+    _build(theta, core, first, n, B, ORDER, PACK, WIDE, PRECISION)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _cayley_each_grad(
+    grad_0: tl.tensor,
+    grad_1: tl.tensor,
+    grad_2: tl.tensor,
+    grad_3: tl.tensor,
+    grad_4: tl.tensor,
+    grad_5: tl.tensor,
+    grad_6: tl.tensor,
+    grad_7: tl.tensor,
+    theta_0: tl.tensor,
+    theta_1: tl.tensor,
+    theta_2: tl.tensor,
+    theta_3: tl.tensor,
+    theta_4: tl.tensor,
+    theta_5: tl.tensor,
+    theta_6: tl.tensor,
+    theta_7: tl.tensor,
+    out_0: tl.tensor,
+    out_1: tl.tensor,
+    out_2: tl.tensor,
+    out_3: tl.tensor,
+    out_4: tl.tensor,
+    out_5: tl.tensor,
+    out_6: tl.tensor,
+    out_7: tl.tensor,
+    n_0: int,
+    n_1: int,
+    n_2: int,
+    n_3: int,
+    n_4: int,
+    n_5: int,
+    n_6: int,
+    n_7: int,
+    COUNT: tl.constexpr,
+    B: tl.constexpr,
+    ORDER: tl.constexpr,
+    PACK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    which, first, n = _located((n_0, n_1, n_2, n_3, n_4, n_5, n_6, n_7), COUNT, PACK)
+    grad = _chosen((grad_0, grad_1, grad_2, grad_3, grad_4, grad_5, grad_6, grad_7), which, COUNT)
+    theta = _chosen(
+        (theta_0, theta_1, theta_2, theta_3, theta_4, theta_5, theta_6, theta_7), which, COUNT
+    )
+    out = _chosen((out_0, out_1, out_2, out_3, out_4, out_5, out_6, out_7), which, COUNT)
+    _differentiate(grad, theta, out, first, n, B, ORDER, PACK, WIDE, PRECISION)
 
 
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
@@ -127,10 +284,92 @@ def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Ten
     return out
 
 
+def fits_each(thetas: Sequence[Tensor], block_size: int) -> bool:
+    """Whether one launch takes all of these, of which `fits` said that it takes the first."""
+    first = thetas[0]
+    return (
+        len(thetas) <= MOST
+        and block_size <= LARGEST
+        and all(theta.dim() == 2 and theta.dtype == first.dtype for theta in thetas)
+    )
+
+
+def cayley_each(thetas: Sequence[Tensor], block_size: int, order: int) -> list[Tensor]:
+    """`oftfx::cayley_each`: thetas (n, b(b−1)/2), each of its own n, each to (n, b, b)."""
+    shape, device = (block_size, block_size), thetas[0].device
+    cores = [torch.empty((len(t), *shape), dtype=torch.float32, device=device) for t in thetas]
+    _run(_cayley_each, block_size, order, thetas, cores)
+    return cores
+
+
+def cayley_joined(thetas: Sequence[Tensor], block_size: int, order: int) -> Tensor:
+    """`oftfx::cayley_joined`: the same cores, those of each behind those of the one before."""
+    counts = [len(theta) for theta in thetas]
+    shape, device = (sum(counts), block_size, block_size), thetas[0].device
+    joined = torch.empty(shape, dtype=torch.float32, device=device)
+    _run(_cayley_each, block_size, order, thetas, joined.split(counts))
+    return joined
+
+
+def cayley_each_grad(
+    grads: Sequence[Tensor], thetas: Sequence[Tensor], block_size: int, order: int
+) -> list[Tensor]:
+    """`oftfx::cayley_each_grad`: for each its gradient, (n, b, b) to (n, b(b−1)/2)."""
+    outs = [torch.empty(theta.shape, dtype=theta.dtype, device=theta.device) for theta in thetas]
+    wide = [grad.float() for grad in grads]  # as the kernel makes them, but all of one dtype
+    _run(_cayley_each_grad, block_size, order, wide, thetas, outs)
+    return outs
+
+
+def _run(kernel: Any, b: int, order: int, *operands: Sequence[Tensor]) -> None:
+    """Launches a kernel on its operands, of each parameter one: parameters next to last."""
+    thetas = operands[-2]
+    counts = tuple(len(theta) for theta in thetas)
+    if not any(counts):
+        return
+    launch = _launch_each(kernel, counts, b, order, thetas[0].dtype, thetas[0].device)
+    tensors: list[Tensor] = []
+    for each in operands:
+        tensors += [tensor.contiguous() for tensor in each]
+        tensors += tensors[-1:] * (MOST - len(each))
+    launch(*tensors)
+
+
 @functools.lru_cache(maxsize=1024)
 def _launch(
     kernel: Any, n: int, b: int, order: int, dtype: torch.dtype, device: torch.device
 ) -> Launch:
+    tile, warps = _tile(b, order, kernel is _cayley_grad)
+    return Launch(kernel, triton.cdiv(n, tile.pack), (n,), tile, num_warps=warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch_each(
+    kernel: Any,
+    counts: tuple[int, ...],
+    b: int,
+    order: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    tile, warps = _tile(b, order, kernel is _cayley_each_grad)
+    programs = sum(triton.cdiv(n, tile.pack) for n in counts)
+    numbers = (*counts, *(0,) * (MOST - len(counts)))
+    return Launch(kernel, programs, numbers, (len(counts), *tile), num_warps=warps)
+
+
+class _Tile(NamedTuple):
+    """The last constants of every kernel, in order."""
+
+    b: int
+    order: int
+    pack: int
+    wide: int
+    precision: str
+
+
+def _tile(b: int, order: int, gradient: bool) -> tuple[_Tile, int]:
+    """What a program does, and with how many warps."""
     pack = max(1, 16 // b)
     wide = max(16, triton.next_power_of_2(pack * b))
     # As measured on one H100: narrow tiles gain more from many programs than from many warps.
@@ -138,6 +377,5 @@ def _launch(
     warps = 4 if wide > 32 else 2 if many else 1
     # Three products of tf32 parts are as exact as float32's own, and faster; of bf16 parts, which
     # lose 2e-6 of a gradient that 16-bit activations gave, faster still.
-    precision = "bf16x3" if COMPILED and kernel is _cayley_grad else "tf32x3"
-    constants = (b, order, pack, wide, precision)
-    return Launch(kernel, triton.cdiv(n, pack), (n,), constants, num_warps=warps)
+    precision = "bf16x3" if COMPILED and gradient else "tf32x3"
+    return _Tile(b, order, pack, wide, precision), warps
