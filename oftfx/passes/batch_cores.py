@@ -6,7 +6,12 @@
     C_n = cayley(theta_n, b, k)
 
 for parameters of one block size, order, dtype and device that the graph reads as inputs, in one
-unit: what is done to each of them before, such as the factor of ``unit_rate``, is done to all.
+unit: what is done to each of them before, such as the factor of ``unit_rate``, is done to all. On a
+GPU, where a kernel takes so many parameters where they lie and nothing is done to them before:
+
+    C_1, … C_n = cayley_each([theta_1 … theta_n], b, k)
+
+Their gradients are then not copied beside one another either.
 """
 
 import operator
@@ -14,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from oftfx.ops.cayley_each import CAYLEY_EACH, served
 
 CAYLEY = torch.ops.oftfx.cayley.default
 UNITS = (operator.mul, "float")
@@ -63,11 +70,14 @@ def _batch(
         if theta.op == "get_attr":  # read where it was first used, perhaps far below
             first.prepend(theta)
     with graph.inserting_before(first):
-        stacked = graph.call_function(torch.cat, (thetas,))
-        for op, target, args in units:
-            stacked = graph.create_node(op, target, (stacked, *args))
-        core = graph.call_function(CAYLEY, (stacked, block_size, order))
-        shares = graph.call_function(torch.split, (core, sizes))
+        if not units and _served(thetas, block_size, order):
+            shares = graph.call_function(CAYLEY_EACH, (thetas, block_size, order))
+        else:
+            stacked = graph.call_function(torch.cat, (thetas,))
+            for op, target, args in units:
+                stacked = graph.create_node(op, target, (stacked, *args))
+            core = graph.call_function(CAYLEY, (stacked, block_size, order))
+            shares = graph.call_function(torch.split, (core, sizes))
         cores = [graph.call_function(operator.getitem, (shares, i)) for i in range(len(thetas))]
     by_theta = dict(zip(thetas, cores, strict=True))
     for node, theta in zip(nodes, asked, strict=True):
@@ -77,6 +87,12 @@ def _batch(
         graph.erase_node(node)
     for node in dict.fromkeys(given):
         _erase_units(graph, node)
+
+
+def _served(thetas: list[fx.Node], block_size: int, order: int | None) -> bool:
+    """Whether a GPU's kernel takes the parameters where they lie."""
+    values = [theta.meta["example_value"] for theta in thetas]
+    return values[0].device.type == "cuda" and served(values, block_size, order)
 
 
 def _erase_units(graph: fx.Graph, node: fx.Node) -> None:

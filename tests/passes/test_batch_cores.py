@@ -1,18 +1,43 @@
 """All cores of a graph in one launch."""
 
+import importlib
+import operator
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import oftfx
 from oftfx import OFT, testing
 from oftfx.backend import oftfx as backend
+from oftfx.ops.cayley_each import CAYLEY_EACH
 from oftfx.passes.batch_cores import CAYLEY, batch_cores
+from tests.ops.test_cayley_each import JOINING
 from tests.small import Attention, llama, rows, tokens
 
 SPEC = OFT(block_size=4, init_std=0.2)
+PARTITIONS = lookup_backend("aot_eager_decomp_partition")
+"""Decides as inductor does what the backward computes again, and compiles nothing."""
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A GPU's kernels, but of PyTorch: these take parameters where they lie."""
+    module = importlib.import_module("oftfx.ops.cayley_each")
+    monkeypatch.setattr(module, "kernels", lambda *_: JOINING)
+
+
+@pytest.fixture
+def everywhere(kernels, monkeypatch):
+    """They are asked for on every device."""
+    module = importlib.import_module("oftfx.passes.batch_cores")
+    monkeypatch.setattr(module, "_served", lambda thetas, b, order: order is not None)
+    run = lambda graph, inputs, config_patches: PARTITIONS(graph, inputs)  # noqa: E731
+    monkeypatch.setattr("oftfx.backend.lookup_backend", lambda name: run)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -94,3 +119,66 @@ def test_enters_the_bodies_of_checkpointed_regions():
     model = oftfx.adapt(Checkpointed(), SPEC, example_inputs=x)
     testing.assert_same_function(torch.compile(model, backend=backend), model, x)
     assert counters["oftfx"]["batch_cores"] >= 1
+
+
+def batched(thetas: list[torch.Tensor], b: int, order: int | None, rate: float | None = None):
+    """The pass, over a graph with a core of each; how often it left each op."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"theta_{i}") for i in range(len(thetas))]
+    for given, theta in zip(inputs, thetas, strict=True):
+        given.meta["example_value"] = theta
+        units = given if rate is None else graph.call_function(operator.mul, (given, rate))
+        graph.call_function(CAYLEY, (units, b, order))
+    saved = batch_cores(fx.GraphModule(nn.Module(), graph))
+    graph.lint()
+    assert saved == len(thetas) - 1
+    ops = (CAYLEY_EACH, CAYLEY, torch.cat)
+    return tuple(len(graph.find_nodes(op="call_function", target=op)) for op in ops)
+
+
+EACH, STACKED = (1, 0, 0), (0, 1, 1)
+
+
+def test_on_a_gpu_nothing_is_copied_where_a_kernel_takes_parameters_where_they_lie(kernels):
+    with FakeTensorMode():
+        made = [torch.empty(n, 6, device="cuda:0") for n in (2, 2, 5)]
+        assert batched(made, 4, 3) == EACH
+        assert batched(made, 4, None) == STACKED  # the exact transform
+        assert batched(made, 4, 3, rate=0.1) == STACKED
+        assert batched(made * 3, 4, 3) == STACKED  # more than a launch takes
+        assert batched([theta.cpu() for theta in made], 4, 3) == STACKED
+
+
+class Uneven(nn.Sequential):
+    """Layers of different numbers of blocks, one of which is used twice."""
+
+    def __init__(self):
+        last = nn.Linear(8, 8)
+        super().__init__(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), last, nn.Tanh(), last)
+
+
+@pytest.mark.parametrize("make", [Attention, Uneven])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        OFT(block_size=4, init_std=0.2, dtype=torch.bfloat16),
+        OFT(block_size=4, init_std=0.2, unit_rate=True),
+        OFT(block_size=4, init_std=0.2, exact=True),
+    ],
+    ids=lambda spec: str(spec.to_json()),
+)
+def test_parameters_taken_where_they_lie_change_no_value_and_no_gradient(make, spec, everywhere):
+    x = rows(torch.float32)
+    model = oftfx.adapt(make(), spec, example_inputs=x)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    testing.assert_same_function(compiled, model, x)
+    assert counters["oftfx"]["batch_cores"] > 0
+
+
+def test_inductor_compiles_them(everywhere, monkeypatch):
+    monkeypatch.setattr("oftfx.backend.lookup_backend", lookup_backend)
+    x = rows(torch.float32)
+    model = oftfx.adapt(Uneven(), SPEC, example_inputs=x)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    testing.assert_same_function(compiled, model, x)
