@@ -7,7 +7,7 @@ Compiling a whole model takes time in proportion to its depth, compiling the lay
 does not: Dynamo finds the code that it compiled for the first layer under every other one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ M = TypeVar("M", bound=nn.Module)
 
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 """What holds a model's layers; the children of any other module play parts of their own."""
+OURS = ("G['__import_oftfx_dot_", "G['__builtins_dict__")
+"""In Dynamo's names of what it found in our modules, and in Python's builtins."""
 
 
 def compile(
@@ -46,7 +48,8 @@ def compile(
         fullgraph: As for ``torch.compile``, of each layer.
         dynamic: As for ``torch.compile``.
         mode: As for ``torch.compile``.
-        options: As for ``torch.compile``; ``{"group": False}`` leaves a pass of oftfx out.
+        options: As for ``torch.compile``, with or without a mode; ``{"group": False}`` leaves a
+            pass of oftfx out.
 
     Returns:
         The same object.
@@ -62,10 +65,11 @@ def compile(
     rotations_of(inner)
     found = list(layers(inner)) or [inner]
     _allow_recompiles(len(found))
+    # torch.compile takes no options besides a mode, which stands for some.
+    settings = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
     for layer in found:
-        layer.compile(
-            backend=oftfx, fullgraph=fullgraph, dynamic=dynamic, mode=mode, options=options
-        )
+        given = {"guard_filter_fn": _guarded, **settings}  # it takes the filter out of each
+        layer.compile(backend=oftfx, fullgraph=fullgraph, dynamic=dynamic, options=given)
     return model
 
 
@@ -93,6 +97,15 @@ def _structure(layer: nn.Module) -> Any:
     """Equal for layers of the same modules and shapes."""
     modules = tuple((name, type(module)) for name, module in layer.named_modules())
     return modules, tuple((name, p.shape) for name, p in layer.named_parameters())
+
+
+def _guarded(guards: Sequence[Any]) -> list[bool]:
+    """Which of a layer's guards Dynamo is to check at every call: not those on our own code.
+
+    Nobody redefines a function or a constant of ours, or of Python, and to ask each whether it is
+    what it was took a fifth of the time of all guards.
+    """
+    return [not any(text in guard.name for text in OURS) for guard in guards]
 
 
 def _allow_recompiles(layers: int) -> None:

@@ -1,5 +1,7 @@
 """`oftfx.compile(model)`: regional compilation."""
 
+import dataclasses
+import pickle
 from functools import partial
 
 import pytest
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import oftfx
 from oftfx import OFT, PlanError, testing
 from oftfx.compile import layers
+from oftfx.modules import rotation
 from tests.small import Attention, llama, rows, tokens
 
 SPEC = OFT(block_size=4, init_std=0.2)
@@ -113,6 +116,43 @@ def test_layers_with_a_place_in_a_cache_are_all_compiled():
         model(x, cache)
     assert cache.keys() == set(range(depth))
     assert counters["oftfx"]["graphs"] == depth
+
+
+def test_layers_of_other_specs_get_graphs_of_their_own():
+    spec = dataclasses.replace(SPEC, overrides={r"layers\.1\..*": {"exact": True}})
+    x = rows(torch.float32)
+    model = oftfx.adapt(Stack(), spec, example_inputs=x)
+    expected = testing.gradients(model, x)
+    actual = testing.gradients(oftfx.compile(model, fullgraph=True), x)
+    for name, gradient in expected.items():
+        testing.assert_close(actual[name], gradient, name)
+    assert counters["oftfx"]["graphs"] == 2
+
+
+def test_an_unpickled_model_compiles_where_no_such_rotation_was_made(monkeypatch):
+    model, x = stack()
+    pickled = pickle.dumps(model)
+    monkeypatch.setattr(rotation, "_KNOWN", {})
+    with torch.no_grad():
+        testing.assert_close(oftfx.compile(pickle.loads(pickled))(x), model(x), "output")
+
+
+def test_calls_do_not_ask_whether_our_own_code_is_what_it_was():
+    model, x = stack()
+    with torch.no_grad():
+        oftfx.compile(model)(x)
+    (entry,) = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(Layer.forward.__code__)
+    guards = str(entry.guard_manager)
+    assert "'theta'" in guards
+    assert "__import_oftfx" not in guards
+
+
+def test_a_mode_may_come_with_options():
+    model, x = stack()
+    oftfx.compile(model, mode="default", options={"group": False})
+    with torch.no_grad():
+        model(x)
+    assert counters["oftfx"]["rotations"] == 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The trainable state of one adapter at one site."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, Self
@@ -19,6 +20,9 @@ from oftfx.spec import Spec
 
 NOTE = "oftfx_spec"
 """Where the nodes of an exported module keep the spec of their rotation, as JSON."""
+_KNOWN: dict[str, tuple[Spec, tuple[str, ...]]] = {}
+"""Specs by that JSON, with the names of a rotation's parameters: a compiled layer then checks one
+text of each rotation instead of all that follows from it."""
 
 
 class Given(Protocol):
@@ -43,10 +47,12 @@ class Rotation(Outputs):
         super().__init__(spec, out, device, seed)
         self.width = width
         self.readers: Readers | None = None
-        self._note = json.dumps(spec.without_rules().to_json())
         self.enabled = True
         self.block = block_of(spec)
         self.shapes = self.method.shapes(spec, width)
+        # One object for all of one spec, which is compared without reading it.
+        self._note = sys.intern(json.dumps(spec.without_rules().to_json()))
+        self._make_known()
         for name, shape in self.shapes.items():
             trained = name not in self.method.FIXED
             # What is never trained has no optimizer state either, so it keeps its digits.
@@ -77,6 +83,13 @@ class Rotation(Outputs):
         """The mathematics of its spec."""
         return method_of(self.spec)
 
+    def _make_known(self) -> None:
+        _KNOWN[self._note] = self.spec, tuple(self.shapes)
+
+    def _spec(self) -> Spec:
+        """Its spec, or while compiling one that is equal but for its rules."""
+        return _KNOWN[self._note][0] if torch.compiler.is_compiling() else self.spec
+
     def tensors(self) -> dict[str, Tensor]:
         """The rotation's parameters by name, as whoever manages them left them for this forward."""
         held = self._parameters
@@ -86,9 +99,10 @@ class Rotation(Outputs):
 
     def cores(self) -> tuple[Tensor, ...]:
         """What the factors are made of; kept between calls while no gradient is wanted."""
-        tensors = self.tensors()
         if torch.compiler.is_compiling():
-            return built(self.spec, tensors, self.scaling)
+            spec, names = _KNOWN[self._note]
+            return built(spec, {name: getattr(self, name) for name in names}, self.scaling)
+        tensors = self.tensors()
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
@@ -116,7 +130,8 @@ class Rotation(Outputs):
 
     def applied(self) -> tuple[Factor, ...]:
         """The factors that a forward applies: while training, without the blocks it drops."""
-        return self.method.factors(self._dropped(self.cores()), self.spec)
+        spec = self._spec()
+        return method_of(spec).factors(self._dropped(self.cores(), spec), spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``, in autocast's dtype where that is on."""
@@ -131,10 +146,10 @@ class Rotation(Outputs):
         """Within it, the nodes of an exported graph remember the spec they came from."""
         return annotated(self._note) if torch.compiler.is_exporting() else nullcontext()
 
-    def _dropped(self, cores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _dropped(self, cores: tuple[Tensor, ...], spec: Spec) -> tuple[Tensor, ...]:
         """Multiplicative dropout: in training mode some blocks are the identity."""
-        rate = getattr(self.spec, "dropout", 0.0)
-        if not (self.training and rate):
+        rate = getattr(spec, "dropout", 0.0)
+        if not (rate and self.training):
             return cores
         return tuple(dropped(core, rate, self.width) for core in cores)
 
@@ -144,11 +159,12 @@ class Rotation(Outputs):
         Args:
             rows: W, (out, in).
         """
-        cores = self._dropped(self.cores())
+        spec = self._spec()
+        cores = self._dropped(self.cores(), spec)
         # torch.promote_types would leave a node of its own in an exported graph.
         rows = rows.to(max(rows.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         with self._noted():
-            for factor in reversed(self.method.factors(cores, self.spec)):
+            for factor in reversed(method_of(spec).factors(cores, spec)):
                 rows = factor.transposed()(rows)
         return rows
 
@@ -165,6 +181,10 @@ class Rotation(Outputs):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "given": None, "_cached": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._make_known()
 
 
 def built(spec: Spec, tensors: Mapping[str, Tensor], scale: float = 1.0) -> tuple[Tensor, ...]:
@@ -228,7 +248,7 @@ class SharedRotation(Outputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``."""
-        if self.readers is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.readers is None:
             return self.rotation(x)
         return self.readers.rotate(self, x)
 

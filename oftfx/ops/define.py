@@ -64,10 +64,11 @@ def call(op: Any, *args: Any) -> Any:
         op: The op, which comes this way if [`define`][oftfx.ops.define.define] gave it.
         args: Its arguments, none of them named.
     """
+    if torch.compiler.is_compiling():  # before the table, all of which would be guarded
+        return op(*args)
     kernel = _KERNELS.get(op)
     if (
         kernel is None
-        or torch.compiler.is_compiling()
         # A mode, a transform, a tracer or a profiler is to see the op.
         or _len_torch_dispatch_stack()
         or _are_functorch_transforms_active()
