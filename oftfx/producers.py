@@ -118,8 +118,11 @@ def producer_of(x: Tensor) -> Producer | None:
     if type(x) is not Tensor or x.grad_fn is None or x._version or attached(x) or watched():
         return None
     try:
-        return _gated(x.grad_fn, x) or _normed(x.grad_fn, x)
-    except UnreadableError:
+        return _producer(x, x.grad_fn)
+    except (
+        UnreadableError,
+        RuntimeError,
+    ):  # something was written to, or let go of: no gradient will be asked for
         return None
 
 
@@ -128,90 +131,98 @@ def attached(x: Tensor) -> bool:
     return bool(x._backward_hooks) or x.retains_grad
 
 
-def _gated(node: Any, x: Tensor) -> Gated | None:
-    found = _activation(node)
-    if found is not None:
-        gate, name = found
-        return Gated(gate, None, name) if _alike(gate, x) else None
-    if node.name() != "MulBackward0":
+def _producer(x: Tensor, node: Any) -> Producer | None:
+    name = node.name()
+    if name in ("SiluBackward0", "GeluBackward0"):
+        gate, activation = saved(node, "self"), _activation(node, name)
+        return Gated(gate, None, activation) if _alike(gate, x) else None
+    if name == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+        name = "" if node is None else node.name()
+    if name != "MulBackward0":
         return None
-    a, b = saved(node, "self"), saved(node, "other")
-    if a is None or b is None or not (_alike(a, x) and _alike(b, x)):
+    # What hooks keep is looked for here alone: they are on for all of a layer, or off.
+    a, b = saved(node, "self"), node._saved_other
+    if a is None or b is None:
+        return _weighted(x, node, a, b)
+    # Of a norm without weights, one number a row is the narrower factor.
+    if a.shape != b.shape:
+        return _scaled(x, node, a, b, None)
+    return _product(x, node, a, b)
+
+
+def _product(x: Tensor, node: Any, a: Tensor, b: Tensor) -> Gated | None:
+    if not (_alike(a, x) and _alike(b, x)):
         return None
     for (inner, _), value, up in zip(node.next_functions, (a, b), (b, a), strict=True):
-        found = _activation(inner)
-        if found is not None:
-            gate, name = found
-            return Gated(gate, up, name) if _alike(gate, x) and not attached(value) else None
+        name = "" if inner is None else inner.name()
+        if name in ("SiluBackward0", "GeluBackward0"):
+            gate = inner._saved_self
+            if attached(value) or not _alike(gate, x):
+                return None
+            return Gated(gate, up, _activation(inner, name))
     return None
 
 
-def _activation(node: Any) -> tuple[Tensor, str] | None:
-    """The argument and the name of the activation that a node is of."""
-    name = "" if node is None else node.name()
+def _activation(node: Any, name: str) -> str:
     if name == "SiluBackward0":
-        return saved(node, "self"), "silu"
-    if name == "GeluBackward0":
-        tanh = node._saved_approximate == "tanh"
-        return saved(node, "self"), "gelu_tanh" if tanh else "gelu"
-    return None
+        return "silu"
+    return "gelu_tanh" if node._saved_approximate == "tanh" else "gelu"
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype is b.dtype
 
 
-def _normed(node: Any, x: Tensor) -> Normed | None:
-    node, weight = _uncast(node), None
-    if node is None or node.name() != "MulBackward0":
+def _weighted(x: Tensor, node: Any, a: Tensor | None, b: Tensor | None) -> Normed | None:
+    """The norm that a frozen weight multiplies: of a frozen factor, the other one is not kept."""
+    weight, partner = (a, 1) if b is None else (b, 0)
+    if weight is None or weight.shape != x.shape[-1:]:
         return None
-    a, b = saved(node, "self"), saved(node, "other")
-    if a is None or b is None:  # of a frozen factor, the other one is not kept
-        weight, partner = (a, 1) if b is None else (b, 0)
-        if weight is None or weight.shape != x.shape[-1:]:
-            return None
-        inner = node.next_functions[partner][0]
-        node = _uncast(inner)
-        if node is None or node.name() != "MulBackward0":
-            return None
-        if node is not inner and inner._input_metadata[0].dtype is not x.dtype:
+    inner = node.next_functions[partner][0]
+    name = "" if inner is None else inner.name()
+    if name == "ToCopyBackward0":
+        if inner._input_metadata[0].dtype is not x.dtype:
             return None  # rounded to fewer digits than x has
-        a, b = saved(node, "self"), saved(node, "other")
-    rows = (*x.shape[:-1], 1)
-    for source, rstd, place in ((a, b, 1), (b, a, 0)):
-        if source is None or rstd is None or source.shape != x.shape or rstd.shape != rows:
-            continue
-        if attached(rstd) or not _rms(node.next_functions[place][0], source, rstd):
-            continue
-        return Normed(source, rstd, weight)
-    return None
+        inner = inner.next_functions[0][0]
+        name = "" if inner is None else inner.name()
+    if name != "MulBackward0":
+        return None
+    return _scaled(x, inner, inner._saved_self, inner._saved_other, weight)
 
 
-def _rms(node: Any, x: Tensor, rstd: Tensor) -> bool:
+def _scaled(
+    x: Tensor, node: Any, a: Tensor | None, b: Tensor | None, weight: Tensor | None
+) -> Normed | None:
+    """What each row of is multiplied by its root mean square's inverse."""
+    if a is None or b is None:
+        return None
+    source, rstd, place = (a, b, 1) if b.shape[-1:] == (1,) else (b, a, 0)
+    if source.shape != x.shape or rstd.shape != (*x.shape[:-1], 1) or attached(rstd):
+        return None
+    made = node.next_functions[place][0]
+    return Normed(source, rstd, weight) if _is_rms(made, source, rstd) else None
+
+
+def _is_rms(node: Any, x: Tensor, rstd: Tensor) -> bool:
     """Whether a node made rstd as ``rsqrt(mean(x²) + ε)`` of each row."""
     if node is None or node.name() != "RsqrtBackward0":
         return False
-    if saved(node, "result").data_ptr() != rstd.data_ptr():
+    if node._saved_result.data_ptr() != rstd.data_ptr():
         return False
     (add, _), *_ = node.next_functions
     if add is None or add.name() != "AddBackward0":
         return False
     (mean, _), *others = add.next_functions
-    if mean is None or mean.name() != "MeanBackward1" or any(other for other, _ in others):
+    if mean is None or mean.name() != "MeanBackward1" or (others and others[0][0] is not None):
         return False
-    if [(place + x.dim()) % 2**64 % x.dim() for place in mean._saved_dim] != [x.dim() - 1]:
+    dims = mean._saved_dim
+    if len(dims) != 1 or dims[0] not in (x.dim() - 1, 2**64 - 1):
         return False
-    (power, _), *_ = mean.next_functions
+    power = mean.next_functions[0][0]
     return (
         power is not None
         and power.name() == "PowBackward0"
         and power._saved_exponent == 2
-        and saved(power, "self") is x
+        and power._saved_self is x
     )
-
-
-def _uncast(node: Any) -> Any:
-    """The node before a cast."""
-    if node is not None and node.name() == "ToCopyBackward0":
-        return node.next_functions[0][0]
-    return node

@@ -174,7 +174,8 @@ def test_layers_that_read_one_tensor_turn_their_weights(dtype, fused, monkeypatc
     model, x = Gated(dtype), activations(192, dtype)
     oftfx.adapt(model, OFT(block_size=32, init_std=0.03), example_inputs=x)
     got = [*testing.run(model, x), *testing.gradients(model, x).values()]
-    assert fused == [True, True, False] * 2
+    # In 16 bits the backward of `down` goes on through the product that it reads.
+    assert fused == [True, True, dtype is not torch.float32] * 2
     monkeypatch.setattr(Linear4bit, "fuses", lambda *_: False)
     expected = [*testing.run(model, x), *testing.gradients(model, x).values()]
     for one, other in zip(got, expected, strict=True):

@@ -280,7 +280,7 @@ def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Ten
     out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
     if n:
         launch = _launch(_cayley_grad, n, b, order, theta.dtype, theta.device)
-        launch(grad.contiguous(), theta.contiguous(), out)
+        launch(grad.to(torch.float32).contiguous(), theta.contiguous(), out)
     return out
 
 

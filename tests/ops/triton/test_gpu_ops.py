@@ -205,7 +205,7 @@ def test_triton_serves_this_device():
         assert kernels(family, torch.device(CUDA)) is not None
     core = torch.zeros(2, 32, 32, device=CUDA)
     for dtype, expected in zip(DTYPES, (True, True, False, False), strict=True):
-        assert served(torch.zeros(64, dtype=dtype, device=CUDA), core) is expected
+        assert served(torch.zeros(64, dtype=dtype, device=CUDA), core, "silu") is expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
