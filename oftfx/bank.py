@@ -4,8 +4,8 @@
     layer 1: C_1 = cayley(theta_1) …        C = cayley(stack(theta_1 … theta_n)), once a width
     layer n: C_n = cayley(theta_n) …        layer i: C_i = C[i] …
 
-On a CPU a kernel takes the parameters of all of them where they lie, and nothing is stacked; nor are
-those of up to eight rotations on a GPU.
+On a CPU a kernel takes the parameters of all of them where they lie, and nothing is stacked; on a
+GPU those of up to eight rotations.
 
 A layer builds its own core wherever it cannot take this one: called by itself, compiled, under
 functorch, sharded, or in a region that is recomputed with a graph of its own.
