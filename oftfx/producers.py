@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oftfx.ops.glu_rotate import ACTIVATIONS, glu_rotate_grad
 from oftfx.ops.glu_rotate import served as glu_served
-from oftfx.ops.kept import UnreadableError, saved, watched
+from oftfx.ops.kept import saved, watched
 from oftfx.ops.rms_rotate import rms_rotate_grad
 from oftfx.ops.rms_rotate import served as rms_served
 
@@ -48,7 +48,7 @@ class Gated(NamedTuple):
         return value
 
     def again(self, dtype: torch.dtype) -> Tensor:
-        """What was made, made again."""
+        """What was made, in its dtype, made again."""
         value = ACTIVATIONS[self.activation].value(self.gate)
         return (value if self.up is None else value * self.up).to(dtype)
 
@@ -92,7 +92,7 @@ class Normed(NamedTuple):
         return self.rstd
 
     def again(self, dtype: torch.dtype) -> Tensor:
-        """What was made, made again: rounded where models do, before the weight."""
+        """What was made, in its dtype, made again: rounded where models do, before the weight."""
         y = (self.x * self.rstd).to(dtype)
         return (y if self.weight is None else y * self.weight).to(dtype)
 
@@ -119,10 +119,7 @@ def producer_of(x: Tensor) -> Producer | None:
         return None
     try:
         return _producer(x, x.grad_fn)
-    except (
-        UnreadableError,
-        RuntimeError,
-    ):  # something was written to, or let go of: no gradient will be asked for
+    except RuntimeError:  # something was written to, or let go of, or hooks keep it
         return None
 
 
@@ -136,7 +133,8 @@ def _producer(x: Tensor, node: Any) -> Producer | None:
     if name in ("SiluBackward0", "GeluBackward0"):
         gate, activation = saved(node, "self"), _activation(node, name)
         return Gated(gate, None, activation) if _alike(gate, x) else None
-    if name == "ToCopyBackward0":
+    cast = name == "ToCopyBackward0"
+    if cast:
         node = node.next_functions[0][0]
         name = "" if node is None else node.name()
     if name != "MulBackward0":
@@ -148,7 +146,7 @@ def _producer(x: Tensor, node: Any) -> Producer | None:
     # Of a norm without weights, one number a row is the narrower factor.
     if a.shape != b.shape:
         return _scaled(x, node, a, b, None)
-    return _product(x, node, a, b)
+    return None if cast else _product(x, node, a, b)
 
 
 def _product(x: Tensor, node: Any, a: Tensor, b: Tensor) -> Gated | None:
@@ -199,6 +197,8 @@ def _scaled(
         return None
     source, rstd, place = (a, b, 1) if b.shape[-1:] == (1,) else (b, a, 0)
     if source.shape != x.shape or rstd.shape != (*x.shape[:-1], 1) or attached(rstd):
+        return None
+    if source.device != x.device:  # where a model's layers are spread, a cast may be a move
         return None
     made = node.next_functions[place][0]
     return Normed(source, rstd, weight) if _is_rms(made, source, rstd) else None

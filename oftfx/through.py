@@ -115,7 +115,7 @@ class _Through(torch.autograd.Function):
         cores = given[len(producer.sources()) :]
         held = [value for value in producer if isinstance(value, Tensor)]
         ctx.save_for_backward(*cores, *held)
-        ctx.between, ctx.cores, ctx.dtype = between, len(cores), dtype
+        ctx.between, ctx.cores, ctx.dtypes = between, len(cores), (x.dtype, dtype)
         ctx.kind = type(producer)
         ctx.rest = [None if isinstance(value, Tensor) else (value,) for value in producer]
         return tuple(turn(x.to(dtype), list(cores)))
@@ -130,7 +130,8 @@ class _Through(torch.autograd.Function):
         grad_x: Tensor | None = None
         sources: list[Tensor | None] = [None] * len(need_sources)
         if torch.is_grad_enabled() or awaited:
-            x = producer.again(ctx.dtype)
+            made, dtype = ctx.dtypes
+            x = producer.again(made).to(dtype)
             grad_x, of_cores = rotate_group_grad(list(grads), x, cores, need_x, any(need_cores))
         else:
             found, of_cores = producer.grads(list(grads), cores, any(need_cores))

@@ -107,6 +107,10 @@ OTHERS = {
     ),
     "another root": lambda h, u: W * (h * h.pow(2).mean(-1, keepdim=True).sqrt()),
     "a norm rounded before a wider weight": lambda h, u: W * (h * rstd_of(h)).bfloat16(),
+    "a copy of a product": lambda h, u: (F.silu(h) * u).to(torch.float32, copy=True),
+    "a product in another dtype": lambda h, u: (F.silu(h) * u).bfloat16(),
+    "a norm from another device": lambda h, u: (W * (h * rstd_of(h))).to("meta"),
+    "a bare norm from another device": lambda h, u: (h * rstd_of(h)).to("meta"),
     "a weight for each row": lambda h, u: torch.randn(6, 1) * (h * rstd_of(h)),
 }
 

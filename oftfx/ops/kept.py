@@ -51,7 +51,7 @@ def again(saved: Sequence[Tensor]) -> Tensor:
     return math.prod(saved[1:], start=saved[0])
 
 
-class UnreadableError(Exception):
+class UnreadableError(RuntimeError):
     """A node's tensor was written to or let go of, or hooks keep it; never leaves this package."""
 
 
