@@ -151,11 +151,12 @@ def _located(
     program = tl.program_id(0)
     which = program * 0
     begin = program * 0
-    end = tl.cdiv(counts[0], PACK)
+    # Not `tl.cdiv`, which the interpreter refuses where triton was imported before it was asked for.
+    end = (counts[0] + PACK - 1) // PACK
     for i in tl.static_range(1, COUNT):
         which = tl.where(program >= end, i, which)
         begin = tl.where(program >= end, end, begin)
-        end += tl.cdiv(counts[i], PACK)
+        end += (counts[i] + PACK - 1) // PACK
     return which, (program - begin).to(tl.int64) * PACK, _chosen(counts, which, COUNT)
 
 
