@@ -151,7 +151,7 @@ def _located(
     program = tl.program_id(0)
     which = program * 0
     begin = program * 0
-    # Not `tl.cdiv`, which the interpreter refuses where triton was imported before it was asked for.
+    # Not `tl.cdiv`: the interpreter refuses it where triton was imported before it was asked for.
     end = (counts[0] + PACK - 1) // PACK
     for i in tl.static_range(1, COUNT):
         which = tl.where(program >= end, i, which)
