@@ -55,8 +55,8 @@ ACTIVATIONS = {
 def glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
     """``rotate(act(gate)·up, core)``; without ``up``, ``rotate(act(gate), core)``.
 
-    On a CPU the bits are those of the separate ops. Kernels round where those round, to x's dtype
-    after the activation, the product and the rotation.
+    Where no kernel serves, the bits are those of the separate ops. Kernels round where those round,
+    to x's dtype after the activation, the product and the rotation.
 
     Args:
         gate: (..., n·b), floating.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.native.binding import call
-from oftfx.ops.native.rotate_group import LARGEST, STEP
+from oftfx.ops.native.rotate_group import LARGEST, STEP, plain
 
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
 """Those of `kernels.c`, as they are numbered there."""
@@ -24,7 +24,7 @@ def fits(gate: Tensor, core: Tensor, activation: str) -> bool:
 
 def glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
     """`oftfx::glu_rotate`, in one reading of gate and up."""
-    gate, core = gate.contiguous(), _plain(core)
+    gate, (core,) = gate.contiguous(), plain(core)
     up = None if up is None else up.contiguous()
     out = torch.empty_like(gate)
     call("glu_rotate", *_operands(gate, up, core, activation), out.data_ptr())
@@ -42,7 +42,7 @@ def glu_rotate_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`oftfx::glu_rotate_grad`: all gradients from one reading of grad, gate and up."""
     given, empty = core.dtype, gate.new_empty(0)
-    grad, gate, core = grad.contiguous(), gate.contiguous(), _plain(core)
+    grad, gate, (core,) = grad.contiguous(), gate.contiguous(), plain(core)
     up = None if up is None else up.contiguous()
     grad_gate = torch.empty_like(gate) if need_x else empty
     grad_up = empty if up is None or not need_x else torch.empty_like(up)
@@ -60,7 +60,3 @@ def _operands(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) ->
     numel = gate.numel()
     held = gate.data_ptr(), 0 if up is None else up.data_ptr(), core.data_ptr()
     return 2 * numel * b, numel // (n * b) if n else 0, n, b, ACTIVATIONS[activation], *held
-
-
-def _plain(core: Tensor) -> Tensor:
-    return core.to(torch.float32).contiguous()

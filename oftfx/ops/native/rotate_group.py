@@ -36,7 +36,7 @@ def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bo
 
 def rotate_group(x: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:
     """`oftfx::rotate_group`: x (..., n·b) and cores (n, b, b), from one reading of x."""
-    x, *cores = _plain(x, *cores)
+    x, *cores = plain(x, *cores)
     outs = [torch.empty_like(x) for _ in cores]
     operands = [tensor.data_ptr() for tensor in (x, *cores, *outs)]
     call("rotate", *_sizes(x, cores), *operands)
@@ -72,7 +72,7 @@ def rotate_group_grad(
         normed: They are the norm of x; its gradient is wanted, not that of what was rotated.
     """
     given = cores
-    x, *held = _plain(x, *grads, *cores)
+    x, *held = plain(x, *grads, *cores)
     cores = held[len(grads) :]
     out = torch.empty_like(x) if need_x else x.new_empty(0)
     grams = [torch.empty_like(core) if need_cores else core.new_empty(0) for core in cores]
@@ -96,7 +96,7 @@ def _sizes(x: Tensor, cores: Sequence[Tensor]) -> tuple[int, ...]:
     return 2 * len(cores) * numel * b, len(cores), rows, n, b
 
 
-def _plain(*tensors: Tensor) -> Sequence[Tensor]:
+def plain(*tensors: Tensor) -> Sequence[Tensor]:
     """The tensors as the kernels read them: float32, contiguous."""
     # Asking costs half of what calls that change nothing do.
     for tensor in tensors:

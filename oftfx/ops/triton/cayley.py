@@ -160,7 +160,7 @@ def _located(
     return which, (program - begin).to(tl.int64) * PACK, _chosen(counts, which, COUNT)
 
 
-_COUNTS = [f"n_{i}" for i in range(8)]
+_COUNTS = [f"n_{i}" for i in range(MOST)]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
