@@ -16,7 +16,7 @@ def _add(
     out_0: tl.tensor,
     out_1: tl.tensor,
     out_2: tl.tensor,
-    runs: int,
+    runs: tl.tensor,
     entries: tl.tensor,
     COUNT: tl.constexpr,
     AT_ONCE: tl.constexpr,

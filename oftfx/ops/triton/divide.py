@@ -28,9 +28,9 @@ def _divide(
     gram: tl.tensor,
     core: tl.tensor,
     out: tl.tensor,
-    core_block: int,
-    core_row: int,
-    core_col: int,
+    core_block: tl.tensor,
+    core_row: tl.tensor,
+    core_col: tl.tensor,
     B: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:

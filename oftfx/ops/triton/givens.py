@@ -37,8 +37,8 @@ def _stage(
     coordinate: tl.tensor,
     lane: tl.tensor,
     stage: tl.tensor,
-    step: int,
-    width: int,
+    step: tl.tensor,
+    width: tl.tensor,
     BACK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """One stage of (rows, W), or its transpose; each column's partner, and which are second."""
@@ -59,7 +59,7 @@ def _stage(
 
 
 @triton.jit
-def _block(second: tl.tensor, apart: tl.tensor, width: int) -> tl.tensor:
+def _block(second: tl.tensor, apart: tl.tensor, width: tl.tensor) -> tl.tensor:
     """Where the block of a pair is, whose coordinates are so far apart.
 
     ⌈width / apart⌉ coordinates go into its stage; as many blocks as are missing came before.
@@ -72,8 +72,8 @@ def _matrix(
     core: tl.tensor,
     coordinate: tl.tensor,
     lane: tl.tensor,
-    step: int,
-    width: int,
+    step: tl.tensor,
+    width: tl.tensor,
     STAGES: tl.constexpr,
 ) -> tl.tensor:
     """``M − I`` of a chunk, (W, W), in float32."""
@@ -99,7 +99,7 @@ def _along(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _locate(
-    rows: int, run: int, chunks: int, W: tl.constexpr
+    rows: tl.tensor, run: tl.tensor, chunks: tl.tensor, W: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """A program's run of rows, its begin and end; its chunk, and the columns of that."""
     split = (tl.program_id(0) // chunks).to(tl.int64)
@@ -114,12 +114,12 @@ def _forward(
     core: tl.tensor,
     out: tl.tensor,
     heads: tl.tensor,
-    rows: int,
-    run: int,
-    chunks: int,
-    step: int,
-    width: int,
-    stride: int,
+    rows: tl.tensor,
+    run: tl.tensor,
+    chunks: tl.tensor,
+    step: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
     STAGES: tl.constexpr,
     TILE: tl.constexpr,
     LAST: tl.constexpr,
@@ -154,13 +154,13 @@ def _backward(
     out: tl.tensor,
     heads: tl.tensor,
     gram: tl.tensor,
-    rows: int,
-    run: int,
-    chunks: int,
-    step: int,
-    width: int,
-    grad_stride: int,
-    stride: int,
+    rows: tl.tensor,
+    run: tl.tensor,
+    chunks: tl.tensor,
+    step: tl.tensor,
+    width: tl.tensor,
+    grad_stride: tl.tensor,
+    stride: tl.tensor,
     STAGES: tl.constexpr,
     TILE: tl.constexpr,
     LAST: tl.constexpr,

@@ -15,7 +15,10 @@ class Launch:
     """A kernel with everything but its tensors.
 
     Args:
-        kernel: A jitted kernel, whose tensors come first and compile-time constants last.
+        kernel: A jitted kernel, whose tensors come first and compile-time constants last. Its
+            numbers are annotated as what they are in it, tensors: of an ``int`` Triton takes the
+            type for given and does not compile for a stride of 1, so that nothing is known to lie
+            side by side.
         programs: How many programs to run.
         numbers: Its run-time numbers, in order.
         constants: Its compile-time constants, in order.

@@ -59,6 +59,8 @@ def check(launch, *tensors):
     names = kernel.arg_names[len(tensors):]
     values = dict(zip(names, launch._rest, strict=True))
     constants = {p.name for p in kernel.params if p.is_constexpr}
+    # A number that is called an int has that type, and Triton does not ask if it is a stride of 1.
+    assert not any(p.annotation_type for p in kernel.params)
     signature = dict(zip(kernel.arg_names, tensors))
     signature |= {name: "constexpr" if name in constants else "i32" for name in names}
     place = kernel.arg_names.index
@@ -112,9 +114,11 @@ check(cayley._launch_each(cayley._cayley_each_grad, *sizes), *["*fp32"] * 24)
 work = wide._gram_work(99, 3, 130, bf16, (390, 390), 3, cpu)
 check(work.launch, *["*bf16"] * 4, "*fp32")
 check(wide._turn_work(99, 3, 130, bf16, (390, 130 * 130, 1, 130), 3, cpu), *["*bf16"] * 7)
-check(wide_cayley._launch(3, 66, ("mirrored", "transposed", 2, 1), cpu), *["*fp32"] * 7)
-check(wide_cayley._repack(wide_cayley._pack, 3, 66, f32, cpu), "*fp32", "*fp32")
-check(wide_cayley._repack(wide_cayley._unpack, 3, 66, f32, cpu), "*fp32", "*fp32")
+for b, dtype, name in ((66, f32, "*fp32"), (66, bf16, "*bf16"), (128, bf16, "*bf16")):
+    launch = wide_cayley._launch(3, b, ("left", "right", 2, 1), dtype, cpu)
+    check(launch, *[name] * 7)
+    check(wide_cayley._repack(wide_cayley._pack, 3, b, (f32, dtype), cpu), name, "*fp32")
+    check(wide_cayley._repack(wide_cayley._unpack, 3, b, (f32, dtype), cpu), "*fp32", name)
 for b, nested, dtype, core, name in (
     (32, 256, bf16, f32, "*bf16"), (64, 0, f32, f32, "*fp32"), (32, 0, bf16, None, "*bf16")
 ):
