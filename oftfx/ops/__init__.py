@@ -19,6 +19,7 @@ from oftfx.ops.rotated_linear import (
     rotated_linear,
     rotated_linear_grad,
 )
+from oftfx.ops.rounded_cayley import rounded_cayley, rounded_cayley_grad
 from oftfx.ops.scale import scale
 from oftfx.ops.subspace import subspace, subspace_grad
 
@@ -49,6 +50,8 @@ __all__ = [
     "rotate_product_grad",
     "rotated_linear",
     "rotated_linear_grad",
+    "rounded_cayley",
+    "rounded_cayley_grad",
     "scale",
     "spectral_norm",
     "subspace",

@@ -14,6 +14,7 @@ from oftfx.passes.fold import fold
 from oftfx.passes.fuse_glu import fuse_glu
 from oftfx.passes.fuse_norm import fuse_norm
 from oftfx.passes.group import group
+from oftfx.passes.round_cores import round_cores
 
 Pass = Callable[[fx.GraphModule], int]
 
@@ -22,6 +23,7 @@ PASSES: dict[str, Pass] = {
     # rotation is shared; before the others, which would fuse the rotations it takes.
     "fold": fold,
     "batch_cores": batch_cores,
+    "round_cores": round_cores,
     "group": group,
     "fuse_norm": fuse_norm,
     "fuse_glu": fuse_glu,

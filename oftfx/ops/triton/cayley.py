@@ -285,6 +285,22 @@ def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Ten
     return out
 
 
+def rounded(theta: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
+    """`oftfx::rounded_cayley`, of blocks wider than `LARGEST`: every matrix is in this dtype."""
+    if not theta.numel():
+        return torch.empty(
+            (*theta.shape[:-1], block_size, block_size), dtype=dtype, device=theta.device
+        )
+    return wide_cayley.cayley(theta, block_size, order, dtype)
+
+
+def rounded_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Tensor:
+    """`oftfx::rounded_cayley_grad`: the same, every matrix in the gradient's dtype."""
+    if not theta.numel():
+        return torch.empty_like(theta)
+    return wide_cayley.cayley_grad(grad, theta, block_size, order, grad.dtype)
+
+
 def fits_each(thetas: Sequence[Tensor], block_size: int) -> bool:
     """Whether one launch takes all of these, of which `fits` said that it takes the first."""
     first = thetas[0]

@@ -27,7 +27,7 @@ LARGEST = 256
 """The widest block, where a program has as much shared memory as Hopper gives it."""
 LARGEST_ELSEWHERE = 64
 HELD = 128
-"""The widest block that is also turned fastest by a program that holds its core."""
+"""The widest block whose core a program holds beside a Gram, or while it is in float32."""
 
 
 @triton.jit
@@ -90,9 +90,14 @@ def diagonal(
 ) -> tl.tensor:
     """The given columns of the pack's block-diagonal core, (WIDE, number of columns)."""
     i, j = tl.arange(0, WIDE)[:, None], part[None, :]
-    same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
-    block = (first + i // B).to(tl.int64) * core_block
-    return tl.load(core + block + i % B * core_row + j % B * core_col, same, 0.0).to(DTYPE)
+    if PACK * B == WIDE and PACK == 1:  # one block, whole
+        entry = first.to(tl.int64) * core_block + i * core_row + j * core_col
+        turn = tl.load(core + entry)
+    else:
+        same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
+        block = (first + i // B).to(tl.int64) * core_block
+        turn = tl.load(core + block + i % B * core_row + j % B * core_col, same, 0.0)
+    return turn.to(DTYPE)
 
 
 @triton.jit
@@ -307,8 +312,10 @@ def largest(device: torch.device) -> int:
 
 def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
     """`oftfx::rotate`: x (..., n·b) of any strides and core (n, b, b) to a contiguous result."""
-    if wide.serves(x, core, stride) and core.shape[-1] > min(HELD, largest(x.device)):
+    if wide.serves(x, core, stride) and core.shape[-1] > largest(x.device):
         return wide.turned(x, core)
+    if core.shape[-1] > HELD and x.dtype.itemsize == 2:
+        core = core.to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, step = rows_of(x)
     n, b, _ = core.shape
@@ -336,9 +343,9 @@ def rotate_grad(
     grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
-    if wide.serves(x, core, stride) and core.shape[-1] > largest(x.device):
+    if wide.serves(x, core, stride) and core.shape[-1] > min(HELD, largest(x.device)):
         return (
-            wide.returned([grad], [core]) if need_x else grad_x,
+            rotate(grad, core.mT) if need_x else grad_x,
             wide.grams(x, [grad], [core])[0] if need_core else core.new_empty(0),
         )
     grad_rows, grad_step = rows_of(grad)

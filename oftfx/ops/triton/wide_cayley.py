@@ -6,6 +6,7 @@ every matrix is read and written once, are then the series or its gradient.
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,7 +44,7 @@ def _unpack(theta: tl.tensor, out: tl.tensor, B: tl.constexpr, TILE: tl.constexp
     theta += block * (B * (B - 1) // 2)
     above = tl.load(theta + _place(i, j, B), there & (i < j), 0.0).to(tl.float32)
     below = tl.load(theta + _place(j, i, B), there & (i > j), 0.0).to(tl.float32)
-    tl.store(out + block * (B * B) + i * B + j, above - below, there)
+    tl.store(out + block * (B * B) + i * B + j, (above - below).to(out.dtype.element_ty), there)
 
 
 @triton.jit
@@ -52,7 +53,8 @@ def _pack(grad: tl.tensor, out: tl.tensor, B: tl.constexpr, TILE: tl.constexpr) 
     block, i, j, there = _tile(B, TILE)
     grad += block * (B * B)
     there &= i < j
-    value = tl.load(grad + i * B + j, there, 0.0) - tl.load(grad + j * B + i, there, 0.0)
+    value = tl.load(grad + i * B + j, there, 0.0).to(tl.float32)
+    value -= tl.load(grad + j * B + i, there, 0.0).to(tl.float32)
     out += block * (B * (B - 1) // 2)
     tl.store(out + _place(i, j, B), value.to(out.dtype.element_ty), there)
 
@@ -66,23 +68,23 @@ def _multiplied(
     j: tl.tensor,
     B: tl.constexpr,
     STEP: tl.constexpr,
+    EVEN: tl.constexpr,
     FORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """``total`` and a tile of ``a·b``, ``a·bᵀ`` or ``−(a + aᵀ)·b``, by its form."""
+    """``total`` and a tile of ``a·b``, ``a·bᵀ`` or ``aᵀ·b``, by its form."""
     lane = tl.arange(0, STEP)
     for start in range(0, B, STEP):
         k = start + lane
-        left_in, right_in = (i < B) & (k < B)[None, :], (k < B)[:, None] & (j < B)
-        left = tl.load(a + i * B + k[None, :], left_in, 0.0)
-        if FORM == "-":
-            left = -left
-        if FORM == "mirrored":
-            left = -left - tl.load(a + k[None, :] * B + i, left_in, 0.0)
-        if FORM == "transposed":
-            right = tl.load(b + j * B + k[:, None], right_in, 0.0)
+        across, down = k[None, :], k[:, None]
+        left_at = across * B + i if FORM == "left" else i * B + across
+        right_at = j * B + down if FORM == "right" else down * B + j
+        if EVEN:  # copied as they are, past the registers
+            left = tl.load(a + left_at)
+            right = tl.load(b + right_at)
         else:
-            right = tl.load(b + k[:, None] * B + j, right_in, 0.0)
+            left = tl.load(a + left_at, (i < B) & (across < B), 0.0)
+            right = tl.load(b + right_at, (down < B) & (j < B), 0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     return total
 
@@ -99,6 +101,7 @@ def _combine(
     B: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
+    EVEN: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     V: tl.constexpr,
@@ -111,28 +114,29 @@ def _combine(
     here = block + i * B + j
     total = tl.full((TILE, TILE), 0.0, tl.float32)
     if V:
-        total += V * tl.load(e + here, there, 0.0)
+        total += V * tl.load(e + here, there, 0.0).to(tl.float32)
     if W:
-        total += W * tl.load(f + here, there, 0.0)
-    total = _multiplied(total, a + block, b + block, i, j, B, STEP, FIRST, PRECISION)
+        total += W * tl.load(f + here, there, 0.0).to(tl.float32)
+    total = _multiplied(total, a + block, b + block, i, j, B, STEP, EVEN, FIRST, PRECISION)
     if SECOND != "":
-        total = _multiplied(total, c + block, d + block, i, j, B, STEP, SECOND, PRECISION)
-    tl.store(out + here, total, there)
+        total = _multiplied(total, c + block, d + block, i, j, B, STEP, EVEN, SECOND, PRECISION)
+    tl.store(out + here, total.to(out.dtype.element_ty), there)
 
 
 TILE = 64
+"""Of parameters that are unpacked, or gradients that are packed."""
 
 Product = tuple[Tensor, Tensor, str]
 """Two matrices and how they are multiplied: as they are ("+"), or see `_multiplied`."""
 
 
 def _combined(products: Sequence[Product], added: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
-    """The sum of products and multiples of matrices (n, b, b), float32; two of each a launch."""
+    """The sum of products and multiples of matrices (n, b, b) of a dtype; two of each a launch."""
     (a, b, first), *second = products[:2]
     c, d, form = second[0] if second else (a, b, "")
     (v, e), (w, f) = (*added, (0, a), (0, a))[:2]
     out = torch.empty_like(a)
-    _launch(*a.shape[:2], (first, form, v, w), a.device)(a, b, c, d, e, f, out)
+    _launch(*a.shape[:2], (first, form, v, w), a.dtype, a.device)(a, b, c, d, e, f, out)
     if products[2:]:
         return _combined(products[2:], [(1, out), *added[2:]])
     for weight, matrix in added[2:]:
@@ -140,24 +144,47 @@ def _combined(products: Sequence[Product], added: Sequence[tuple[int, Tensor]] =
     return out
 
 
-@functools.lru_cache(maxsize=256)
-def _launch(n: int, b: int, what: tuple[str | int, ...], device: torch.device) -> Launch:
-    programs = n * triton.cdiv(b, TILE) ** 2
-    # As measured on one H100.
-    constants = (b, TILE, 32, *what, PRECISION)
-    return Launch(_combine, programs, (), constants, num_warps=4, num_stages=3)
+class Shape(NamedTuple):
+    """The side of a program's tile, how much of what it sums it reads at a time, and as `Tiles`."""
+
+    tile: int
+    step: int
+    warps: int
+    stages: int
+
+
+# As measured on one H100, for matrices in 32 and in 16 bits.
+SHAPES = {4: Shape(64, 32, 4, 3), 2: Shape(128, 64, 8, 3)}
 
 
 @functools.lru_cache(maxsize=256)
-def _repack(kernel: object, n: int, b: int, dtype: torch.dtype, device: torch.device) -> Launch:
+def _launch(
+    n: int, b: int, what: tuple[str | int, ...], dtype: torch.dtype, device: torch.device
+) -> Launch:
+    tile, step, warps, stages = SHAPES[dtype.itemsize]
+    programs = n * triton.cdiv(b, tile) ** 2
+    constants = (b, tile, step, b % tile == 0 and b % step == 0, *what, PRECISION)
+    return Launch(_combine, programs, (), constants, num_warps=warps, num_stages=stages)
+
+
+@functools.lru_cache(maxsize=256)
+def _repack(
+    kernel: object,
+    n: int,
+    b: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> Launch:
     return Launch(kernel, n * triton.cdiv(b, TILE) ** 2, (), (b, TILE), num_warps=4)
 
 
-def _horner(theta: Tensor, b: int, order: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _horner(
+    theta: Tensor, b: int, order: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Q, Q² and Horner's values but the last, as in `oftfx.rotations.cayley`."""
     n = theta.shape[:-1].numel()
-    q = torch.empty((n, b, b), dtype=torch.float32, device=theta.device)
-    _repack(_unpack, n, b, theta.dtype, theta.device)(theta.contiguous(), q)
+    q = torch.empty((n, b, b), dtype=dtype, device=theta.device)
+    _repack(_unpack, n, b, (theta.dtype, dtype), theta.device)(theta.contiguous(), q)
     square = _combined([(q, q, "+")])
     values = [torch.add(square, q, alpha=2) if order % 2 else q]
     for _ in range(order // 2 - 1):
@@ -165,30 +192,35 @@ def _horner(theta: Tensor, b: int, order: int) -> tuple[Tensor, Tensor, list[Ten
     return q, square, values
 
 
-def cayley(theta: Tensor, b: int, order: int) -> Tensor:
-    """The series' core, (…, b, b) in float32."""
-    q, square, (*_, value) = _horner(theta, b, order)
+def cayley(theta: Tensor, b: int, order: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The series' core, (…, b, b); in 16 bits every matrix on the way is, too."""
+    q, square, (*_, value) = _horner(theta, b, order, dtype)
     if order > 1:
         value = _combined([(square, value, "+")], [(2, q), (2, square)])
     return value.view(*theta.shape[:-1], b, b)
 
 
-def cayley_grad(grad: Tensor, theta: Tensor, b: int, order: int) -> Tensor:
+def cayley_grad(
+    grad: Tensor, theta: Tensor, b: int, order: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Its gradient, (…, b, b), to the parameters'; the steps are `neumann_grad`'s."""
-    q, square, values = _horner(theta, b, order)
-    backs = [grad.reshape(-1, b, b).contiguous().float()]
+    q, square, values = _horner(theta, b, order, dtype)
+    backs = [grad.reshape(-1, b, b).contiguous().to(dtype)]
     for _ in range(order // 2 - 1):
         backs.append(_combined([(square, backs[-1], "+")]))
     pairs = zip(backs, reversed(values), strict=True) if order > 1 else ()
-    square_grad: list[Product] = [(*pair, "transposed") for pair in pairs]
+    square_grad: list[Product] = [(*pair, "right") for pair in pairs]
     doubled = [(2, back) for back in backs] if order > 1 else []
     if order % 2:
         last = _combined([(square, backs[-1], "+")]) if order > 1 else backs[0]
         full_grad = _combined(square_grad, [*doubled, (1, last)]) if order > 1 else last
-        q_grad = _combined([(full_grad, q, "mirrored")], [*doubled, (2, last)])
+        rest, more = [*doubled, (2, last)], []
     else:
         full_grad = _combined(square_grad, doubled)
-        q_grad = _combined([(full_grad, q, "mirrored"), (square, backs[-1], "+")], doubled)
+        rest, more = doubled, [(square, backs[-1], "+")]
+    # −(F + Fᵀ)Q but for a symmetric part, which a skew matrix's parameters do not see: −FQ − QF.
+    both: list[Product] = [(full_grad, q, "right"), (q, full_grad, "left")]
+    q_grad = _combined([*both, *more], rest)
     out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
-    _repack(_pack, len(q), b, theta.dtype, theta.device)(q_grad, out)
+    _repack(_pack, len(q), b, (theta.dtype, dtype), theta.device)(q_grad, out)
     return out

@@ -1,0 +1,59 @@
+"""Cores that meet nothing but activations in 16 bits are made in 16 bits.
+
+    before                                after
+    C = cayley(theta, b, k)               C = rounded_cayley(theta, b, k, bfloat16)
+    y = rotate(x, C)                      y = rotate(x, C)
+
+for x in bfloat16 and blocks wide enough to gain by it (see `oftfx::rounded_cayley`). Every reader
+of C is a rotation, by itself or of a share of C.
+"""
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from oftfx.ops.rotate import ROTATE
+from oftfx.ops.rounded_cayley import ROUNDED_CAYLEY, served
+
+CAYLEY = torch.ops.oftfx.cayley.default
+SHARES = (operator.getitem, torch.split)
+
+
+def round_cores(graph: fx.GraphModule) -> int:
+    """Rounds what it can of `oftfx::cayley`; returns how many ops."""
+    rounded = 0
+    for node in graph.graph.find_nodes(op="call_function", target=CAYLEY):
+        theta, block_size, order = node.args
+        dtype = _dtype(node, block_size)
+        if order is None or dtype is None:
+            continue
+        with graph.graph.inserting_before(node):
+            given = (theta, block_size, order, dtype)
+            core = graph.graph.call_function(ROUNDED_CAYLEY, given)
+        node.replace_all_uses_with(core)
+        graph.graph.erase_node(node)
+        rounded += 1
+    return rounded
+
+
+def _dtype(core: fx.Node, block_size: int) -> torch.dtype | None:
+    """Of all that a core turns, if it is one that cores of this width are rounded to."""
+    values = list(_turned(core))
+    first = values[0] if values else None
+    if first is None or any(value is None or value.dtype != first.dtype for value in values):
+        return None
+    return first.dtype if served(block_size, first.dtype, first.device) else None
+
+
+def _turned(core: fx.Node) -> Iterator[Tensor | None]:
+    """What each of a core's readers turns; None for one that is no rotation."""
+    for user in core.users:
+        x = user.args[0]
+        if user.target in SHARES:
+            yield from _turned(user)
+        elif user.target == ROTATE and isinstance(x, fx.Node):
+            yield x.meta.get("example_value")
+        else:
+            yield None
