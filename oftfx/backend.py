@@ -22,6 +22,7 @@ from oftfx import ops
 from oftfx.errors import OftfxWarning
 from oftfx.ops.factor import MAPS
 from oftfx.passes import PASSES
+from oftfx.passes.sum_runs import HOOK, before
 from oftfx.sites import matmul
 
 log = logging.getLogger("oftfx")
@@ -40,7 +41,8 @@ def oftfx(
         graph: The graph Dynamo traced.
         example_inputs: Its inputs.
         mode: As for ``torch.compile`` with inductor.
-        options: ``{pass: False}`` leaves a pass out; the rest are inductor's config patches.
+        options: ``{pass: False}`` leaves a pass out, ``sum_runs`` among them, which runs after
+            autograd; the rest are inductor's config patches.
     """
     nodes = list(_nodes(graph))
     rotations = [node for node in nodes if node.target in MAPS]
@@ -62,7 +64,10 @@ def oftfx(
         for run in wanted:
             counts[run.__name__] += run(module)
         module.recompile()
+    sums = given.pop("sum_runs", True)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **given}
+    if sums:
+        patches[HOOK] = before(patches.get(HOOK, getattr(torch._inductor.config, HOOK)))
     inductor: Any = lookup_backend("inductor")
     # The compile caches know the ops by name; what a name stands for is in this tag.
     config: Any = torch.compiler.config

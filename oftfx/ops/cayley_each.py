@@ -121,7 +121,8 @@ def cayley_each_grad(
     """Gradients of [`cayley_each`][oftfx.ops.cayley_each]: each (n, b, b) to theta's shape.
 
     Args:
-        grads: For each core its gradient.
+        grads: For each core its gradient; or, of one dimension more, the shares that it is the
+            sum of, as the runs of a kernel found them.
         thetas: As forward.
         block_size: As forward.
         order: As forward.
@@ -140,7 +141,8 @@ def _cayley_each_grad(
     order: int,
     joined: Tensor | None = None,
 ) -> list[Tensor]:
-    fast = _kernels(thetas, block_size, order)
+    shared = any(g.dim() > t.dim() + 1 for g, t in zip(grads, thetas, strict=True))
+    fast = (_joining if shared else _kernels)(thetas, block_size, order)
     if fast is None:
         return of_each(grads, thetas, block_size, order)
     with on(thetas[0].device):
@@ -156,7 +158,10 @@ def of_each(
     joined: Tensor | None = None,
 ) -> list[Tensor]:
     """Each gradient by itself: what is differentiated again."""
-    pairs = zip(grads, thetas, strict=True)
+    pairs = [
+        (grad.sum(0) if grad.dim() > theta.dim() + 1 else grad, theta)
+        for grad, theta in zip(grads, thetas, strict=True)
+    ]
     return [cayley_grad(grad, theta, block_size, order) for grad, theta in pairs]
 
 

@@ -15,6 +15,7 @@ from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate import rotate, rotate_grad
+from oftfx.ops.shares import fake, only
 
 aten = torch.ops.aten
 
@@ -150,6 +151,7 @@ def _in_parts(
     activation: str,
     need_x: bool,
     need_core: bool,
+    shares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     act = ACTIVATIONS[activation]
     value = act.value(gate)
@@ -159,7 +161,14 @@ def _in_parts(
         grad_gate = act.grad(_times(grad_product, up), gate).contiguous()
         if up is not None:
             grad_up = grad_product * value
-    return grad_gate, grad_up, grad_core
+    return grad_gate, grad_up, only(grad_core) if shares else grad_core
+
+
+def _kernels(gate: Tensor, core: Tensor, activation: str, shares: bool) -> Any:
+    fast: Any = kernels("glu_rotate", gate.device)
+    if fast is None or not fast.fits(gate, core, activation):
+        return None
+    return None if shares and not hasattr(fast, "shares") else fast
 
 
 def _glu_rotate_grad(
@@ -170,12 +179,14 @@ def _glu_rotate_grad(
     activation: str,
     need_x: bool,
     need_core: bool,
+    shares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fast = kernels("glu_rotate", gate.device)
-    if fast is None or not fast.fits(gate, core, activation):
-        return _in_parts(grad, gate, up, core, activation, need_x, need_core)
+    fast = _kernels(gate, core, activation, shares)
+    if fast is None:
+        return _in_parts(grad, gate, up, core, activation, need_x, need_core, shares)
+    run = fast.shares if shares else fast.glu_rotate_grad
     with on(gate.device):
-        result: tuple[Tensor, Tensor, Tensor] = fast.glu_rotate_grad(
+        result: tuple[Tensor, Tensor, Tensor] = run(
             grad, gate, up, core, activation, need_x, need_core
         )
     return result
@@ -183,9 +194,10 @@ def _glu_rotate_grad(
 
 GLU_ROTATE_GRAD = define(
     "glu_rotate_grad(Tensor grad, Tensor gate, Tensor? up, Tensor core, str activation, "
-    "bool need_x, bool need_core) -> (Tensor, Tensor, Tensor)",
+    "bool need_x, bool need_core, bool shares=False) -> (Tensor, Tensor, Tensor)",
     _glu_rotate_grad,
 )
+"""[`glu_rotate_grad`][oftfx.ops.glu_rotate_grad], of a core that needs it in shares too."""
 
 
 @torch.library.register_fake("oftfx::glu_rotate_grad", lib=LIBRARY)
@@ -197,12 +209,15 @@ def _(
     activation: str,
     need_x: bool,
     need_core: bool,
+    shares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        gate.new_empty(gate.shape if need_x else 0),
-        gate.new_empty(gate.shape if need_x and up is not None else 0),
-        core.new_empty(core.shape if need_core else 0),
-    )
+    grad_gate = gate.new_empty(gate.shape if need_x else 0)
+    grad_up = gate.new_empty(gate.shape if need_x and up is not None else 0)
+    if shares:
+        fast = _kernels(gate, core, activation, shares)
+        runs = fast.runs(grad, gate, up, core, activation, need_x) if fast else 1
+        return grad_gate, grad_up, fake(runs, core)
+    return grad_gate, grad_up, core.new_empty(core.shape if need_core else 0)
 
 
 def _check(gate: Tensor, up: Tensor | None, activation: str) -> None:

@@ -15,6 +15,7 @@ from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate_group import rotate_group, rotate_group_grad
+from oftfx.ops.shares import fake, only
 
 
 class Norm(NamedTuple):
@@ -142,17 +143,29 @@ def _norm_rotate_grad(
     need_x: bool,
     need_affine: bool,
     need_cores: bool,
-    *given: Any,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shares: bool = False,
 ) -> Gradients:
-    norm = Norm(*given)
-    fast = kernels("norm_rotate", x.device)
-    if need_affine or fast is None or not fast.fits(x, cores, grads[0].dtype, grads):
-        return _in_parts(_added(grads, len(cores)), x, norm, cores, need_x, need_affine, need_cores)
+    norm = Norm(mean, rstd, weight, bias)
+    fast = _kernels(grads, x, cores, need_affine)
+    if fast is None:
+        grads = _added(grads, len(cores))
+        found = _in_parts(grads, x, norm, cores, need_x, need_affine, need_cores)
+        return found._replace(cores=[only(torch.stack(found.cores))]) if shares else found
+    run = fast.shares if shares else fast.norm_rotate_grad
     with on(x.device):
-        grad_x, grad_mean, grad_rstd, grad_cores = fast.norm_rotate_grad(
-            grads, x, norm, cores, need_x, need_cores
-        )
+        grad_x, grad_mean, grad_rstd, grad_cores = run(grads, x, norm, cores, need_x, need_cores)
     return Gradients(grad_x, grad_mean, grad_rstd, x.new_empty(0), x.new_empty(0), grad_cores)
+
+
+def _kernels(grads: list[Tensor], x: Tensor, cores: list[Tensor], need_affine: bool) -> Any:
+    fast: Any = kernels("norm_rotate", x.device)
+    if need_affine or fast is None or not fast.fits(x, cores, grads[0].dtype, grads):
+        return None
+    return fast
 
 
 def _added(grads: list[Tensor], cores: int) -> list[Tensor]:
@@ -193,9 +206,14 @@ def _in_parts(
 
 NORM_ROTATE_GRAD = define(
     "norm_rotate_grad(Tensor[] grads, Tensor x, Tensor[] cores, bool need_x, bool need_affine, "
-    f"bool need_cores, {_NORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    f"bool need_cores, {_NORM}, bool shares=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _norm_rotate_grad,
 )
+"""[`norm_rotate_grad`][oftfx.ops.norm_rotate_grad], of cores that need it in shares too.
+
+These are of all cores together, one tensor, (k, cores, n, b, b).
+"""
 
 
 @torch.library.register_fake("oftfx::norm_rotate_grad", lib=LIBRARY)
@@ -206,21 +224,30 @@ def _(
     need_x: bool,
     need_affine: bool,
     need_cores: bool,
-    *given: Any,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shares: bool = False,
 ) -> Gradients:
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         if tensor is None or not needed:
             return x.new_empty(0)
         return tensor.new_empty(tensor.shape)
 
-    norm = Norm(*given)
+    grad_cores = [core.new_empty(core.shape if need_cores else 0) for core in cores]
+    if shares:
+        fast = _kernels(grads, x, cores, need_affine)
+        norm = Norm(mean, rstd, weight, bias)
+        runs = fast.runs(grads, x, norm, cores, need_x) if fast else 1
+        grad_cores = [fake(runs, cores[0], len(cores))]
     return Gradients(
         like(x, need_x),
-        like(norm.mean, need_x),
-        like(norm.rstd, need_x),
-        like(norm.weight, need_affine),
-        like(norm.bias, need_affine),
-        [core.new_empty(core.shape if need_cores else 0) for core in cores],
+        like(mean, need_x),
+        like(rstd, need_x),
+        like(weight, need_affine),
+        like(bias, need_affine),
+        grad_cores,
     )
 
 

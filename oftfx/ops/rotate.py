@@ -16,6 +16,7 @@ from oftfx.ops.kept import again, kept
 from oftfx.ops.kernels import kernels, on
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate_product import ROTATE_PRODUCT_GRAD
+from oftfx.ops.shares import fake, only
 
 
 def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
@@ -97,37 +98,68 @@ def rotate_grad(
 
 @as_given
 def _rotate_grad(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    need_x: bool,
+    need_core: bool,
+    stride: int = 1,
+    shares: bool = False,
 ) -> tuple[Tensor, Tensor]:
     # Below an op nothing is recorded for autograd; above it, this is the op's own derivative.
     grad_x = rotate(grad, core.mT, stride) if need_x else grad.new_empty(0)
     grad_core = block_gram(x, grad, core, stride) if need_core else core.new_empty(0)
-    return grad_x, grad_core
+    return grad_x, only(grad_core) if shares else grad_core
+
+
+def _kernels(x: Tensor, core: Tensor, stride: int, shares: bool) -> Any:
+    fast: Any = kernels("rotate", x.device)
+    if fast is None or not fast.fits(x, core, stride) or (shares and not hasattr(fast, "shares")):
+        return None
+    return fast
 
 
 def _rotate_grad_anywhere(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    need_x: bool,
+    need_core: bool,
+    stride: int = 1,
+    shares: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    fast = kernels("rotate", x.device)
-    if fast is None or not fast.fits(x, core, stride):
-        return _rotate_grad(grad, x, core, need_x, need_core, stride)
+    fast = _kernels(x, core, stride, shares)
+    if fast is None:
+        return _rotate_grad(grad, x, core, need_x, need_core, stride, shares)
+    run = fast.shares if shares else fast.rotate_grad
     with on(x.device):
-        result: tuple[Tensor, Tensor] = fast.rotate_grad(grad, x, core, need_x, need_core, stride)
+        result: tuple[Tensor, Tensor] = run(grad, x, core, need_x, need_core, stride)
     return result
 
 
 ROTATE_GRAD = define(
-    "rotate_grad(Tensor grad, Tensor x, Tensor core, bool need_x, bool need_core, int stride=1) "
-    "-> (Tensor, Tensor)",
+    "rotate_grad(Tensor grad, Tensor x, Tensor core, bool need_x, bool need_core, int stride=1, "
+    "bool shares=False) -> (Tensor, Tensor)",
     _rotate_grad_anywhere,
 )
+"""[`rotate_grad`][oftfx.ops.rotate_grad], of a core that needs it in `oftfx.ops.shares` too."""
 
 
 @torch.library.register_fake("oftfx::rotate_grad", lib=LIBRARY)
 def _(
-    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool, stride: int = 1
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    need_x: bool,
+    need_core: bool,
+    stride: int = 1,
+    shares: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(x.shape if need_x else 0), core.new_empty(core.shape if need_core else 0)
+    grad_x = grad.new_empty(x.shape if need_x else 0)
+    if shares:
+        fast = _kernels(x, core, stride, shares)
+        return grad_x, fake(fast.runs(grad, x, core, need_x, stride) if fast else 1, core)
+    return grad_x, core.new_empty(core.shape if need_core else 0)
 
 
 def block_gram(x: Tensor, y: Tensor, like: Tensor, stride: int = 1) -> Tensor:

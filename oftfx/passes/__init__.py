@@ -3,6 +3,7 @@
 A pass takes one `fx.GraphModule` of torch-level nodes, as Dynamo hands it to a backend, edits its
 graph in place, and returns how often it did. It runs before autograd, whose formulas of the
 ops then give the backward, and before the compile caches, which so never see a graph without it.
+What only autograd's graph shows is left to `oftfx.passes.sum_runs`, which inductor runs.
 """
 
 from collections.abc import Callable

@@ -52,6 +52,13 @@ def total(source: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def totals(source: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The sums of source (runs, len(like), …), float32, each like one of up to three tensors."""
+    outs = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in like]
+    added(source, *outs)
+    return outs
+
+
 @functools.lru_cache(maxsize=1024)
 def _launch(
     runs: int, count: int, entries: int, dtype: torch.dtype, device: torch.device

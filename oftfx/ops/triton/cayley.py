@@ -23,6 +23,9 @@ LARGEST = 64
 MOST = 8
 """How many parameters a launch takes where they lie: a transformer layer has seven."""
 
+AT_ONCE = tl.constexpr(4)
+"""How many runs' shares of a gradient wait for memory together: of few rows there are no more."""
+
 
 @triton.jit
 def _build(
@@ -61,20 +64,30 @@ def _differentiate(
     out: tl.tensor,
     first: tl.tensor,
     n: tl.tensor,
+    runs: tl.tensor,
+    apart: tl.tensor,
     B: tl.constexpr,
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """The steps of [`oftfx.rotations.cayley.neumann_grad`][], for a pack of the n blocks."""
+    """The steps of [`oftfx.rotations.cayley.neumann_grad`][], for a pack of the n blocks.
+
+    The gradient is the sum of its runs', so many numbers apart, in their order.
+    """
     i, j = tl.arange(0, WIDE)[:, None], tl.arange(0, WIDE)[None, :]
     same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
     place = i % B * (2 * B - i % B - 1) // 2 + j % B - i % B - 1
     entry = (first + i // B) * (B * (B - 1) // 2) + place
     upper = tl.load(theta + entry, same & (i < j), 0.0).to(tl.float32)
+    grad += (first + i // B) * (B * B) + i % B * B + j % B
+    back = tl.full((WIDE, WIDE), 0.0, tl.float32)
+    for start in range(0, runs, AT_ONCE):
+        for run in tl.static_range(AT_ONCE):
+            share = grad + (start + run) * apart.to(tl.int64)
+            back += tl.load(share, same & (start + run < runs), 0.0).to(tl.float32)
     q = upper - tl.trans(upper)
-    back = tl.load(grad + (first + i // B) * (B * B) + i % B * B + j % B, same, 0.0).to(tl.float32)
 
     square = tl.dot(q, q, input_precision=PRECISION)
     full = 2 * (q + square)
@@ -128,7 +141,7 @@ def _cayley_grad(
     PRECISION: tl.constexpr,
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * PACK
-    _differentiate(grad, theta, out, first, n, B, ORDER, PACK, WIDE, PRECISION)
+    _differentiate(grad, theta, out, first, n, 1, n, B, ORDER, PACK, WIDE, PRECISION)
 
 
 @triton.jit
@@ -161,6 +174,7 @@ def _located(
 
 
 _COUNTS = [f"n_{i}" for i in range(MOST)]
+_RUNS = [f"{name}_{i}" for name in ("runs", "apart") for i in range(MOST)]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -204,7 +218,7 @@ def _cayley_each(
     _build(theta, core, first, n, B, ORDER, PACK, WIDE, PRECISION)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS + _RUNS)
 def _cayley_each_grad(
     grad_0: tl.tensor,
     grad_1: tl.tensor,
@@ -238,6 +252,22 @@ def _cayley_each_grad(
     n_5: tl.tensor,
     n_6: tl.tensor,
     n_7: tl.tensor,
+    runs_0: tl.tensor,
+    runs_1: tl.tensor,
+    runs_2: tl.tensor,
+    runs_3: tl.tensor,
+    runs_4: tl.tensor,
+    runs_5: tl.tensor,
+    runs_6: tl.tensor,
+    runs_7: tl.tensor,
+    apart_0: tl.tensor,
+    apart_1: tl.tensor,
+    apart_2: tl.tensor,
+    apart_3: tl.tensor,
+    apart_4: tl.tensor,
+    apart_5: tl.tensor,
+    apart_6: tl.tensor,
+    apart_7: tl.tensor,
     COUNT: tl.constexpr,
     B: tl.constexpr,
     ORDER: tl.constexpr,
@@ -251,7 +281,11 @@ def _cayley_each_grad(
         (theta_0, theta_1, theta_2, theta_3, theta_4, theta_5, theta_6, theta_7), which, COUNT
     )
     out = _chosen((out_0, out_1, out_2, out_3, out_4, out_5, out_6, out_7), which, COUNT)
-    _differentiate(grad, theta, out, first, n, B, ORDER, PACK, WIDE, PRECISION)
+    runs = _chosen((runs_0, runs_1, runs_2, runs_3, runs_4, runs_5, runs_6, runs_7), which, COUNT)
+    apart = _chosen(
+        (apart_0, apart_1, apart_2, apart_3, apart_4, apart_5, apart_6, apart_7), which, COUNT
+    )
+    _differentiate(grad, theta, out, first, n, runs, apart, B, ORDER, PACK, WIDE, PRECISION)
 
 
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
@@ -331,20 +365,39 @@ def cayley_joined(thetas: Sequence[Tensor], block_size: int, order: int) -> Tens
 def cayley_each_grad(
     grads: Sequence[Tensor], thetas: Sequence[Tensor], block_size: int, order: int
 ) -> list[Tensor]:
-    """`oftfx::cayley_each_grad`: for each its gradient, (n, b, b) to (n, b(b−1)/2)."""
+    """`oftfx::cayley_each_grad`: for each its gradient, (n, b, b) to (n, b(b−1)/2).
+
+    Or the gradient in shares of runs, (runs, n, b, b), which are added as they are read.
+    """
     outs = [torch.empty(theta.shape, dtype=theta.dtype, device=theta.device) for theta in thetas]
     wide = [grad.float() for grad in grads]  # as the kernel makes them, but all of one dtype
-    _run(_cayley_each_grad, block_size, order, wide, thetas, outs)
+    firsts, *runs = zip(*map(_first, wide), strict=True)
+    _run(_cayley_each_grad, block_size, order, firsts, thetas, outs, runs=tuple(runs))
     return outs
 
 
-def _run(kernel: Any, b: int, order: int, *operands: Sequence[Tensor]) -> None:
+def _first(grad: Tensor) -> tuple[Tensor, int, int]:
+    """The first share of a gradient, how many there are, and how far they are apart."""
+    if grad.dim() == 3:
+        return grad, 1, 0
+    if not grad[0].is_contiguous():
+        grad = grad.contiguous()
+    return grad[0], len(grad), grad.stride(0)
+
+
+def _run(
+    kernel: Any,
+    b: int,
+    order: int,
+    *operands: Sequence[Tensor],
+    runs: tuple[tuple[int, ...], ...] = (),
+) -> None:
     """Launches a kernel on its operands, of each parameter one: parameters next to last."""
     thetas = operands[-2]
     counts = tuple(len(theta) for theta in thetas)
     if not any(counts):
         return
-    launch = _launch_each(kernel, counts, b, order, thetas[0].dtype, thetas[0].device)
+    launch = _launch_each(kernel, counts, b, order, thetas[0].dtype, thetas[0].device, runs)
     tensors: list[Tensor] = []
     for each in operands:
         tensors += [tensor.contiguous() for tensor in each]
@@ -368,11 +421,12 @@ def _launch_each(
     order: int,
     dtype: torch.dtype,
     device: torch.device,
+    runs: tuple[tuple[int, ...], ...] = (),
 ) -> Launch:
     tile, warps = _tile(b, order, kernel is _cayley_each_grad)
     programs = sum(triton.cdiv(n, tile.pack) for n in counts)
-    numbers = (*counts, *(0,) * (MOST - len(counts)))
-    return Launch(kernel, programs, numbers, (len(counts), *tile), num_warps=warps)
+    numbers = [n for each in (counts, *runs) for n in (*each, *(0,) * (MOST - len(each)))]
+    return Launch(kernel, programs, tuple(numbers), (len(counts), *tile), num_warps=warps)
 
 
 class _Tile(NamedTuple):

@@ -261,10 +261,51 @@ def glu_rotate_grad(
     need_core: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`oftfx::glu_rotate_grad`: all gradients from one reading of grad, gate and up."""
+    grad_gate, grad_up, gram = shares(grad, gate, up, core, activation, need_x, need_core)
+    return grad_gate, grad_up, total(gram, core.dtype) if need_core else core.new_empty(0)
+
+
+def shares(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    core: Tensor,
+    activation: str,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `glu_rotate_grad` gives, but the core's gradient as its runs find it.
+
+    That is (runs, n, b, b), float32.
+    """
     grad_gate = gate.new_empty(gate.shape if need_x else 0)
     grad_up = gate.new_empty(gate.shape if need_x and up is not None else 0)
     if not (need_x or need_core):
         return grad_gate, grad_up, core.new_empty(0)
+    work, rows = _cut(grad, gate, up, core, activation, (need_x, need_core))
+    shape = (work.splits, *core.shape) if need_core else (0,)
+    gram = torch.empty(shape, dtype=torch.float32, device=gate.device)
+    work.launch(*rows, core, grad_gate, grad_up, gram)
+    return grad_gate, grad_up, gram
+
+
+def runs(
+    grad: Tensor, gate: Tensor, up: Tensor | None, core: Tensor, activation: str, need_x: bool
+) -> int:
+    """How many `shares` there are of these tensors, which may be fake."""
+    work, _ = _cut(grad, gate, up, core, activation, (need_x, True))
+    return work.splits
+
+
+def _cut(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    core: Tensor,
+    activation: str,
+    needs: tuple[bool, bool],
+) -> tuple[Work, tuple[Tensor, ...]]:
+    """The work of all gradients, and what it reads row by row."""
     grad_rows, grad_stride = rows_of(grad)
     gate_rows, gate_stride = rows_of(gate)
     up_rows, up_stride = (gate_rows, 0) if up is None else rows_of(up)
@@ -274,16 +315,10 @@ def glu_rotate_grad(
         (grad_stride, gate_stride, up_stride),
         (block, col, row),  # of Cᵀ
         (activation, up is not None),
-        (need_x, need_core),
+        needs,
         gate.device,
     )
-    n, b, _ = core.shape
-    shape = (work.splits, n, b, b) if need_core else (0,)
-    gram = torch.empty(shape, dtype=torch.float32, device=gate.device)
-    work.launch(grad_rows, gate_rows, up_rows, core, grad_gate, grad_up, gram)
-    if not need_core:
-        return grad_gate, grad_up, core.new_empty(0)
-    return grad_gate, grad_up, total(gram, core.dtype)
+    return work, (grad_rows, gate_rows, up_rows)
 
 
 def _sizes(gate: Tensor, core: Tensor) -> tuple[int, int, int, torch.dtype, torch.dtype]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from oftfx.ops.norm_rotate import Norm
 from oftfx.ops.triton import norm_rotate
+from oftfx.ops.triton.add import totals
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.tiles import rows_of
 
@@ -64,7 +65,8 @@ def rms_rotate_grad(
 ) -> tuple[Tensor, list[Tensor]]:
     """`oftfx::rms_rotate_grad`: one reading of the gradients and x, and one more of x."""
     norm = Norm(None, rstd, weight)
-    grad, sums, grad_cores = norm_rotate.gradients(grads, x, norm, cores, True, need_cores)
+    grad, sums, gram = norm_rotate.gradients(grads, x, norm, cores, True, need_cores)
+    grad_cores = totals(gram, cores) if need_cores else [core.new_empty(0) for core in cores]
     rows, stride = rows_of(x)
     width, packs = x.shape[-1], sums.shape[1]
     if grad.numel():

@@ -340,14 +340,66 @@ def rotate_grad(
 
     With ``by``, of x's shape and dtype, what was rotated is their product.
     """
+    if _widest(x, core, stride):
+        return _in_parts(grad, x, core, need_x, need_core)
+    grad_x, gram = shares(grad, x, core, need_x, need_core, stride, by)
+    return grad_x, total(gram, core.dtype) if need_core else core.new_empty(0)
+
+
+def shares(
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    need_x: bool,
+    need_core: bool,
+    stride: int = 1,
+    by: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `rotate_grad` gives, but the core's gradient as its runs find it.
+
+    That is (runs, n, b, b), float32.
+    """
     grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
-    if wide.serves(x, core, stride) and core.shape[-1] > min(HELD, largest(x.device)):
-        return (
-            rotate(grad, core.mT) if need_x else grad_x,
-            wide.grams(x, [grad], [core])[0] if need_core else core.new_empty(0),
-        )
+    if _widest(x, core, stride):
+        grad_x, whole = _in_parts(grad, x, core, need_x, need_core)
+        return grad_x, whole[None].float()
+    work, rows = _cut(grad, x, core, (need_x, need_core), stride, by)
+    shape = (work.splits, *core.shape) if need_core else (0,)
+    gram = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    work.launch(*rows, core, grad_x, gram)
+    return grad_x, gram
+
+
+def _in_parts(
+    grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        rotate(grad, core.mT) if need_x else grad.new_empty(0),
+        wide.grams(x, [grad], [core])[0] if need_core else core.new_empty(0),
+    )
+
+
+def runs(grad: Tensor, x: Tensor, core: Tensor, need_x: bool, stride: int = 1) -> int:
+    """How many `shares` there are of these tensors, which may be fake."""
+    return 1 if _widest(x, core, stride) else _cut(grad, x, core, (need_x, True), stride)[0].splits
+
+
+def _widest(x: Tensor, core: Tensor, stride: int) -> bool:
+    """Whether no program holds a core beside its Gram, which `wide` then makes."""
+    return wide.serves(x, core, stride) and core.shape[-1] > min(HELD, largest(x.device))
+
+
+def _cut(
+    grad: Tensor,
+    x: Tensor,
+    core: Tensor,
+    needs: tuple[bool, bool],
+    stride: int,
+    by: Tensor | None = None,
+) -> tuple[Work, tuple[Tensor, ...]]:
+    """The work of both gradients, and what it reads row by row."""
     grad_rows, grad_step = rows_of(grad)
     x_rows, x_step = rows_of(x)
     by_rows, by_step = (x_rows, x_step) if by is None else rows_of(by)
@@ -356,14 +408,9 @@ def rotate_grad(
     block, row, col = core.stride()
     turned = (block, col, row)  # of Cᵀ
     sizes, steps = (count, n, b, stride), (grad_step, x_step, by_step)
-    needs = (need_x, need_core, need_core and by is not None)
-    work = _work(sizes, x.dtype, core.dtype, steps, turned, needs, x.device)
-    shape = (work.splits, n, b, b) if need_core else (0,)
-    gram = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    work.launch(grad_rows, x_rows, by_rows, core, grad_x, gram)
-    if not need_core:
-        return grad_x, core.new_empty(0)
-    return grad_x, total(gram, core.dtype)
+    flags = (*needs, needs[1] and by is not None)
+    work = _work(sizes, x.dtype, core.dtype, steps, turned, flags, x.device)
+    return work, (grad_rows, x_rows, by_rows)
 
 
 def tiles(b: int, itemsize: int, gram: bool) -> Tiles:

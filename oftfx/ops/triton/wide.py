@@ -88,10 +88,13 @@ def _gram(
     grad_0: tl.tensor,
     grad_1: tl.tensor,
     grad_2: tl.tensor,
-    out: tl.tensor,
+    out_0: tl.tensor,
+    out_1: tl.tensor,
+    out_2: tl.tensor,
     rows: tl.tensor,
     n: tl.tensor,
     steps: tl.tensor,
+    apart: tl.tensor,
     stride: tl.tensor,
     grad_stride: tl.tensor,
     B: tl.constexpr,
@@ -101,7 +104,10 @@ def _gram(
     EVEN: tl.constexpr,
     COUNT: tl.constexpr,
 ) -> None:
-    """A tile (TILE, PART) of each block's ``sourceᵀ grad_i``, over a run of ``steps`` steps."""
+    """A tile (TILE, PART) of each block's ``sourceᵀ grad_i``, over a run of ``steps`` steps.
+
+    What the runs find is ``apart``.
+    """
     DOWN: tl.constexpr = (B + TILE - 1) // TILE
     ALONG: tl.constexpr = (B + PART - 1) // PART
     along = tl.program_id(0) % ALONG
@@ -113,11 +119,11 @@ def _gram(
     end = tl.minimum(rows - begin, steps * STEP).to(tl.int32)
     shift = block.to(tl.int64) * B
     source += begin * stride + shift
-    grad = grad_0
+    grad, out = grad_0, out_0
     if which == 1:
-        grad = grad_1
+        grad, out = grad_1, out_1
     elif which == 2:
-        grad = grad_2
+        grad, out = grad_2, out_2
     grad += begin * grad_stride + shift
     i = down * TILE + tl.arange(0, TILE)
     j = along * PART + tl.arange(0, PART)
@@ -132,9 +138,9 @@ def _gram(
             x = tl.load(source + row * stride + i[None, :], (row < end) & (i < B)[None, :], 0.0)
             g = tl.load(grad + row * grad_stride + j[None, :], (row < end) & (j < B)[None, :], 0.0)
         found = tl.dot(tl.trans(x), g, found)
-    out += ((split.to(tl.int64) * COUNT + which) * n + block) * (B * B)
+    out += split.to(tl.int64) * apart + block.to(tl.int64) * (B * B)
     there = (i < B)[:, None] & (j < B)[None, :]
-    tl.store(out + i[:, None] * B + j[None, :], found, there)
+    tl.store(out + i[:, None] * B + j[None, :], found.to(out.dtype.element_ty), there)
 
 
 class Shape(NamedTuple):
@@ -186,9 +192,14 @@ def grams(x: Tensor, grads: list[Tensor], cores: list[Tensor]) -> list[Tensor]:
     flat, grad_stride = rows_alike(grads)
     n, b, _ = cores[0].shape
     strides = (stride, grad_stride)
-    work = _gram_work(_height(x, n, b), n, b, x.dtype, strides, len(grads), x.device)
-    found = torch.empty((work.splits, len(cores), n, b, b), dtype=torch.float32, device=x.device)
-    work.launch(rows, *three(flat), found)
+    dtypes = (x.dtype, cores[0].dtype)
+    work = _gram_work(_height(x, n, b), n, b, dtypes, strides, len(grads), x.device)
+    if work.splits == 1:
+        work.launch(rows, *three(flat), *three(outs))
+        return outs
+    shape = (work.splits, len(cores), n, b, b)
+    found = torch.empty(shape, dtype=torch.float32, device=x.device)
+    work.launch(rows, *three(flat), *three(list(found[0])))
     added(found, *outs)
     return outs
 
@@ -219,7 +230,7 @@ def _gram_work(
     rows: int,
     n: int,
     b: int,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     strides: tuple[int, int],
     count: int,
     device: torch.device,
@@ -229,6 +240,6 @@ def _gram_work(
     chosen = Tiles(1, 1, 1, step, warps, stages, waves=2)
     programs, steps, splits = cut(rows, n * each, chosen, device, max(*strides, n * b))
     constants = (b, tile, part, step, b % tile == 0 and b % part == 0, count)
-    numbers = (rows, n, steps, *strides)
+    numbers = (rows, n, steps, count * n * b * b, *strides)
     launch = Launch(_gram, programs, numbers, constants, num_warps=warps, num_stages=stages)
     return Work(launch, splits)

@@ -182,6 +182,19 @@ def test_many_runs_are_added_the_same_way_every_time(device, monkeypatch):
         assert error(value, exact) < ROUNDING
 
 
+@pytest.mark.parametrize(("rows", "programs", "backward"), [(512, 112, 224), (4096, 224, 224)])
+def test_few_rows_leave_a_processor_to_one_program_of_the_forward(
+    rows, programs, backward, device, monkeypatch
+):
+    monkeypatch.setattr(tiles, "processors", lambda device: 132)
+    dtypes = (HALF, HALF, torch.float32, None, torch.float32, HALF, None)
+    problem = kernel.Problem(rows, 112, 32, 3, 3584, dtypes, device)
+    work = kernel._work.__wrapped__  # without its cache
+    strides = (1024, 32, 1)
+    assert work(problem, 0, strides, 0, ()).launch._grid[0] == programs
+    assert work(problem, 3584, strides, 3, (True, True)).launch._grid[0] == backward
+
+
 def test_serves_what_it_says():
     def fits(count=2, dtype=HALF, b=8, x_dtype=HALF, grads=()):
         x = torch.zeros(b, dtype=x_dtype)
