@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import oftfx
 from oftfx import ops
+from oftfx.backend import oftfx as backend
 from oftfx.ops.glu_rotate import ACTIVATIONS, served
 from oftfx.ops.triton import kernels
 
@@ -198,6 +200,36 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
         assert error(core.detach(), exact) < (2e-6 if b <= 64 or order is None else 1e-5)
         grad_theta = torch.autograd.grad(core, theta, grad)[0]
         assert error(grad_theta, exact_grad) < (2e-6 if order is None else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("b", [66, 96, 128, 160, 256, 300])
+def test_rounded_cores_and_gradients_lose_what_sixteen_bits_do(b, dtype):
+    from oftfx.ops.triton import cayley
+
+    for order in (1, 3, 4, 5):
+        theta = 0.3 / b**0.5 * torch.randn(5, b * (b - 1) // 2, device=CUDA)
+        grad = torch.randn(5, b, b, device=CUDA).to(dtype)
+        exact = ops.cayley(theta.double(), b, order)
+        rounded = cayley.rounded(theta, b, order, dtype)
+        assert error(rounded, exact) < 2 * error(exact.to(dtype), exact)
+        exact = ops.cayley_grad(grad.double(), theta.double(), b, order)
+        assert error(cayley.rounded_grad(grad, theta, b, order), exact) < 2 * ROUNDING[dtype]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("b", [128, 256])
+def test_a_compiled_model_in_bfloat16_rounds_its_wide_cores(b):
+    def model(x, theta):
+        return ops.rotate(torch.tanh(x), ops.cayley(theta, b, 4))
+
+    x = torch.randn(256, 2 * b, device=CUDA).bfloat16()
+    theta = (0.01 * torch.randn(2, b * (b - 1) // 2, device=CUDA)).requires_grad_()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    found, exact = (run(x, theta).sum() for run in (compiled, model))
+    (grad,), (exact_grad,) = (torch.autograd.grad(out, theta) for out in (found, exact))
+    assert error(grad, exact_grad.double()) < 4 * ROUNDING[torch.bfloat16]
+    assert counters["oftfx"]["round_cores"] == 1
 
 
 def test_triton_serves_this_device():

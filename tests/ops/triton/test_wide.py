@@ -8,7 +8,10 @@ from oftfx import ops
 kernel = pytest.importorskip("oftfx.ops.triton.wide")
 cores = pytest.importorskip("oftfx.ops.triton.wide_cayley")
 
+all_cores = pytest.importorskip("oftfx.ops.triton.cayley")
+
 HALF = torch.float16
+CPU = torch.device("cpu")
 ROUNDING = 3e-4
 
 # (rows, n, b): of one tile and of several, full and cut off
@@ -68,6 +71,41 @@ def test_cores_and_their_gradients_lose_less_than_sixteen_bits(order, device):
     assert error(cores.cayley(theta, b, order), exact) < 1e-5
     exact = ops.cayley_grad(grad.double(), theta.double(), b, order)
     assert error(cores.cayley_grad(grad, theta, b, order), exact) < 1e-5
+
+
+@pytest.mark.parametrize("order", [1, 3, 4, 6])
+@pytest.mark.parametrize("b", [66, 128])
+def test_rounded_cores_and_their_gradients_lose_what_sixteen_bits_do(b, order, device):
+    theta = 0.3 / b**0.5 * torch.randn(2, b * (b - 1) // 2, device=device)
+    grad = torch.randn(2, b, b, device=device).to(HALF)
+    exact = ops.cayley(theta.double(), b, order)
+    core = all_cores.rounded(theta, b, order, HALF)
+    assert core.dtype == HALF
+    assert error(core, exact) < 2 * error(exact.to(HALF), exact)
+    turn = core.double() + torch.eye(b, device=device)
+    ideal = exact + torch.eye(b, device=device)
+    assert error(turn.mT @ turn, ideal.mT @ ideal) < 2 * ROUNDING
+    exact = ops.cayley_grad(grad.double(), theta.double(), b, order)
+    found = all_cores.rounded_grad(grad, theta, b, order)
+    assert found.dtype == theta.dtype
+    assert error(found, exact) < 3 * ROUNDING
+
+
+def test_no_blocks_give_no_rounded_cores(device):
+    theta = torch.zeros(0, 66 * 65 // 2, device=device)
+    core = all_cores.rounded(theta, 66, 4, HALF)
+    assert core.shape == (0, 66, 66)
+    assert all_cores.rounded_grad(core, theta, 66, 4).shape == theta.shape
+
+
+def test_few_blocks_find_their_grams_in_runs_and_many_in_one(monkeypatch):
+    monkeypatch.setattr(kernel, "processors", lambda device: 132)
+    splits = {
+        (n, count): kernel._gram_work(4096, n, 256, (HALF, HALF), (9, 9), count, CPU).splits
+        for n, count in ((14, 1), (14, 2), (14, 3), (74, 1))
+    }
+    assert splits == {(14, 1): 2, (14, 2): 1, (14, 3): 1, (74, 1): 1}
+    assert kernel._gram_work(0, 14, 256, (HALF, HALF), (9, 9), 1, CPU).splits == 1
 
 
 def test_serves_neighbours_of_16_bits_in_wide_blocks():
