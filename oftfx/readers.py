@@ -9,7 +9,8 @@ and layers that share a rotation use one rotated tensor. A compiled graph gets t
 pass `group`. Where each turns its own weight instead, they have the gradients in common alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from oftfx import ops
 from oftfx.ops.factor import Factor
 from oftfx.ops.rotate import ROTATE
 from oftfx.through import through
+
+_VERSION = attrgetter("_version")
 
 
 class Turns(Protocol):
@@ -40,13 +43,15 @@ class Kept(NamedTuple):
     Attributes:
         x: The tensor they read.
         state: Its version, the modes it was read in, and how it was turned.
-        turned: By rotation, the parameters it had, their versions, and what the reader gets.
+        held: By rotation, the parameters it had, with their versions.
+        turned: By rotation, what its readers get.
         served: The readers that have had theirs.
     """
 
     x: Tensor
     state: Any
-    turned: "dict[Turns, tuple[list[Tensor], list[int], Any]]"
+    held: dict[Turns, list[tuple[Tensor, int]]]
+    turned: dict[Turns, Any]
     served: set[nn.Module]
 
 
@@ -93,31 +98,30 @@ class Readers:
             if kept is not None and torch._C._current_graph_task_id() == -1:
                 self.useful = False  # the others did not come for theirs: they read something else
             self._kept = kept = None
-            held = {each: list(each.tensors().values()) for each in self.turns}
-            if not self._together(x, held):
+            held = self._held(x)
+            if held is None:
                 return turn(x, [own])[own]
-            turned = {
-                each: (held[each], [t._version for t in held[each]], value)
-                for each, value in turn(x, self.turns).items()
-            }
-            self._kept = kept = Kept(x, state, turned, set())
+            self._kept = kept = Kept(x, state, held, turn(x, self.turns), set())
         kept.served.add(reader)
         if len(kept.served) == len(self.rotations):
             self._kept = None
-        return kept.turned[own][2]
+        return kept.turned[own]
 
-    def _together(self, x: Tensor, held: dict[Turns, list[Tensor]]) -> bool:
-        """Whether to compute more than one reader asks for."""
-        several = len(held) > 1
+    def _held(self, x: Tensor) -> dict[Turns, list[tuple[Tensor, int]]] | None:
+        """The parameters, by rotation; None where no more is to be computed than is asked for."""
+        several = len(self.turns) > 1
         if (several and not self.useful) or not traceable(x):
-            return False
-        for turn, tensors in held.items():
+            return None
+        held = {}
+        for turn in self.turns:
             if several and not turn.enabled:
-                return False
-            for tensor in tensors:
+                return None
+            tensors = turn.tensors()
+            for tensor in tensors.values():
                 if not traceable(tensor):
-                    return False
-        return True
+                    return None
+            held[turn] = versions(tensors)
+        return held
 
     def clear(self) -> None:
         """Lets go of what was kept."""
@@ -129,11 +133,18 @@ class Readers:
 
 def _still(kept: Kept, own: Turns, reader: nn.Module) -> bool:
     """Whether what was kept is this reader's: of the parameters it has now, and not had yet."""
-    if reader in kept.served:
-        return False
-    tensors, versions, _ = kept.turned[own]
-    for was, now, version in zip(tensors, own.tensors().values(), versions, strict=True):
-        if was is not now or now._version != version:
+    return reader not in kept.served and unchanged(kept.held[own], own.tensors())
+
+
+def versions(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
+    """A rotation's parameters with their versions."""
+    return list(zip(tensors.values(), map(_VERSION, tensors.values()), strict=True))
+
+
+def unchanged(held: list[tuple[Tensor, int]], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a rotation has the parameters that it had, and nothing was written to them."""
+    for (tensor, version), now in zip(held, tensors.values(), strict=True):
+        if now is not tensor or now._version != version:
             return False
     return True
 

@@ -42,7 +42,7 @@ def through(
         None where nothing known made x, where no kernel serves it, and under a mode, a transform or
         a tracer.
     """
-    if x.grad_fn is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.grad_fn is None or not torch.is_grad_enabled():
         return None
     if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
         return None
