@@ -9,8 +9,7 @@ and layers that share a rotation use one rotated tensor. A compiled graph gets t
 pass `group`. Where each turns its own weight instead, they have the gradients in common alone.
 """
 
-from collections.abc import Callable, Mapping
-from operator import attrgetter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,8 +19,6 @@ from oftfx import ops
 from oftfx.ops.factor import Factor
 from oftfx.ops.rotate import ROTATE
 from oftfx.through import through
-
-_VERSION = attrgetter("_version")
 
 
 class Turns(Protocol):
@@ -43,15 +40,15 @@ class Kept(NamedTuple):
     Attributes:
         x: The tensor they read.
         state: Its version, the modes it was read in, and how it was turned.
-        held: By rotation, the parameters it had, with their versions.
-        turned: By rotation, what its readers get.
+        held: For each rotation, the parameters it had, with their versions.
+        turned: For each rotation, what its readers get.
         served: The readers that have had theirs.
     """
 
     x: Tensor
     state: Any
-    held: dict[Turns, list[tuple[Tensor, int]]]
-    turned: dict[Turns, Any]
+    held: list[list[tuple[Tensor, int]]]
+    turned: Sequence[Any]
     served: set[nn.Module]
 
 
@@ -62,13 +59,15 @@ class Readers:
         rotations: By reader; one that several share, or one each.
 
     Attributes:
+        turns: The rotations.
+        places: By reader, that of its rotation among them.
         blocks: Whether each turns blocks.
         outs: How many outputs each reader has; none where they share a rotation.
     """
 
     def __init__(self, rotations: dict[Any, Turns]) -> None:
-        self.rotations = rotations
         self.turns = list(dict.fromkeys(rotations.values()))
+        self.places = {reader: self.turns.index(turn) for reader, turn in rotations.items()}
         self.blocks = all(turn.block is not None for turn in self.turns)
         own = len(self.turns) == len(rotations)
         self.outs = tuple(reader.out for reader in rotations) if own else ()
@@ -85,34 +84,40 @@ class Readers:
         result: tuple[Tensor, Tensor] = self._read(reader, x, deferred)
         return result
 
-    def _read(self, reader: nn.Module, x: Tensor, turn: Callable[..., dict[Turns, Any]]) -> Any:
-        own = self.rotations.get(reader)
-        if own is None:  # a shallow copy, such as a data-parallel replica, of a reader
-            alone: Any = getattr(reader, "rotation", reader)
-            return turn(x, [alone])[alone]
+    def _read(self, reader: nn.Module, x: Tensor, turn: Callable[..., Sequence[Any]]) -> Any:
+        place = self.places.get(reader)
+        if place is None:  # a shallow copy, such as a data-parallel replica, of a reader
+            return turn(x, [getattr(reader, "rotation", reader)])[0]
+        own = self.turns[place]
         version = None if x.is_inference() else x._version
         state = (version, torch.is_grad_enabled(), autocast_dtype(x), turn)
         kept = self._kept
-        if kept is None or kept.x is not x or kept.state != state or not _still(kept, own, reader):
+        if (
+            kept is None
+            or kept.x is not x
+            or kept.state != state
+            or reader in kept.served
+            or not unchanged(kept.held[place], own.tensors())
+        ):
             # A reader that asks again is in another forward, whose graph must be its own.
             if kept is not None and torch._C._current_graph_task_id() == -1:
                 self.useful = False  # the others did not come for theirs: they read something else
             self._kept = kept = None
             held = self._held(x)
             if held is None:
-                return turn(x, [own])[own]
+                return turn(x, [own])[0]
             self._kept = kept = Kept(x, state, held, turn(x, self.turns), set())
         kept.served.add(reader)
-        if len(kept.served) == len(self.rotations):
+        if len(kept.served) == len(self.places):
             self._kept = None
-        return kept.turned[own]
+        return kept.turned[place]
 
-    def _held(self, x: Tensor) -> dict[Turns, list[tuple[Tensor, int]]] | None:
-        """The parameters, by rotation; None where no more is to be computed than is asked for."""
+    def _held(self, x: Tensor) -> list[list[tuple[Tensor, int]]] | None:
+        """The parameters of each rotation; None where no more is computed than is asked for."""
         several = len(self.turns) > 1
         if (several and not self.useful) or not traceable(x):
             return None
-        held = {}
+        held = []
         for turn in self.turns:
             if several and not turn.enabled:
                 return None
@@ -120,7 +125,7 @@ class Readers:
             for tensor in tensors.values():
                 if not traceable(tensor):
                     return None
-            held[turn] = versions(tensors)
+            held.append(versions(tensors))
         return held
 
     def clear(self) -> None:
@@ -131,14 +136,9 @@ class Readers:
         return {**vars(self), "_kept": None}
 
 
-def _still(kept: Kept, own: Turns, reader: nn.Module) -> bool:
-    """Whether what was kept is this reader's: of the parameters it has now, and not had yet."""
-    return reader not in kept.served and unchanged(kept.held[own], own.tensors())
-
-
 def versions(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
     """A rotation's parameters with their versions."""
-    return list(zip(tensors.values(), map(_VERSION, tensors.values()), strict=True))
+    return [(tensor, tensor._version) for tensor in tensors.values()]
 
 
 def unchanged(held: list[tuple[Tensor, int]], tensors: Mapping[str, Tensor]) -> bool:
@@ -149,16 +149,14 @@ def unchanged(held: list[tuple[Tensor, int]], tensors: Mapping[str, Tensor]) -> 
     return True
 
 
-def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
+def together(x: Tensor, turns: list[Any]) -> Sequence[Tensor]:
     """``x·M`` for several M, in one op where each is one block rotation of the same blocks."""
     applied = [turn.applied() for turn in turns]
     cores = _alike(applied)
     if cores and (outs := rotated_through(x, cores)) is not None:
-        return dict(zip(turns, outs, strict=True))
+        return outs
     x = cast(x)
-    if len(cores) > 1:
-        return dict(zip(turns, ops.rotate_group(x, cores), strict=True))
-    return {turn: rotated(x, own) for turn, own in zip(turns, applied, strict=True)}
+    return ops.rotate_group(x, cores) if len(cores) > 1 else [rotated(x, own) for own in applied]
 
 
 def rotated_through(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...] | None:
@@ -183,12 +181,11 @@ def _alike(applied: list[tuple[Factor, ...]]) -> list[Tensor]:
     return cores
 
 
-def deferred(x: Tensor, turns: list[Any]) -> dict[Turns, tuple[Tensor, Tensor]]:
+def deferred(x: Tensor, turns: list[Any]) -> Sequence[tuple[Tensor, Tensor]]:
     """For each block rotation, x itself and the core by which its reader turns its own weight."""
     cores = [turn.applied()[0].operands[0] for turn in turns]
     outs = deferred_through(x, cores) or ops.defer(cast(x), cores)
-    values = zip(outs, (core.detach() for core in cores), strict=True)
-    return dict(zip(turns, values, strict=True))
+    return list(zip(outs, (core.detach() for core in cores), strict=True))
 
 
 def deferred_through(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...] | None:

@@ -141,7 +141,7 @@ class Rotation(Outputs):
         if not torch.compiler.is_compiling():
             if self.readers is not None:
                 return self.readers.rotate(self, x)
-            return together(x, [self])[self]
+            return together(x, [self])[0]
         with self._noted():
             return rotated(x, self.applied())
 
