@@ -10,7 +10,7 @@ pass `group`. Where each turns its own weight instead, they have the gradients i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from oftfx import ops
 from oftfx.ops.factor import Factor
 from oftfx.ops.rotate import ROTATE
 from oftfx.through import through
+
+Versions: TypeAlias = dict[str, tuple[Tensor, int]]
 
 
 class Turns(Protocol):
@@ -47,7 +49,7 @@ class Kept(NamedTuple):
 
     x: Tensor
     state: Any
-    held: list[list[tuple[Tensor, int]]]
+    held: list[Versions]
     turned: Sequence[Any]
     served: set[nn.Module]
 
@@ -112,7 +114,7 @@ class Readers:
             self._kept = None
         return kept.turned[place]
 
-    def _held(self, x: Tensor) -> list[list[tuple[Tensor, int]]] | None:
+    def _held(self, x: Tensor) -> list[Versions] | None:
         """The parameters of each rotation; None where no more is computed than is asked for."""
         several = len(self.turns) > 1
         if (several and not self.useful) or not traceable(x):
@@ -136,14 +138,15 @@ class Readers:
         return {**vars(self), "_kept": None}
 
 
-def versions(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
+def versions(tensors: Mapping[str, Tensor]) -> Versions:
     """A rotation's parameters with their versions."""
-    return [(tensor, tensor._version) for tensor in tensors.values()]
+    return {name: (tensor, tensor._version) for name, tensor in tensors.items()}
 
 
-def unchanged(held: list[tuple[Tensor, int]], tensors: Mapping[str, Tensor]) -> bool:
+def unchanged(held: Versions, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a rotation has the parameters that it had, and nothing was written to them."""
-    for (tensor, version), now in zip(held, tensors.values(), strict=True):
+    for name, now in tensors.items():
+        tensor, version = held[name]
         if now is not tensor or now._version != version:
             return False
     return True
