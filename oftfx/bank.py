@@ -11,7 +11,7 @@ A layer builds its own core wherever it cannot take this one: called by itself, 
 functorch, sharded, or in a region that is recomputed with a graph of its own.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from oftfx import ops
 from oftfx.modules import Rotation, built
 from oftfx.ops.cayley_each import served
 from oftfx.ops.kept import watched
-from oftfx.readers import plain
+from oftfx.readers import plain, unchanged, versions
 from oftfx.rotations import oft
 
 
@@ -59,12 +59,10 @@ class Bank:
         if root is not self.root or not (self.useful and torch.is_grad_enabled()):
             return
         for members in self.alike:
-            batches: dict[Any, list[Rotation]] = {}
+            batches: dict[Any, dict[Rotation, dict[str, Tensor]]] = {}
             for rotation in members:
-                if rotation.enabled and _ready(rotation):
-                    tensors = rotation.tensors().values()
-                    kind = (rotation.scaling, *((t.dtype, t.device) for t in tensors))
-                    batches.setdefault(kind, []).append(rotation)
+                if rotation.enabled and (kind := _kind(rotation, tensors := rotation.tensors())):
+                    batches.setdefault(kind, {})[rotation] = tensors
             for batch in batches.values():
                 self.handed += _build(batch)
 
@@ -103,8 +101,10 @@ class Given:
         taken: Whether the rotation used it in that forward, with gradient.
     """
 
+    __slots__ = ("cores", "open", "taken", "tensors")
+
     def __init__(self, tensors: dict[str, Tensor], cores: tuple[Tensor, ...]) -> None:
-        self.tensors = [(tensor, tensor._version) for tensor in tensors.values()]
+        self.tensors = versions(tensors)
         self.cores = cores
         self.open = True
         self.taken = False
@@ -113,9 +113,8 @@ class Given:
         """The cores, if they may be used now."""
         if not (self.open or (self.taken and _running_again())):
             return None
-        for (tensor, version), now in zip(self.tensors, tensors.values(), strict=True):
-            if now is not tensor or now._version != version:
-                return None
+        if not unchanged(self.tensors, tensors):
+            return None
         self.taken = True
         return self.cores
 
@@ -130,38 +129,43 @@ def _running_again() -> bool:
     return in_backward and watched()
 
 
-def _ready(rotation: Rotation) -> bool:
-    """Whether its parameters are plain tensors: not sharded, flattened, wrapped or on `meta`."""
-    for name, tensor in rotation.tensors().items():
-        if not plain(tensor) or tensor.is_meta or tuple(tensor.shape) != rotation.shapes[name]:
-            return False
-    return any(tensor.requires_grad for tensor in rotation.tensors().values())
+def _kind(rotation: Rotation, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What rotations of one spec and shape have in common that are built together.
+
+    Nothing unless the parameters are plain tensors: not sharded, flattened, wrapped or on `meta`;
+    and one of them is trained.
+    """
+    kind: list[Any] = [rotation.scaling]
+    trained = False
+    for name, tensor in tensors.items():
+        if not plain(tensor) or tensor.is_meta or tensor.shape != rotation.shapes[name]:
+            return ()
+        kind += tensor.dtype, tensor.device
+        trained |= tensor.requires_grad
+    return tuple(kind) if trained else ()
 
 
-def _build(members: list[Rotation]) -> Iterator[Given]:
-    """Builds the cores of rotations of one spec, shape and scale, and gives each its share."""
-    held = [rotation.tensors() for rotation in members]
-    for rotation, tensors, cores in zip(members, held, _cores(members, held), strict=True):
-        given = Given(tensors, cores)
-        vars(rotation)["given"] = given
-        yield given
+def _build(batch: dict[Rotation, dict[str, Tensor]]) -> list[Given]:
+    """Builds the cores of rotations of one spec, shape and kind, and gives each its share."""
+    given = list(map(Given, batch.values(), _cores(list(batch), list(batch.values()))))
+    for rotation, own in zip(batch, given, strict=True):
+        vars(rotation)["given"] = own
+    return given
 
 
-def _cores(members: list[Rotation], held: list[dict[str, Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+def _cores(members: list[Rotation], held: list[dict[str, Tensor]]) -> Iterable[tuple[Tensor, ...]]:
     spec, scaling, fixed = members[0].spec, members[0].scaling, members[0].method.FIXED
     if len(members) == 1:  # nothing to save but where the forward calls its layer several times
-        yield built(spec, held[0], scaling)
-        return
+        return [built(spec, held[0], scaling)]
     series = oft.series(spec) if members[0].method is oft and scaling == 1 else None
     if series is not None and served(thetas := [t["theta"] for t in held], *series):
-        yield from ((core,) for core in ops.cayley_each(thetas, *series))
-        return
+        return zip(ops.cayley_each(thetas, *series), strict=True)
     # What is never trained would be stacked in every forward, only to be handed through.
     stacked = {
         name: tensor if name in fixed else torch.stack([tensors[name] for tensors in held])
         for name, tensor in held[0].items()
     }
     cores = built(spec, stacked, scaling)[len(fixed) :]
+    own = ([oft.wide(tensors[n]) for n in members[0].shapes if n in fixed] for tensors in held)
     shares = zip(*(core.unbind() for core in cores), strict=True)
-    for rotation, tensors, share in zip(members, held, shares, strict=True):
-        yield (*(oft.wide(tensors[name]) for name in rotation.shapes if name in fixed), *share)
+    return [(*first, *share) for first, share in zip(own, shares, strict=True)]

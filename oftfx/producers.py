@@ -40,6 +40,10 @@ class Gated(NamedTuple):
         """What gets a gradient."""
         return [self.gate] if self.up is None else [self.gate, self.up]
 
+    def parts(self) -> tuple[tuple[Tensor | None, ...], tuple[str, ...]]:
+        """Its tensors, and the rest: together its fields, in their order."""
+        return self[:2], self[2:]
+
     def between(self, made: Any) -> Tensor | None:
         """What autograd keeps on the way from the sources to what a node made."""
         if self.up is None:
@@ -86,6 +90,10 @@ class Normed(NamedTuple):
     def sources(self) -> list[Tensor]:
         """What gets a gradient."""
         return [self.x]
+
+    def parts(self) -> tuple[tuple[Tensor | None, ...], tuple[()]]:
+        """Its tensors, and the rest: together its fields, in their order."""
+        return self, ()
 
     def between(self, made: Any) -> Tensor | None:
         """What autograd keeps on the way from the sources to what a node made."""

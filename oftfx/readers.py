@@ -9,8 +9,8 @@ and layers that share a rotation use one rotated tensor. A compiled graph gets t
 pass `group`. Where each turns its own weight instead, they have the gradients in common alone.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from oftfx import ops
 from oftfx.ops.factor import Factor
 from oftfx.ops.rotate import ROTATE
 from oftfx.through import through
+
+Versions: TypeAlias = dict[str, tuple[Tensor, int]]
 
 
 class Turns(Protocol):
@@ -40,13 +42,15 @@ class Kept(NamedTuple):
     Attributes:
         x: The tensor they read.
         state: Its version, the modes it was read in, and how it was turned.
-        turned: By rotation, the parameters it had, their versions, and what the reader gets.
+        held: For each rotation, the parameters it had, with their versions.
+        turned: For each rotation, what its readers get.
         served: The readers that have had theirs.
     """
 
     x: Tensor
     state: Any
-    turned: "dict[Turns, tuple[list[Tensor], list[int], Any]]"
+    held: list[Versions]
+    turned: Sequence[Any]
     served: set[nn.Module]
 
 
@@ -57,13 +61,15 @@ class Readers:
         rotations: By reader; one that several share, or one each.
 
     Attributes:
+        turns: The rotations.
+        places: By reader, that of its rotation among them.
         blocks: Whether each turns blocks.
         outs: How many outputs each reader has; none where they share a rotation.
     """
 
     def __init__(self, rotations: dict[Any, Turns]) -> None:
-        self.rotations = rotations
         self.turns = list(dict.fromkeys(rotations.values()))
+        self.places = {reader: self.turns.index(turn) for reader, turn in rotations.items()}
         self.blocks = all(turn.block is not None for turn in self.turns)
         own = len(self.turns) == len(rotations)
         self.outs = tuple(reader.out for reader in rotations) if own else ()
@@ -80,44 +86,49 @@ class Readers:
         result: tuple[Tensor, Tensor] = self._read(reader, x, deferred)
         return result
 
-    def _read(self, reader: nn.Module, x: Tensor, turn: Callable[..., dict[Turns, Any]]) -> Any:
-        own = self.rotations.get(reader)
-        if own is None:  # a shallow copy, such as a data-parallel replica, of a reader
-            alone: Any = getattr(reader, "rotation", reader)
-            return turn(x, [alone])[alone]
+    def _read(self, reader: nn.Module, x: Tensor, turn: Callable[..., Sequence[Any]]) -> Any:
+        place = self.places.get(reader)
+        if place is None:  # a shallow copy, such as a data-parallel replica, of a reader
+            return turn(x, [getattr(reader, "rotation", reader)])[0]
+        own = self.turns[place]
         version = None if x.is_inference() else x._version
         state = (version, torch.is_grad_enabled(), autocast_dtype(x), turn)
         kept = self._kept
-        if kept is None or kept.x is not x or kept.state != state or not _still(kept, own, reader):
+        if (
+            kept is None
+            or kept.x is not x
+            or kept.state != state
+            or reader in kept.served
+            or not unchanged(kept.held[place], own.tensors())
+        ):
             # A reader that asks again is in another forward, whose graph must be its own.
             if kept is not None and torch._C._current_graph_task_id() == -1:
                 self.useful = False  # the others did not come for theirs: they read something else
             self._kept = kept = None
-            held = {each: list(each.tensors().values()) for each in self.turns}
-            if not self._together(x, held):
-                return turn(x, [own])[own]
-            turned = {
-                each: (held[each], [t._version for t in held[each]], value)
-                for each, value in turn(x, self.turns).items()
-            }
-            self._kept = kept = Kept(x, state, turned, set())
+            held = self._held(x)
+            if held is None:
+                return turn(x, [own])[0]
+            self._kept = kept = Kept(x, state, held, turn(x, self.turns), set())
         kept.served.add(reader)
-        if len(kept.served) == len(self.rotations):
+        if len(kept.served) == len(self.places):
             self._kept = None
-        return kept.turned[own][2]
+        return kept.turned[place]
 
-    def _together(self, x: Tensor, held: dict[Turns, list[Tensor]]) -> bool:
-        """Whether to compute more than one reader asks for."""
-        several = len(held) > 1
+    def _held(self, x: Tensor) -> list[Versions] | None:
+        """The parameters of each rotation; None where no more is computed than is asked for."""
+        several = len(self.turns) > 1
         if (several and not self.useful) or not traceable(x):
-            return False
-        for turn, tensors in held.items():
+            return None
+        held = []
+        for turn in self.turns:
             if several and not turn.enabled:
-                return False
-            for tensor in tensors:
+                return None
+            tensors = turn.tensors()
+            for tensor in tensors.values():
                 if not traceable(tensor):
-                    return False
-        return True
+                    return None
+            held.append(versions(tensors))
+        return held
 
     def clear(self) -> None:
         """Lets go of what was kept."""
@@ -127,27 +138,28 @@ class Readers:
         return {**vars(self), "_kept": None}
 
 
-def _still(kept: Kept, own: Turns, reader: nn.Module) -> bool:
-    """Whether what was kept is this reader's: of the parameters it has now, and not had yet."""
-    if reader in kept.served:
-        return False
-    tensors, versions, _ = kept.turned[own]
-    for was, now, version in zip(tensors, own.tensors().values(), versions, strict=True):
-        if was is not now or now._version != version:
+def versions(tensors: Mapping[str, Tensor]) -> Versions:
+    """A rotation's parameters with their versions."""
+    return {name: (tensor, tensor._version) for name, tensor in tensors.items()}
+
+
+def unchanged(held: Versions, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a rotation has the parameters that it had, and nothing was written to them."""
+    for name, now in tensors.items():
+        tensor, version = held[name]
+        if now is not tensor or now._version != version:
             return False
     return True
 
 
-def together(x: Tensor, turns: list[Any]) -> dict[Turns, Tensor]:
+def together(x: Tensor, turns: list[Any]) -> Sequence[Tensor]:
     """``x·M`` for several M, in one op where each is one block rotation of the same blocks."""
     applied = [turn.applied() for turn in turns]
     cores = _alike(applied)
     if cores and (outs := rotated_through(x, cores)) is not None:
-        return dict(zip(turns, outs, strict=True))
+        return outs
     x = cast(x)
-    if len(cores) > 1:
-        return dict(zip(turns, ops.rotate_group(x, cores), strict=True))
-    return {turn: rotated(x, own) for turn, own in zip(turns, applied, strict=True)}
+    return ops.rotate_group(x, cores) if len(cores) > 1 else [rotated(x, own) for own in applied]
 
 
 def rotated_through(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...] | None:
@@ -172,12 +184,11 @@ def _alike(applied: list[tuple[Factor, ...]]) -> list[Tensor]:
     return cores
 
 
-def deferred(x: Tensor, turns: list[Any]) -> dict[Turns, tuple[Tensor, Tensor]]:
+def deferred(x: Tensor, turns: list[Any]) -> Sequence[tuple[Tensor, Tensor]]:
     """For each block rotation, x itself and the core by which its reader turns its own weight."""
     cores = [turn.applied()[0].operands[0] for turn in turns]
     outs = deferred_through(x, cores) or ops.defer(cast(x), cores)
-    values = zip(outs, (core.detach() for core in cores), strict=True)
-    return dict(zip(turns, values, strict=True))
+    return list(zip(outs, (core.detach() for core in cores), strict=True))
 
 
 def deferred_through(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...] | None:

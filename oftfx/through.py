@@ -42,7 +42,7 @@ def through(
         None where nothing known made x, where no kernel serves it, and under a mode, a transform or
         a tracer.
     """
-    if x.grad_fn is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.grad_fn is None or not torch.is_grad_enabled():
         return None
     if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
         return None
@@ -50,7 +50,15 @@ def through(
     if producer is None or not producer.served(cores, dtype):
         return None
     result: tuple[Tensor, ...] = apply(
-        _Through, _Between(x, producer), producer, dtype, turn, x, *producer.sources(), *cores
+        _Through,
+        _Between(x, producer),
+        producer,
+        dtype,
+        turn,
+        len(cores),
+        x,
+        *cores,
+        *producer.sources(),
     )
     return result
 
@@ -109,34 +117,31 @@ class _Through(torch.autograd.Function):
         producer: Producer,
         dtype: torch.dtype,
         turn: Turn,
+        count: int,
         x: Tensor,
         *given: Tensor,
     ) -> tuple[Tensor, ...]:
-        cores = given[len(producer.sources()) :]
-        held = [value for value in producer if isinstance(value, Tensor)]
+        cores, (held, rest) = given[:count], producer.parts()
         ctx.save_for_backward(*cores, *held)
-        ctx.between, ctx.cores, ctx.dtypes = between, len(cores), (x.dtype, dtype)
-        ctx.kind = type(producer)
-        ctx.rest = [None if isinstance(value, Tensor) else (value,) for value in producer]
+        ctx.between, ctx.count, ctx.dtypes = between, count, (x.dtype, dtype)
+        ctx.kind, ctx.rest = type(producer), rest
         return tuple(turn(x.to(dtype), list(cores)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         awaited = ctx.between.awaited()  # before anything below holds what it counts holders of
-        cores, held = list(ctx.saved_tensors[: ctx.cores]), iter(ctx.saved_tensors[ctx.cores :])
-        producer = ctx.kind(*(rest[0] if rest else next(held) for rest in ctx.rest))
-        need_x, *needed = ctx.needs_input_grad[4:]
-        need_sources, need_cores = needed[: -ctx.cores], needed[-ctx.cores :]
+        count, saved = ctx.count, ctx.saved_tensors
+        cores, producer = list(saved[:count]), ctx.kind(*saved[count:], *ctx.rest)
+        need_x, *needed = ctx.needs_input_grad[5:]
+        need_cores = any(needed[:count])
         grad_x: Tensor | None = None
-        sources: list[Tensor | None] = [None] * len(need_sources)
+        sources: Sequence[Tensor | None]
         if torch.is_grad_enabled() or awaited:
             made, dtype = ctx.dtypes
             x = producer.again(made).to(dtype)
-            grad_x, of_cores = rotate_group_grad(list(grads), x, cores, need_x, any(need_cores))
+            grad_x, of_cores = rotate_group_grad(list(grads), x, cores, need_x, need_cores)
+            sources = [None] * (len(needed) - count)
         else:
-            found, of_cores = producer.grads(list(grads), cores, any(need_cores))
-            sources = [
-                grad if need else None for grad, need in zip(found, need_sources, strict=True)
-            ]
-        of = (grad if need else None for grad, need in zip(of_cores, need_cores, strict=True))
-        return None, None, None, None, grad_x, *sources, *of
+            sources, of_cores = producer.grads(list(grads), cores, need_cores)
+        found = zip((*of_cores, *sources), needed, strict=True)
+        return (*[None] * 5, grad_x, *[grad if need else None for grad, need in found])

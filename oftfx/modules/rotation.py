@@ -86,10 +86,6 @@ class Rotation(Outputs):
     def _make_known(self) -> None:
         _KNOWN[self._note] = self.spec, tuple(self.shapes)
 
-    def _spec(self) -> Spec:
-        """Its spec, or while compiling one that is equal but for its rules."""
-        return _KNOWN[self._note][0] if torch.compiler.is_compiling() else self.spec
-
     def tensors(self) -> dict[str, Tensor]:
         """The rotation's parameters by name, as whoever manages them left them for this forward."""
         held = self._parameters
@@ -99,10 +95,17 @@ class Rotation(Outputs):
 
     def cores(self) -> tuple[Tensor, ...]:
         """What the factors are made of; kept between calls while no gradient is wanted."""
+        return self._made()[1]
+
+    def _made(self) -> tuple[Spec, tuple[Tensor, ...]]:
+        """Its spec, or while compiling one that is equal but for its rules; and its cores."""
         if torch.compiler.is_compiling():
             spec, names = _KNOWN[self._note]
-            return built(spec, {name: getattr(self, name) for name in names}, self.scaling)
-        tensors = self.tensors()
+            tensors = {name: getattr(self, name) for name in names}
+            return spec, built(spec, tensors, self.scaling)
+        return self.spec, self._cores(self.tensors())
+
+    def _cores(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors.values()):
             # A training step is coming: it may write to the parameters in ways that leave no
             # trace in their version (`theta.data`), so what was kept is not trusted afterwards.
@@ -130,15 +133,15 @@ class Rotation(Outputs):
 
     def applied(self) -> tuple[Factor, ...]:
         """The factors that a forward applies: while training, without the blocks it drops."""
-        spec = self._spec()
-        return method_of(spec).factors(self._dropped(self.cores(), spec), spec)
+        spec, cores = self._made()
+        return method_of(spec).factors(self._dropped(cores, spec), spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x·M``, in autocast's dtype where that is on."""
         if not torch.compiler.is_compiling():
             if self.readers is not None:
                 return self.readers.rotate(self, x)
-            return together(x, [self])[self]
+            return together(x, [self])[0]
         with self._noted():
             return rotated(x, self.applied())
 
@@ -159,8 +162,8 @@ class Rotation(Outputs):
         Args:
             rows: W, (out, in).
         """
-        spec = self._spec()
-        cores = self._dropped(self.cores(), spec)
+        spec, cores = self._made()
+        cores = self._dropped(cores, spec)
         # torch.promote_types would leave a node of its own in an exported graph.
         rows = rows.to(max(rows.dtype, cores[0].dtype, key=lambda dtype: dtype.itemsize))
         with self._noted():

@@ -19,8 +19,9 @@ from torch._C._autograd import _profiler_enabled
 
 LIBRARY = torch.library.Library("oftfx", "FRAGMENT")
 
-_KERNELS: dict[Any, Callable[..., Any]] = {}
-_APPLY: dict[Any, Callable[..., Any]] = {}
+# By the id of an op, which lives as long as the process: its own hash is a function in Python.
+_KERNELS: dict[int, Callable[..., Any]] = {}
+_APPLY: dict[int, Callable[..., Any]] = {}
 _PLAIN = {Tensor, nn.Parameter}
 
 
@@ -30,7 +31,7 @@ def define(schema: str, kernel: Callable[..., Any]) -> Any:
     name = schema.partition("(")[0]
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     op = getattr(torch.ops.oftfx, name).default
-    _KERNELS[op] = kernel
+    _KERNELS[id(op)] = kernel
     return op
 
 
@@ -51,7 +52,7 @@ def differentiate(op: Any, apply: Callable[..., Any]) -> None:
             return op(*args)
 
     LIBRARY.impl(op._schema.name.partition("::")[2], run, "Autograd")
-    _APPLY[op] = apply
+    _APPLY[id(op)] = apply
 
 
 def call(op: Any, *args: Any) -> Any:
@@ -66,7 +67,7 @@ def call(op: Any, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():  # before the table, all of which would be guarded
         return op(*args)
-    kernel = _KERNELS.get(op)
+    kernel = _KERNELS.get(id(op))
     if (
         kernel is None
         # A mode, a transform, a tracer or a profiler is to see the op.
@@ -78,7 +79,7 @@ def call(op: Any, *args: Any) -> Any:
     ):
         return op(*args)
     if torch.is_grad_enabled() and _any_requires_grad(*args):
-        return _APPLY[op](*args)
+        return _APPLY[id(op)](*args)
     return kernel(*args)
 
 

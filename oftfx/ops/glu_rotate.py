@@ -72,7 +72,7 @@ def glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -
         RuntimeError: The width of gate is not n·b, or up is not like gate.
         KeyError: There is no such activation.
     """
-    result: Tensor = GLU_ROTATE(gate, up, core, activation)
+    result: Tensor = call(GLU_ROTATE, gate, up, core, activation)
     return result
 
 
@@ -136,8 +136,8 @@ def glu_rotate_grad(
     Returns:
         (..., n·b) in gate's dtype for gate, the same for up, and (n, b, b) in the core's dtype.
     """
-    result: tuple[Tensor, Tensor, Tensor] = GLU_ROTATE_GRAD(
-        grad, gate, up, core, activation, need_x, need_core
+    result: tuple[Tensor, Tensor, Tensor] = call(
+        GLU_ROTATE_GRAD, grad, gate, up, core, activation, need_x, need_core
     )
     return result
 
@@ -242,7 +242,7 @@ class _GluRotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, core = ctx.saved_tensors
         need_gate, need_up, need_core, _ = ctx.needs_input_grad
-        grad_gate, grad_up, grad_core = GLU_ROTATE_GRAD(
+        grad_gate, grad_up, grad_core = glu_rotate_grad(
             grad, gate, up, core, ctx.activation, need_gate or need_up, need_core
         )
         return (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from oftfx.ops.native.binding import call
+from oftfx.ops.native.rotate_group import addresses, plain
 
 LARGEST = 256
 """The widest block; of wider ones the matrices leave the cache."""
@@ -31,9 +32,9 @@ def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Ten
 def cayley_each(thetas: Sequence[Tensor], block_size: int, order: int) -> list[Tensor]:
     """`oftfx::cayley_each`: several parameters of one shape in one call."""
     n, b = thetas[0].shape[:-1].numel(), block_size
-    thetas = [theta.contiguous() for theta in thetas]
-    cores = [theta.new_empty(*theta.shape[:-1], b, b) for theta in thetas]
-    operands = [tensor.data_ptr() for tensor in (*thetas, *cores)]
+    thetas, like = plain(*thetas), thetas[0].new_empty(*thetas[0].shape[:-1], b, b)
+    cores = [torch.empty_like(like) for _ in thetas]
+    operands = addresses(*thetas, *cores)
     call("cayley", len(thetas) * n * order * b**3, len(thetas), n, b, order, *operands)
     return cores
 
@@ -43,9 +44,8 @@ def cayley_each_grad(
 ) -> list[Tensor]:
     """`oftfx::cayley_each_grad`: for each its gradient, (…, b, b) to (…, b(b−1)/2)."""
     n, b = thetas[0].shape[:-1].numel(), block_size
-    thetas = [theta.contiguous() for theta in thetas]
-    grads = [grad.to(theta.dtype).contiguous() for grad, theta in zip(grads, thetas, strict=True)]
+    thetas, grads = plain(*thetas), plain(*grads)
     outs = [torch.empty_like(theta) for theta in thetas]
-    operands = [tensor.data_ptr() for tensor in (*thetas, *outs, *grads)]
+    operands = addresses(*thetas, *outs, *grads)
     call("cayley_grad", 2 * len(thetas) * n * order * b**3, len(thetas), n, b, order, *operands)
     return outs

@@ -25,5 +25,5 @@ def rms_rotate_grad(
     held = [(rstd.to(x.dtype).contiguous(), (1, 0))]
     if weight is not None:
         held.append((weight.to(x.dtype).contiguous(), (0, 1)))
-    factors = [Strided(factor.data_ptr(), *steps) for factor, steps in held]
+    factors: list[Strided] = [(factor.data_ptr(), *steps) for factor, steps in held]
     return rotate_group.rotate_group_grad(grads, x, cores, True, need_cores, factors, normed=True)

@@ -1,7 +1,8 @@
 """Rotations of one tensor by several cores, and their gradients, in one pass each."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,17 +39,12 @@ def rotate_group(x: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:
     """`oftfx::rotate_group`: x (..., n·b) and cores (n, b, b), from one reading of x."""
     x, *cores = plain(x, *cores)
     outs = [torch.empty_like(x) for _ in cores]
-    operands = [tensor.data_ptr() for tensor in (x, *cores, *outs)]
-    call("rotate", *_sizes(x, cores), *operands)
+    call("rotate", *_sizes(x, cores), *addresses(x, *cores, *outs))
     return outs
 
 
-class Strided(NamedTuple):
-    """A matrix as the kernels read it: its first number, and the steps down and along it."""
-
-    first: int
-    down: int
-    along: int
+Strided: TypeAlias = tuple[int, int, int]
+"""A matrix as the kernels read it: where its first number is, and the steps down and along it."""
 
 
 def rotate_group_grad(
@@ -77,9 +73,9 @@ def rotate_group_grad(
     out = torch.empty_like(x) if need_x else x.new_empty(0)
     grams = [torch.empty_like(core) if need_cores else core.new_empty(0) for core in cores]
     if need_x or need_cores:
-        operands = [tensor.data_ptr() for tensor in (*held, *grams)]
-        by = [number for factor in factors for number in factor]
+        by = chain.from_iterable(factors)
         wanted = x.data_ptr(), out.data_ptr() if need_x else 0, need_cores
+        operands = addresses(*held, *grams)
         call("rotate_grad", *_sizes(x, cores), *wanted, *operands, normed, len(factors), *by)
     for i, core in enumerate(given):
         if core.dtype is not torch.float32:
@@ -94,6 +90,11 @@ def _sizes(x: Tensor, cores: Sequence[Tensor]) -> tuple[int, ...]:
     numel = x.numel()
     rows = numel // (n * b) if n else 0
     return 2 * len(cores) * numel * b, len(cores), rows, n, b
+
+
+def addresses(*tensors: Tensor) -> Iterable[int]:
+    """Where they are."""
+    return map(Tensor.data_ptr, tensors)
 
 
 def plain(*tensors: Tensor) -> Sequence[Tensor]:

@@ -28,7 +28,7 @@ def rotate_product_grad(
     if not _whole(first, shape):
         others[0], first = first, others[0]  # whose product is the same, to the bit
     held = [_matrix(factor, shape) for factor in others]
-    strided = [Strided(factor.data_ptr(), *steps) for factor, steps in held]
+    strided: list[Strided] = [(factor.data_ptr(), *steps) for factor, steps in held]
     return rotate_group.rotate_group_grad(grads, first, cores, need_x, need_cores, strided)
 
 
