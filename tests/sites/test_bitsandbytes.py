@@ -497,6 +497,20 @@ def test_while_adapted_a_layer_is_not_repacked():
     assert layer.support_avx512bf16_for_cpu == bnb.functional.has_avx512bf16()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_base_that_is_exported_with_its_repacking_is_told_how_not_to(training):
+    layer = linear4bit(nn.Linear(64, 64))
+    layer.support_avx512bf16_for_cpu = True  # as on a CPU that has it
+    model, x = nn.Sequential(layer).train(training), rows(torch.float32, 64)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=True)
+    if training:
+        assert len(oftfx.parameters(oftfx.adapt(program, OFT(block_size=8)))) == 1
+        return
+    with pytest.raises(oftfx.PlanError, match="export the model in training mode"):
+        oftfx.adapt(program, OFT(block_size=8))
+
+
 def test_checkpoint_functions_see_the_rotation():
     layer = nn.Sequential(linear4bit(nn.Linear(64, 64)))
     x = rows(torch.float32, 64)
