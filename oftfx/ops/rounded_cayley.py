@@ -4,7 +4,7 @@
     C = cayley(theta, b, k).to(bfloat16)      C = rounded_cayley(theta, b, k, bfloat16)
 
 A rotation rounds its core to the dtype of what it turns. Where that is all that a core is for, a
-wide one need not be exact before: its products take a sixth of the time in 16 bits, and half the
+wide one need not be exact before: in 16 bits its products take less than half the time and half the
 memory. The skew matrix is rounded first, so that what comes out is the core of a rotation near by,
 as orthogonal as any, and not one with errors of its own.
 """
@@ -17,6 +17,9 @@ from torch import Tensor
 from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
+
+WIDER_THAN = 64
+"""Of narrower blocks the matrices never leave a program's registers."""
 
 
 def rounded_cayley(theta: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
@@ -44,10 +47,6 @@ def served(block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     return hasattr(kernels("cayley", device), "rounded") and (
         block_size > WIDER_THAN and dtype == torch.bfloat16
     )
-
-
-WIDER_THAN = 64
-"""Of narrower blocks the matrices never leave a program's registers."""
 
 
 def _rounded_cayley(theta: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:

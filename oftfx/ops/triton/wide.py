@@ -1,8 +1,8 @@
 """Rotations by wide blocks, and their gradients, as the products of tiles that they are.
 
-A program of `rotate` holds its pack's core, which a wide block's does not fit beside what it
-multiplies. Here a program computes one tile of a result and reads what it multiplies in steps, from
-a cache that programs beside it fill as well.
+A program of `rotate` holds its pack's core. A wide block's does not fit beside a Gram or beside
+other rotations' cores, and the widest do not fit at all. Here a program computes one tile of a
+result and reads what it multiplies in steps, from a cache that programs beside it fill as well.
 
     turned      out = x + x·C                   a tile of rows and of a block's columns
     returned    dx = Σ grad_i + grad_i·C_iᵀ     the same: one product, up to three times as long

@@ -1,7 +1,8 @@
 """Cores of wide blocks: the steps of their series as products of tiles, each with what it adds.
 
-A program computes one tile of one block's ``± A·B ± C·D + v·E + w·F``; a few launches, in which
-every matrix is read and written once, are then the series or its gradient.
+A program computes one tile of one block's ``A·B + C·D + v·E + w·F``; a few launches, in which every
+matrix is read and written once, are then the series or its gradient. Matrices are float32, or for
+`oftfx::rounded_cayley` of 16 bits, with sums in float32.
 """
 
 import functools
