@@ -2,7 +2,7 @@
 
     python benchmarks/dequantise.py --out benchmarks/results/dequantise-h100.json
 
-Device times as in kernels.py: medians of a replayed CUDA graph, the cache emptied before each run.
+Device times as in launches.py: medians of a replayed CUDA graph, the cache emptied before each run.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import bitsandbytes
 import torch
 import triton
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from kernels import microseconds
+from launches import microseconds
 
 from oftfx.ops.rotated_linear import dequantised, folded
 from oftfx.sites.bitsandbytes import packed_of

@@ -1,6 +1,8 @@
 """The kernels beside what their bytes cost: rotations against a copy, cores, and launches.
 
-    python benchmarks/kernels.py --out benchmarks/results/kernels-h100.json
+Not called after kernels: bitsandbytes asks for a package of that name, and would find this file.
+
+    python benchmarks/launches.py --out benchmarks/results/kernels-h100.json
 
 Device times are medians of Triton's ``do_bench``, which empties the cache before each run, over
 replays of a CUDA graph. ``copy`` reads and writes one activation; both gradients together move 1.5
