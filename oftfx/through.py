@@ -27,6 +27,15 @@ from oftfx.producers import Producer, attached, producer_of
 Turn = Callable[[Tensor, list[Tensor]], Sequence[Tensor]]
 
 
+def known(x: Tensor) -> Producer | None:
+    """What made x, if a backward can go on through it, and no mode, transform or tracer listens."""
+    if x.grad_fn is None or not torch.is_grad_enabled():
+        return None
+    if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
+        return None
+    return None if _get_tracing_state() is not None else producer_of(x)
+
+
 def through(
     x: Tensor, cores: list[Tensor], dtype: torch.dtype, turn: Turn
 ) -> tuple[Tensor, ...] | None:
@@ -42,11 +51,7 @@ def through(
         None where nothing known made x, where no kernel serves it, and under a mode, a transform or
         a tracer.
     """
-    if x.grad_fn is None or not torch.is_grad_enabled():
-        return None
-    if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
-        return None
-    producer = None if _get_tracing_state() is not None else producer_of(x)
+    producer = known(x)
     if producer is None or not producer.served(cores, dtype):
         return None
     result: tuple[Tensor, ...] = apply(

@@ -35,9 +35,9 @@ class ExplainedSite:
         num_trainable: Trainable numbers it holds; 0 when another site holds them.
         bytes: Of its parameters.
         diverged: Whether its map is no rotation any more: no number, or from a series at ‖Q‖ ≥ 1.
-        fold_from: From so many rows of its input on, the tokens of a batch, a training step, be it
-            eager or compiled by oftfx, folds its weight instead; None where it never does, and for
-            traces, whose eager steps never do.
+        fold_from: From so many rows of its input on, the tokens of a batch, a training step folds
+            its weight instead: a compiled one, and an eager one where no norm or gated product made
+            that input. None where it never does, and for traces, whose eager steps never do.
     """
 
     fqn: str

@@ -86,8 +86,8 @@ def _runs(found: Explanation) -> str:
     if any(site.fold_from for site in found.sites):
         words += (
             "<li><b>rows fold</b>: with so many rows of input (tokens of a batch) or more, a "
-            "training step, eager or compiled by oftfx, folds the rotation into the weight "
-            "instead</li>"
+            "training step compiled by oftfx, or an eager one behind no norm or gated product, "
+            "folds the rotation into the weight instead</li>"
         )
     return (
         "<section><h2>How each site is run, and what it takes</h2>"

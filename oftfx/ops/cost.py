@@ -9,6 +9,9 @@ and T = 1.5·out, so
 
     fold from  T = 2·out  on.
 
+An eager layer behind a norm or a gated product rotates all the same: the backward of a rotation
+goes on through those (`oftfx.through`), which takes less time, and no memory for folded weights.
+
 A GPU waits for bytes: there one kernel rotates for all readers of x and adds their gradients up
 besides, and what is folded would take as much memory as the whole model does. Float weights are not
 folded there, unless that is asked for.
@@ -20,6 +23,9 @@ import os
 import torch
 
 from oftfx.ops.kernels import kernels
+
+ALL = 1
+"""The number of rows from which to fold where all are to be folded."""
 
 
 @functools.cache
@@ -45,7 +51,7 @@ def fold_from(
     if not outs or chosen == "0":
         return None
     if chosen == "1":
-        return 1
+        return ALL
     fast = kernels("fold", device) if device.type == "cpu" else None
     if fast is None or not fast.fits(dtype, block):
         return None

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftfx.ops.cost import fold_from
+from oftfx.ops.cost import ALL, fold_from
 from oftfx.ops.folded_linear import folded_linear
 from oftfx.readers import autocast_dtype, plain
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import class_of
+from oftfx.through import known
 
 KIND = "linear"
 CLASS = "torch.nn.modules.linear.Linear"
@@ -33,6 +34,8 @@ def fuses(
     least = None if block is None else fold_from(outs, block, dtype, x.device)
     if least is None or x.numel() < least * x.shape[-1]:
         return False
+    if least > ALL and known(x) is not None:
+        return False  # behind a folded weight a backward would not go on through what made x
     weight, bias = module.weight, module.bias
     return (
         all(plain(tensor) for tensor in (x, weight, bias) if tensor is not None)

@@ -144,6 +144,22 @@ def test_layers_that_read_one_tensor_fold_together_or_not_at_all(choose):
     assert fold_from((512,), 32, torch.float32, CPU) is None
 
 
+def test_behind_a_norm_or_a_product_they_rotate_and_go_on_through_it(folded, choose):
+    choose("")
+    if fold_from((64,), 16, torch.float32, CPU) is None:
+        pytest.skip("no C compiler")
+    model = oftfx.adapt(llama(), SPEC).train()
+    model(**tokens(8, 32))
+    names = {module: name.partition("layers.")[2] for name, module in model.named_modules()}
+    # The first norm's gradient is not wanted, and what attention gives is no norm's.
+    first = ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"]
+    assert [names[module] for module in folded] == [
+        *first,
+        "0.self_attn.o_proj",
+        "1.self_attn.o_proj",
+    ]
+
+
 def test_from_so_many_rows_on(monkeypatch):
     model = layer()
     least = fold_from((16,), 16, torch.float32, CPU)
