@@ -85,6 +85,7 @@ class Outputs(nn.Module):
         rows = self.turned(weight if layout == "out_in" else weight.mT)
         for scale in self.scales():
             rows = scale(rows.mT).mT
-        folded = rows if layout == "out_in" else rows.mT
+        if layout == "out_in":
+            return rows
         # Stored as W is: a BLAS may round the product with another layout otherwise.
-        return folded.contiguous() if weight.is_contiguous() else folded
+        return rows.mT.contiguous() if weight.is_contiguous() else rows.mT

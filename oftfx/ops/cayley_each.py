@@ -141,13 +141,17 @@ def _cayley_each_grad(
     order: int,
     joined: Tensor | None = None,
 ) -> list[Tensor]:
-    shared = any(g.dim() > t.dim() + 1 for g, t in zip(grads, thetas, strict=True))
+    shared = any(map(_in_shares, grads, thetas))
     fast = (_joining if shared else _kernels)(thetas, block_size, order)
     if fast is None:
         return of_each(grads, thetas, block_size, order)
     with on(thetas[0].device):
         result: list[Tensor] = fast.cayley_each_grad(grads, thetas, block_size, order)
     return result
+
+
+def _in_shares(grad: Tensor, theta: Tensor) -> bool:
+    return grad.dim() > theta.dim() + 1
 
 
 def of_each(
@@ -159,7 +163,7 @@ def of_each(
 ) -> list[Tensor]:
     """Each gradient by itself: what is differentiated again."""
     pairs = [
-        (grad.sum(0) if grad.dim() > theta.dim() + 1 else grad, theta)
+        (grad.sum(0) if _in_shares(grad, theta) else grad, theta)
         for grad, theta in zip(grads, thetas, strict=True)
     ]
     return [cayley_grad(grad, theta, block_size, order) for grad, theta in pairs]

@@ -12,13 +12,11 @@ from oftfx.capture import Capture, Model, capture
 from oftfx.errors import PlanError
 from oftfx.match import Use
 from oftfx.plan.records import Site
+from oftfx.sites.bitsandbytes import repacked_by
 from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.sites.matmul import Layout
 from oftfx.sites.quantised import Quantiser
 from oftfx.spec import Spec
-
-REPACKING = "`set_."
-"""How a program names what stores a weight in another layout."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,7 @@ def _why_not(found: Capture, weight: str, reads: list[Use]) -> str:
     tensor = found.tensors[weight]
     odd = [use.why_not for use in reads if use.x is None]
     if len(odd) == len(reads):
-        if odd[0].startswith(REPACKING):
-            return (
-                f"rewritten by {odd[0]}, as bitsandbytes does in evaluation on CPUs with "
-                "AVX512-BF16: export the model in training mode"
-            )
-        return f"read by {odd[0]}, no matmul this version rotates"
+        return repacked_by(odd[0]) or f"read by {odd[0]}, no matmul this version rotates"
     if not tensor.is_floating_point():
         return f"its weight is {str(tensor.dtype).removeprefix('torch.')}, not floating point"
     if odd:

@@ -201,6 +201,16 @@ OPS = (
 """Ops that read a 4-bit weight, as graphs name them."""
 
 
+def repacked_by(reader: str) -> str:
+    """Why a weight cannot be rotated that a graph's node, so described, rewrites; else empty."""
+    if not reader.startswith("`set_."):
+        return ""
+    return (
+        f"rewritten by {reader}, as bitsandbytes does in evaluation on CPUs with AVX512-BF16: "
+        "export the model in training mode"
+    )
+
+
 def _state(module: Any) -> Any:
     """The quant state, which a conversion of the parameter may have left with the module alone."""
     state = getattr(module.weight, "quant_state", None)

@@ -90,7 +90,7 @@ def diagonal(
 ) -> tl.tensor:
     """The given columns of the pack's block-diagonal core, (WIDE, number of columns)."""
     i, j = tl.arange(0, WIDE)[:, None], part[None, :]
-    if PACK * B == WIDE and PACK == 1:  # one block, whole
+    if PACK == 1 and B == WIDE:  # one block, whole
         entry = first.to(tl.int64) * core_block + i * core_row + j * core_col
         turn = tl.load(core + entry)
     else:
@@ -359,12 +359,12 @@ def shares(
 
     That is (runs, n, b, b), float32.
     """
-    grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
-    if not (need_x or need_core):
-        return grad_x, core.new_empty(0)
     if _widest(x, core, stride):
         grad_x, whole = _in_parts(grad, x, core, need_x, need_core)
         return grad_x, whole[None].float()
+    grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
+    if not (need_x or need_core):
+        return grad_x, core.new_empty(0)
     work, rows = _cut(grad, x, core, (need_x, need_core), stride, by)
     shape = (work.splits, *core.shape) if need_core else (0,)
     gram = torch.empty(shape, dtype=torch.float32, device=grad.device)
@@ -375,6 +375,7 @@ def shares(
 def _in_parts(
     grad: Tensor, x: Tensor, core: Tensor, need_x: bool, need_core: bool
 ) -> tuple[Tensor, Tensor]:
+    """Each gradient by a kernel of its own."""
     return (
         rotate(grad, core.mT) if need_x else grad.new_empty(0),
         wide.grams(x, [grad], [core])[0] if need_core else core.new_empty(0),

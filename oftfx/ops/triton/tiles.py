@@ -61,17 +61,22 @@ def cut(
     columns = triton.cdiv(n, chosen.pack) * (chosen.wide // chosen.part)
     height = triton.cdiv(rows, chosen.tile)
     at_once = chosen.waves * processors(device)
-    longest = max(1, (2**31 - 1) // (chosen.tile * max(1, stride)))  # which 32 bits count
+    most_tiles = longest(chosen.tile, stride)
 
     def time(run: int) -> float:
         """In tiles: programs begin together, those there is no room for when others have ended."""
         return triton.cdiv(columns * triton.cdiv(height, run), at_once) * (run + START)
 
     most = max(1, 8 * at_once // max(1, columns))
-    runs = {max(1, min(longest, triton.cdiv(height, parts))) for parts in range(1, most + 1)}
+    runs = {max(1, min(most_tiles, triton.cdiv(height, parts))) for parts in range(1, most + 1)}
     run = min(sorted(runs), key=time)
     splits = max(1, triton.cdiv(height, run))
     return columns * splits, run, splits
+
+
+def longest(tile: int, stride: int) -> int:
+    """How many tiles of rows a run may have: as many as 32 bits count, with the longest stride."""
+    return max(1, (2**31 - 1) // (tile * max(1, stride)))
 
 
 def layout(n: int, b: int, chosen: Tiles) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oftfx.ops.triton.add import added
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.tiles import Work, alike, processors, rows_alike, rows_of, three
+from oftfx.ops.triton.tiles import Work, alike, longest, processors, rows_alike, rows_of, three
 
 NARROWEST = 128
 """From here on a program may not hold a core."""
@@ -240,8 +240,7 @@ def _gram_work(
     height = triton.cdiv(rows, step)
     # What a run finds is as much as some hundred rows: no more runs than fill the device once.
     wanted = triton.cdiv(height, max(1, processors(device) // max(1, programs)))
-    longest = (2**31 - 1) // (step * max(1, *strides, n * b))  # which 32 bits count
-    steps = max(1, min(wanted, longest))
+    steps = max(1, min(wanted, longest(step, max(*strides, n * b))))
     splits = max(1, triton.cdiv(height, steps))
     constants = (b, tile, part, step, b % tile == 0 and b % part == 0, count)
     numbers = (rows, n, steps, count * n * b * b, *strides)
