@@ -25,18 +25,21 @@ from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
 
 
-def cayley_each(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
+def cayley_each(
+    thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """[`cayley`][oftfx.ops.cayley] of each of several parameters.
 
     Args:
         thetas: Each (n, b(b−1)/2), of one dtype and device; n may differ.
         block_size: b.
         order: k of the Cayley–Neumann series.
+        dtype: One of 16 bits, for cores as [`rounded_cayley`][oftfx.ops.rounded_cayley]'s.
 
     Returns:
-        For each (n, b, b), float32 at least.
+        For each (n, b, b), float32 at least but where another dtype is asked for.
     """
-    result: list[Tensor] = call(CAYLEY_EACH, thetas, block_size, order)
+    result: list[Tensor] = call(CAYLEY_EACH, thetas, block_size, order, dtype)
     return result
 
 
@@ -62,53 +65,74 @@ def _alike(thetas: Sequence[Tensor], block_size: int) -> bool:
     return all(theta.shape == first.shape and theta.dtype == first.dtype for theta in thetas)
 
 
-def _cayley_each(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
-    fast = _kernels(thetas, block_size, order)
+def _cayley_each(
+    thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    fast = (_joining if dtype else _kernels)(thetas, block_size, order)
     if fast is None:
-        return [cayley(theta, block_size, order) for theta in thetas]
+        return [_alone(theta, block_size, order, dtype) for theta in thetas]
     with on(thetas[0].device):
-        result: list[Tensor] = fast.cayley_each(thetas, block_size, order)
+        result: list[Tensor] = fast.cayley_each(thetas, block_size, order, *_given(dtype))
     return result
 
 
+def _given(dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:
+    """What only kernels that join cores are asked for."""
+    return (dtype,) if dtype else ()
+
+
+def _alone(theta: Tensor, block_size: int, order: int, dtype: torch.dtype | None) -> Tensor:
+    return cayley(theta, block_size, order).to(dtype or _wide(theta))
+
+
+def _wide(theta: Tensor) -> torch.dtype:
+    return torch.promote_types(theta.dtype, torch.float32)
+
+
 CAYLEY_EACH = define(
-    "cayley_each(Tensor[] thetas, int block_size, int order) -> Tensor[]", _cayley_each
+    "cayley_each(Tensor[] thetas, int block_size, int order, ScalarType? dtype=None) -> Tensor[]",
+    _cayley_each,
 )
 
 
 @torch.library.register_fake("oftfx::cayley_each", lib=LIBRARY)
-def _(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
-    wide = torch.promote_types(thetas[0].dtype, torch.float32)
-    shape = block_size, block_size
-    return [theta.new_empty((*theta.shape[:-1], *shape), dtype=wide) for theta in thetas]
+def _(
+    thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    shape, dtype = (block_size, block_size), dtype or _wide(thetas[0])
+    return [theta.new_empty((*theta.shape[:-1], *shape), dtype=dtype) for theta in thetas]
 
 
-def _cayley_joined(thetas: list[Tensor], block_size: int, order: int) -> Tensor:
+def _cayley_joined(
+    thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> Tensor:
     fast = _joining(thetas, block_size, order)
     if fast is None:
-        return torch.cat([cayley(theta, block_size, order) for theta in thetas])
+        return torch.cat([_alone(theta, block_size, order, dtype) for theta in thetas])
     with on(thetas[0].device):
-        result: Tensor = fast.cayley_joined(thetas, block_size, order)
+        result: Tensor = fast.cayley_joined(thetas, block_size, order, *_given(dtype))
     return result
 
 
 def _joining(thetas: Sequence[Tensor], block_size: int, order: int) -> Any:
-    """The kernels that write all cores into one tensor, if there are any for these."""
+    """The kernels that write all cores into one tensor, of any dtype, if there are for these."""
     fast = _kernels(thetas, block_size, order)
     return fast if hasattr(fast, "cayley_joined") else None
 
 
 CAYLEY_JOINED = define(
-    "cayley_joined(Tensor[] thetas, int block_size, int order) -> Tensor", _cayley_joined
+    "cayley_joined(Tensor[] thetas, int block_size, int order, ScalarType? dtype=None) -> Tensor",
+    _cayley_joined,
 )
 """What `CAYLEY_EACH` gives, one behind the other: thetas (n, b(b−1)/2) to (sum of n, b, b)."""
 
 
 @torch.library.register_fake("oftfx::cayley_joined", lib=LIBRARY)
-def _(thetas: list[Tensor], block_size: int, order: int) -> Tensor:
-    wide = torch.promote_types(thetas[0].dtype, torch.float32)
+def _(
+    thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> Tensor:
     n = sum(theta.shape[0] for theta in thetas)
-    return thetas[0].new_empty((n, block_size, block_size), dtype=wide)
+    return thetas[0].new_empty((n, block_size, block_size), dtype=dtype or _wide(thetas[0]))
 
 
 def cayley_each_grad(
@@ -117,6 +141,7 @@ def cayley_each_grad(
     block_size: int,
     order: int,
     joined: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Gradients of [`cayley_each`][oftfx.ops.cayley_each]: each (n, b, b) to theta's shape.
 
@@ -129,8 +154,10 @@ def cayley_each_grad(
         joined: The tensor that all cores are cut out of, if they are. No kernel reads it: a
             compiler that hands it to the backward anyway cuts the cores out of it there, too,
             and need not hand over each by itself.
+        dtype: As forward.
     """
-    result: list[Tensor] = call(CAYLEY_EACH_GRAD, grads, thetas, block_size, order, joined)
+    given = (grads, thetas, block_size, order, joined, dtype)
+    result: list[Tensor] = call(CAYLEY_EACH_GRAD, *given)
     return result
 
 
@@ -140,13 +167,15 @@ def _cayley_each_grad(
     block_size: int,
     order: int,
     joined: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    shared = any(map(_in_shares, grads, thetas))
-    fast = (_joining if shared else _kernels)(thetas, block_size, order)
+    joins = dtype or any(map(_in_shares, grads, thetas))
+    fast = (_joining if joins else _kernels)(thetas, block_size, order)
     if fast is None:
         return of_each(grads, thetas, block_size, order)
+    given = (grads, thetas, block_size, order, *_given(dtype))
     with on(thetas[0].device):
-        result: list[Tensor] = fast.cayley_each_grad(grads, thetas, block_size, order)
+        result: list[Tensor] = fast.cayley_each_grad(*given)
     return result
 
 
@@ -160,18 +189,19 @@ def of_each(
     block_size: int,
     order: int,
     joined: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Each gradient by itself: what is differentiated again."""
     pairs = [
         (grad.sum(0) if _in_shares(grad, theta) else grad, theta)
         for grad, theta in zip(grads, thetas, strict=True)
     ]
-    return [cayley_grad(grad, theta, block_size, order) for grad, theta in pairs]
+    return [cayley_grad(grad.to(_wide(theta)), theta, block_size, order) for grad, theta in pairs]
 
 
 CAYLEY_EACH_GRAD = define(
     "cayley_each_grad(Tensor[] grads, Tensor[] thetas, int block_size, int order, "
-    "Tensor? joined=None) -> Tensor[]",
+    "Tensor? joined=None, ScalarType? dtype=None) -> Tensor[]",
     _cayley_each_grad,
 )
 
@@ -183,19 +213,22 @@ def _(
     block_size: int,
     order: int,
     joined: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     return [theta.new_empty(theta.shape) for theta in thetas]
 
 
 class _CayleyEach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, block_size: int, order: int, *thetas: Tensor) -> tuple[Tensor, ...]:
-        ctx.block_size, ctx.order = block_size, order
+    def forward(
+        ctx: Any, block_size: int, order: int, dtype: torch.dtype | None, *thetas: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.block_size, ctx.order, ctx.dtype = block_size, order, dtype
         given = list(thetas)
         if _joining(given, block_size, order) is None:
             ctx.save_for_backward(None, *given)
-            return tuple(call(CAYLEY_EACH, given, block_size, order))
-        joined: Tensor = call(CAYLEY_JOINED, given, block_size, order)
+            return tuple(call(CAYLEY_EACH, given, block_size, order, dtype))
+        joined: Tensor = call(CAYLEY_JOINED, given, block_size, order, dtype)
         ctx.save_for_backward(joined, *given)
         # Slices, which partitioners make again in the backward; parts of a split they save.
         ends = itertools.accumulate(theta.shape[0] for theta in given)
@@ -206,16 +239,20 @@ class _CayleyEach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         joined, *thetas = ctx.saved_tensors
-        given = (list(grads), thetas, ctx.block_size, ctx.order, joined)
-        return None, None, *cayley_each_grad(*given)
+        given = (list(grads), thetas, ctx.block_size, ctx.order, joined, ctx.dtype)
+        return None, None, None, *cayley_each_grad(*given)
 
 
-def _apply(thetas: list[Tensor], block_size: int, order: int) -> list[Tensor]:
-    return list(_CayleyEach.apply(block_size, order, *thetas))
+def _apply(
+    thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    return list(_CayleyEach.apply(block_size, order, dtype, *thetas))
 
 
-def _apply_joined(thetas: list[Tensor], block_size: int, order: int) -> Tensor:
-    return torch.cat(_apply(thetas, block_size, order))
+def _apply_joined(
+    thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch.cat(_apply(thetas, block_size, order, dtype))
 
 
 differentiate(CAYLEY_EACH, _apply)

@@ -3,8 +3,8 @@
     before                                    after
     C = cayley(theta, b, k).to(bfloat16)      C = rounded_cayley(theta, b, k, bfloat16)
 
-A rotation rounds its core to the dtype of what it turns. Where that is all that a core is for, a
-wide one need not be exact before: in 16 bits its products take less than half the time and half the
+A rotation rounds its core to the dtype of what it turns. Where that is all that a core is for, it
+need not be exact before: in 16 bits its products take less than half the time, and it half the
 memory. The skew matrix is rounded first, so that what comes out is the core of a rotation near by,
 as orthogonal as any, and not one with errors of its own.
 """
@@ -17,9 +17,6 @@ from torch import Tensor
 from oftfx.ops.cayley import cayley, cayley_grad
 from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
-
-WIDER_THAN = 64
-"""Of narrower blocks the matrices never leave a program's registers."""
 
 
 def rounded_cayley(theta: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
@@ -39,19 +36,17 @@ def rounded_cayley(theta: Tensor, block_size: int, order: int, dtype: torch.dtyp
     return result
 
 
-def served(block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel gains by it: wide blocks in bfloat16, on a GPU.
+def served(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel gains by it: in bfloat16, on a GPU.
 
     In float16 the gradient of a loss that is scaled would not fit.
     """
-    return hasattr(kernels("cayley", device), "rounded") and (
-        block_size > WIDER_THAN and dtype == torch.bfloat16
-    )
+    return hasattr(kernels("cayley", device), "rounded") and dtype == torch.bfloat16
 
 
 def _rounded_cayley(theta: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
     fast: Any = kernels("cayley", theta.device)
-    if not (served(block_size, dtype, theta.device) and fast.fits(theta, block_size, order)):
+    if not (served(dtype, theta.device) and fast.fits(theta, block_size, order)):
         return cayley(theta, block_size, order).to(dtype)
     with on(theta.device):
         result: Tensor = fast.rounded(theta, block_size, order, dtype)
@@ -78,7 +73,7 @@ def rounded_cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int
 
 def _rounded_cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Tensor:
     fast: Any = kernels("cayley", theta.device)
-    if not (served(block_size, grad.dtype, theta.device) and fast.fits(theta, block_size, order)):
+    if not (served(grad.dtype, theta.device) and fast.fits(theta, block_size, order)):
         return _of_exact(grad, theta, block_size, order)
     with on(theta.device):
         result: Tensor = fast.rounded_grad(grad, theta, block_size, order)

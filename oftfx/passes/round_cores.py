@@ -4,8 +4,8 @@
     C = cayley(theta, b, k)               C = rounded_cayley(theta, b, k, bfloat16)
     y = rotate(x, C)                      y = rotate(x, C)
 
-for x in bfloat16 and blocks wide enough to gain by it (see `oftfx::rounded_cayley`). Every reader
-of C is a rotation, by itself or of a share of C.
+for x in bfloat16, where a kernel gains by it (see `oftfx::rounded_cayley`). Every reader of C is a
+rotation, by itself or of a share of C. All cores of one `oftfx::cayley_each` are rounded, or none.
 """
 
 import operator
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from oftfx.ops.cayley_each import CAYLEY_EACH
 from oftfx.ops.rotate import ROTATE
 from oftfx.ops.rounded_cayley import ROUNDED_CAYLEY, served
 
@@ -24,9 +25,14 @@ SHARES = (operator.getitem, torch.split)
 def round_cores(graph: fx.GraphModule) -> int:
     """Rounds what it can of `oftfx::cayley`; returns how many ops."""
     rounded = 0
+    for node in graph.graph.find_nodes(op="call_function", target=CAYLEY_EACH):
+        dtype = _dtype(node)
+        if dtype is not None:
+            node.args = (*node.args[:3], dtype)
+            rounded += 1
     for node in graph.graph.find_nodes(op="call_function", target=CAYLEY):
         theta, block_size, order = node.args
-        dtype = _dtype(node, block_size)
+        dtype = _dtype(node)
         if order is None or dtype is None:
             continue
         with graph.graph.inserting_before(node):
@@ -38,13 +44,13 @@ def round_cores(graph: fx.GraphModule) -> int:
     return rounded
 
 
-def _dtype(core: fx.Node, block_size: int) -> torch.dtype | None:
-    """Of all that a core turns, if it is one that cores of this width are rounded to."""
+def _dtype(core: fx.Node) -> torch.dtype | None:
+    """Of all that a core turns, if it is one that cores are rounded to."""
     values = list(_turned(core))
     first = values[0] if values else None
     if first is None or any(value is None or value.dtype != first.dtype for value in values):
         return None
-    return first.dtype if served(block_size, first.dtype, first.device) else None
+    return first.dtype if served(first.dtype, first.device) else None
 
 
 def _turned(core: fx.Node) -> Iterator[Tensor | None]:

@@ -58,29 +58,40 @@ def neumann(q: Tensor, order: int) -> Tensor:
     Two matmuls for k = 2 and 3, three for k = 4 and 5. The distance from the exact core is
     ``‖Q‖₂^{k+1}``, as an equality (``R − R_k = Q^{k+1}R``).
     """
-    square, full, values = _horner(q, order)
-    return values[-1] if full is None else torch.baddbmm(full, square, values[-1])
+    square = q @ q
+    value = torch.add(square, q, alpha=2) if order % 2 else q
+    if order > 1:
+        repeated = 2 * (q + square)
+        for _ in range(order // 2):
+            value = torch.baddbmm(repeated, square, value)
+    return value
 
 
 def neumann_grad(q: Tensor, order: int, grad: Tensor) -> Tensor:
     """Gradient of [`neumann`][oftfx.rotations.cayley.neumann] with respect to a skew ``q``.
 
-    Right up to a symmetric part, which a skew matrix's parameters do not see: with ``Qᵀ = −Q``
-    the two terms that Q² sends back become one matmul.
+    Right up to a symmetric part, which a skew matrix's parameters do not see. With ``S = Q²`` the
+    series is ``Σ eₘSᵐ + Q·Σ oₘSᵐ``, its factors 2 but for the last; from ``G = grad``,
+    ``B = G + Gᵀ``, ``Y = (G − Gᵀ)Q`` and ``Z = Y + Yᵀ`` they see
+
+        2G + XQ,    X = Σₘ (oₘ Y Sᵐ⁻¹ + Σ_{i+j=m−1} Sⁱ (oₘ Z − 2eₘ B) Sʲ) / 2
+
+    by what ``Qᵀ = −Q`` makes equal of the chain rule's terms. Five matmuls for k = 3 and 4, by
+    Horner's rule in S from both sides: ``right`` has the powers behind, ``left`` those before.
     """
-    square, full, values = _horner(q, order)
-    full_grad = square_grad = torch.zeros_like(grad)
-    if full is not None:
-        for value in reversed(values):
-            full_grad = full_grad + grad
-            square_grad = torch.baddbmm(square_grad, grad, value.mT)
-            grad = square @ grad  # Q² is symmetric
-    square_grad = torch.add(square_grad, full_grad, alpha=2)
-    if order % 2:  # the innermost value is 2Q + Q² for odd k, Q for even k
-        square_grad = square_grad + grad
-        grad = 2 * grad
-    q_grad = torch.add(grad, full_grad, alpha=2)
-    return torch.baddbmm(q_grad, square_grad + square_grad.mT, q, alpha=-1)
+    both, y = grad + grad.mT, (grad - grad.mT) @ q
+    z = y + y.mT
+    odd, even = (0.0, 1.0) if order % 2 else (0.5, 2.0)
+    left = inner = odd * z - even * both
+    right = inner + odd * y
+    if order > 2:
+        square, rest = q @ q, z + y - 2 * both
+        for _ in range((order - 1) // 2 - 1):
+            inner = torch.baddbmm(rest - y, inner, square)
+            right = torch.baddbmm(rest, right, square)
+            left = torch.baddbmm(inner, square, left)
+        right = torch.baddbmm(torch.baddbmm(rest, right, square), square, left)
+    return torch.baddbmm(2 * grad, right, q)
 
 
 def exact(q: Tensor) -> Tensor:
@@ -158,15 +169,3 @@ def doubled_error(norm: Tensor, order: int) -> Tensor:
     sign = -1 if (n + odd) % 4 else 1
     real = (-sign if odd else sign) * norm ** (n + odd)
     return 4 * (norm ** (2 * n) - real).abs() / (1 + norm**2)
-
-
-def _horner(q: Tensor, order: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Q², the repeated chunk 2Q + 2Q² (None for k = 1), and Horner's values but the last."""
-    square = q @ q
-    values = [torch.add(square, q, alpha=2) if order % 2 else q]
-    if order == 1:
-        return square, None, values
-    full = 2 * (q + square)
-    for _ in range(order // 2 - 1):
-        values.append(torch.baddbmm(full, square, values[-1]))
-    return square, full, values

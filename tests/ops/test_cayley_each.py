@@ -20,8 +20,9 @@ JOINED = torch.ops.oftfx.cayley_joined.default
 MODULE = importlib.import_module("oftfx.ops.cayley_each")
 
 
-def _each(thetas: list[Tensor], b: int, order: int) -> list[Tensor]:
-    return [ops.cayley(theta, b, order) for theta in thetas]
+def _each(thetas: list[Tensor], b: int, order: int, dtype=None) -> list[Tensor]:
+    cores = [ops.cayley(theta, b, order) for theta in thetas]
+    return [core.to(dtype or core.dtype) for core in cores]
 
 
 JOINING = SimpleNamespace(
@@ -29,7 +30,9 @@ JOINING = SimpleNamespace(
     fits_each=lambda thetas, b: len(thetas) <= 8,
     cayley_each=_each,
     cayley_joined=lambda *args: torch.cat(_each(*args)),
-    cayley_each_grad=MODULE.of_each,
+    cayley_each_grad=lambda grads, thetas, b, order, dtype=None: MODULE.of_each(
+        grads, thetas, b, order
+    ),
 )
 """Kernels that write all cores into one tensor, as Triton's do; of PyTorch, and of any dtype."""
 
@@ -71,6 +74,18 @@ def assert_the_same(together: list[Tensor], alone: list[Tensor], b: int, order: 
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_without_a_kernel_that_rounds_earlier_they_are_rounded(dtype, joins):
+    rounded, exact = thetas(), thetas()
+    cores = ops.cayley_each(rounded, 4, 4, dtype)
+    expected = [ops.cayley(theta, 4, 4).to(dtype) for theta in exact]
+    assert all(map(torch.equal, cores, expected))
+    grads = [torch.randn_like(core) for core in cores]
+    torch.autograd.backward(cores, grads)
+    torch.autograd.backward(expected, grads)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(rounded, exact, strict=True))
+
+
 def test_one_that_nobody_uses_gets_no_gradient(joins):
     made = thetas()
     ops.cayley_each(made, 4, 4)[1].sum().backward()
@@ -95,6 +110,10 @@ def test_opcheck(joins):
     grads = [torch.randn(len(theta), 4, 4) for theta in made]
     torch.library.opcheck(EACH_GRAD, (grads, made, 4, 4))
     torch.library.opcheck(EACH_GRAD, (grads, made, 4, 4, torch.randn(10, 4, 4)))
+    half = torch.float16
+    torch.library.opcheck(EACH, (made, 4, 4, half))
+    torch.library.opcheck(JOINED, (made, 4, 4, half))
+    torch.library.opcheck(EACH_GRAD, ([grad.to(half) for grad in grads], made, 4, 4, None, half))
 
 
 def test_results_share_no_memory_where_no_gradient_is_wanted(joins):

@@ -11,7 +11,7 @@ import oftfx
 from oftfx import OFT, ops, testing
 from oftfx.backend import oftfx as backend
 from oftfx.passes.batch_cores import CAYLEY, batch_cores
-from oftfx.passes.round_cores import ROUNDED_CAYLEY, round_cores
+from oftfx.passes.round_cores import CAYLEY_EACH, ROUNDED_CAYLEY, round_cores
 from tests.small import Attention, rows
 
 SPEC = OFT(block_size=4, init_std=0.2)
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
-    """Of every width, on every device."""
+    """On every device."""
     module = importlib.import_module("oftfx.passes.round_cores")
-    monkeypatch.setattr(module, "served", lambda b, dtype, device: dtype == torch.bfloat16)
+    monkeypatch.setattr(module, "served", lambda dtype, device: dtype == torch.bfloat16)
 
 
 class Cast(nn.Module):
@@ -74,6 +74,27 @@ def test_those_that_float32_or_float16_reads_are_not():
     assert left(*adapted(Attention(), dtype=torch.float32)) == (1, 0)
     torch._dynamo.reset()
     assert left(*adapted(Attention(), dtype=torch.float16)) == (1, 0)
+
+
+def test_those_that_kernels_make_in_one_launch_are_rounded_in_it():
+    def several(x, *thetas):
+        for core in ops.cayley_each(list(thetas), 4, 3):
+            x = ops.rotate(x, core)
+        return x
+
+    found = []
+
+    def count(graph, inputs):
+        saved = round_cores(graph)
+        (each,) = graph.graph.find_nodes(op="call_function", target=CAYLEY_EACH)
+        found.append((saved, each.args[3:]))
+        return graph.forward
+
+    x, thetas = torch.randn(3, 8), [torch.randn(2, 6), torch.randn(2, 6)]
+    for dtype in (torch.bfloat16, torch.float32):
+        compiled = torch.compile(several, backend=count, fullgraph=True)
+        assert torch.equal(compiled(x.to(dtype), *thetas), several(x.to(dtype), *thetas))
+    assert found == [(1, (torch.bfloat16,)), (0, (None,))]
 
 
 def test_the_exact_transform_is_not():

@@ -864,7 +864,10 @@ int oftfx_dequantise(const int64_t *given, parallel fork, int64_t threads) {
     return run(&all, fork, threads);
 }
 
-/* ---- cores: the steps of oftfx/rotations/cayley.py ---- */
+/* ---- cores: the series of oftfx/rotations/cayley.py ---- */
+
+/* Their gradient goes back through Horner's rule step by step. The fewer products of `neumann_grad`
+ * need more matrices turned over and held: of 32 columns, k = 4, 16 ms for a model in place of 14. */
 
 /* m += sign·mᵀ, padding included. */
 static void add_flipped(float *m, float sign, int64_t wide) {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from oftfx.ops.triton import wide_cayley
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import COMPILED
+from oftfx.ops.triton.parts import EXACT, FAST, ROUNDED, parts, product
 
 LARGEST = 64
 """The widest block: a few of its matrices still fit a program's registers."""
@@ -28,6 +28,26 @@ AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
+def _entries(
+    first: tl.tensor, n: tl.tensor, B: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Rows and columns of a pack of the n blocks, which entries are a block's, whose parameters."""
+    i, j = tl.arange(0, WIDE)[:, None], tl.arange(0, WIDE)[None, :]
+    same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
+    low, high = tl.minimum(i, j) % B, tl.maximum(i, j) % B
+    place = low * (2 * B - low - 1) // 2 + high - low - 1
+    return i, j, same, i // B * (B * (B - 1) // 2) + place
+
+
+@triton.jit
+def _skew(
+    theta: tl.tensor, i: tl.tensor, j: tl.tensor, same: tl.tensor, place: tl.tensor
+) -> tl.tensor:
+    q = tl.load(theta + place, same & (i != j), 0.0).to(tl.float32)
+    return tl.where(i < j, q, -q)
+
+
+@triton.jit
 def _build(
     theta: tl.tensor,
     core: tl.tensor,
@@ -37,24 +57,23 @@ def _build(
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> None:
     """The series of [`oftfx.rotations.cayley.neumann`][], of a pack of the n blocks."""
-    i, j = tl.arange(0, WIDE)[:, None], tl.arange(0, WIDE)[None, :]
-    same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
-    place = i % B * (2 * B - i % B - 1) // 2 + j % B - i % B - 1
-    entry = (first + i // B) * (B * (B - 1) // 2) + place
-    upper = tl.load(theta + entry, same & (i < j), 0.0).to(tl.float32)
-    q = upper - tl.trans(upper)
-
-    square = tl.dot(q, q, input_precision=PRECISION)
+    i, j, same, place = _entries(first, n, B, PACK, WIDE)
+    q = _skew(theta + first * (B * (B - 1) // 2), i, j, same, place)
+    none = tl.full((WIDE, WIDE), 0.0, tl.float32)
+    turn = parts(q, KIND)
+    square = product(turn, turn, none, KIND)
     value = q
     if ORDER % 2:
         value = 2 * q + square
     full = 2 * (q + square)
+    twice = parts(square, KIND)
     for _ in tl.static_range(ORDER // 2):
-        value = full + tl.dot(square, value, input_precision=PRECISION)
-    tl.store(core + (first + i // B) * (B * B) + i % B * B + j % B, value, same)
+        value = product(twice, parts(value, KIND), full, KIND)
+    core += first * (B * B) + (i * B + j % B)
+    tl.store(core, value.to(core.dtype.element_ty), same)
 
 
 @triton.jit
@@ -70,47 +89,46 @@ def _differentiate(
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> None:
     """The steps of [`oftfx.rotations.cayley.neumann_grad`][], for a pack of the n blocks.
 
     The gradient is the sum of its runs', so many numbers apart, in their order.
     """
-    i, j = tl.arange(0, WIDE)[:, None], tl.arange(0, WIDE)[None, :]
-    same = (i // B == j // B) & (tl.maximum(i, j) < PACK * B) & (first + i // B < n)
-    place = i % B * (2 * B - i % B - 1) // 2 + j % B - i % B - 1
-    entry = (first + i // B) * (B * (B - 1) // 2) + place
-    upper = tl.load(theta + entry, same & (i < j), 0.0).to(tl.float32)
-    grad += (first + i // B) * (B * B) + i % B * B + j % B
+    i, j, same, place = _entries(first, n, B, PACK, WIDE)
+    q = _skew(theta + first * (B * (B - 1) // 2), i, j, same, place)
+    grad += first * (B * B) + (i * B + j % B)
     back = tl.full((WIDE, WIDE), 0.0, tl.float32)
     for start in range(0, runs, AT_ONCE):
         for run in tl.static_range(AT_ONCE):
             share = grad + (start + run) * apart.to(tl.int64)
             back += tl.load(share, same & (start + run < runs), 0.0).to(tl.float32)
-    q = upper - tl.trans(upper)
 
-    square = tl.dot(q, q, input_precision=PRECISION)
-    full = 2 * (q + square)
-    full_grad = tl.full((WIDE, WIDE), 0.0, tl.float32)
-    square_grad = tl.full((WIDE, WIDE), 0.0, tl.float32)
-    for step in tl.static_range(ORDER // 2):
-        # The value that this step of Horner's rule had read: made anew, for k ≤ 3 it is the first.
-        value = q
-        if ORDER % 2:
-            value = 2 * q + square
-        for _ in tl.static_range(ORDER // 2 - 1 - step):
-            value = full + tl.dot(square, value, input_precision=PRECISION)
-        full_grad += back
-        square_grad += tl.dot(back, tl.trans(value), input_precision=PRECISION)
-        back = tl.dot(square, back, input_precision=PRECISION)
-    square_grad += 2 * full_grad
-    if ORDER % 2:
-        square_grad += back
-        back = 2 * back
-    both = square_grad + tl.trans(square_grad)
-    back += 2 * full_grad - tl.dot(both, q, input_precision=PRECISION)
-    # d theta_ij = d Q_ij − d Q_ji
-    tl.store(out + entry, (back - tl.trans(back)).to(out.dtype.element_ty), same & (i < j))
+    ODD: tl.constexpr = 0.0 if ORDER % 2 else 0.5
+    EVEN: tl.constexpr = 1.0 if ORDER % 2 else 2.0
+    none = tl.full((WIDE, WIDE), 0.0, tl.float32)
+    turn = parts(q, KIND)
+    other = tl.trans(back)
+    both = back + other
+    y = product(parts(back - other, KIND), turn, none, KIND)
+    z = y + tl.trans(y)
+    inner = ODD * z - EVEN * both
+    right = inner + ODD * y
+    if ORDER > 2:
+        rest = z + y - 2 * both
+        left = inner
+        twice = parts(product(turn, turn, none, KIND), KIND)
+        for _ in tl.static_range((ORDER - 1) // 2 - 1):
+            inner = product(parts(inner, KIND), twice, rest - y, KIND)
+            right = product(parts(right, KIND), twice, rest, KIND)
+            left = product(twice, parts(left, KIND), inner, KIND)
+        before = parts(left, KIND)
+        right = product(parts(right, KIND), twice, rest, KIND)
+        right = product(twice, before, right, KIND)
+    value = product(parts(right, KIND), turn, 2 * back, KIND)
+    value -= tl.trans(value)  # d theta_ij = d Q_ij − d Q_ji
+    out += first * (B * (B - 1) // 2) + place
+    tl.store(out, value.to(out.dtype.element_ty), same & (i < j))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -122,10 +140,10 @@ def _cayley(
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * PACK
-    _build(theta, core, first, n, B, ORDER, PACK, WIDE, PRECISION)
+    _build(theta, core, first, n, B, ORDER, PACK, WIDE, KIND)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -138,10 +156,10 @@ def _cayley_grad(
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * PACK
-    _differentiate(grad, theta, out, first, n, 1, n, B, ORDER, PACK, WIDE, PRECISION)
+    _differentiate(grad, theta, out, first, n, 1, n, B, ORDER, PACK, WIDE, KIND)
 
 
 @triton.jit
@@ -208,14 +226,14 @@ def _cayley_each(
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> None:
     which, first, n = _located((n_0, n_1, n_2, n_3, n_4, n_5, n_6, n_7), COUNT, PACK)
     theta = _chosen(
         (theta_0, theta_1, theta_2, theta_3, theta_4, theta_5, theta_6, theta_7), which, COUNT
     )
     core = _chosen((core_0, core_1, core_2, core_3, core_4, core_5, core_6, core_7), which, COUNT)
-    _build(theta, core, first, n, B, ORDER, PACK, WIDE, PRECISION)
+    _build(theta, core, first, n, B, ORDER, PACK, WIDE, KIND)
 
 
 @triton.jit(do_not_specialize=_COUNTS + _RUNS)
@@ -273,7 +291,7 @@ def _cayley_each_grad(
     ORDER: tl.constexpr,
     PACK: tl.constexpr,
     WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> None:
     which, first, n = _located((n_0, n_1, n_2, n_3, n_4, n_5, n_6, n_7), COUNT, PACK)
     grad = _chosen((grad_0, grad_1, grad_2, grad_3, grad_4, grad_5, grad_6, grad_7), which, COUNT)
@@ -285,7 +303,7 @@ def _cayley_each_grad(
     apart = _chosen(
         (apart_0, apart_1, apart_2, apart_3, apart_4, apart_5, apart_6, apart_7), which, COUNT
     )
-    _differentiate(grad, theta, out, first, n, runs, apart, B, ORDER, PACK, WIDE, PRECISION)
+    _differentiate(grad, theta, out, first, n, runs, apart, B, ORDER, PACK, WIDE, KIND)
 
 
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
@@ -296,43 +314,41 @@ def fits(theta: Tensor, block_size: int, order: int | None) -> bool:
     return order is not None and theta.dtype in _DTYPES
 
 
-def cayley(theta: Tensor, block_size: int, order: int) -> Tensor:
+def cayley(
+    theta: Tensor, block_size: int, order: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`oftfx::cayley`: theta (…, b(b−1)/2) to (…, b, b) in float32."""
     n, b = theta.shape[:-1].numel(), block_size
     if n and b > LARGEST:
-        return wide_cayley.cayley(theta, b, order)
-    core = torch.empty((*theta.shape[:-1], b, b), dtype=torch.float32, device=theta.device)
+        return wide_cayley.cayley(theta, b, order, dtype)
+    core = torch.empty((*theta.shape[:-1], b, b), dtype=dtype, device=theta.device)
     if n:
-        _launch(_cayley, n, b, order, theta.dtype, theta.device)(theta.contiguous(), core)
+        _launch(_cayley, n, b, order, dtype, theta.dtype, theta.device)(theta.contiguous(), core)
     return core
 
 
-def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Tensor:
+def cayley_grad(
+    grad: Tensor, theta: Tensor, block_size: int, order: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`oftfx::cayley_grad`: the gradient (…, b, b) of the cores to theta's."""
     n, b = theta.shape[:-1].numel(), block_size
     if n and b > LARGEST:
-        return wide_cayley.cayley_grad(grad, theta, b, order)
+        return wide_cayley.cayley_grad(grad, theta, b, order, dtype)
     out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
     if n:
-        launch = _launch(_cayley_grad, n, b, order, theta.dtype, theta.device)
-        launch(grad.to(torch.float32).contiguous(), theta.contiguous(), out)
+        launch = _launch(_cayley_grad, n, b, order, dtype, theta.dtype, theta.device)
+        launch(grad.to(dtype).contiguous(), theta.contiguous(), out)
     return out
 
 
 def rounded(theta: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
-    """`oftfx::rounded_cayley`, of blocks wider than `LARGEST`: every matrix is in this dtype."""
-    if not theta.numel():
-        return torch.empty(
-            (*theta.shape[:-1], block_size, block_size), dtype=dtype, device=theta.device
-        )
-    return wide_cayley.cayley(theta, block_size, order, dtype)
+    """`oftfx::rounded_cayley`: every matrix that is multiplied is in this dtype."""
+    return cayley(theta, block_size, order, dtype)
 
 
 def rounded_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Tensor:
-    """`oftfx::rounded_cayley_grad`: the same, every matrix in the gradient's dtype."""
-    if not theta.numel():
-        return torch.empty_like(theta)
-    return wide_cayley.cayley_grad(grad, theta, block_size, order, grad.dtype)
+    """`oftfx::rounded_cayley_grad`: the same, in the gradient's dtype."""
+    return cayley_grad(grad, theta, block_size, order, grad.dtype)
 
 
 def fits_each(thetas: Sequence[Tensor], block_size: int) -> bool:
@@ -345,34 +361,45 @@ def fits_each(thetas: Sequence[Tensor], block_size: int) -> bool:
     )
 
 
-def cayley_each(thetas: Sequence[Tensor], block_size: int, order: int) -> list[Tensor]:
+def cayley_each(
+    thetas: Sequence[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """`oftfx::cayley_each`: thetas (n, b(b−1)/2), each of its own n, each to (n, b, b)."""
-    shape, device = (block_size, block_size), thetas[0].device
-    cores = [torch.empty((len(t), *shape), dtype=torch.float32, device=device) for t in thetas]
-    _run(_cayley_each, block_size, order, thetas, cores)
+    shape, device, dtype = (block_size, block_size), thetas[0].device, dtype or torch.float32
+    cores = [torch.empty((len(t), *shape), dtype=dtype, device=device) for t in thetas]
+    _run(_cayley_each, block_size, order, dtype, thetas, cores)
     return cores
 
 
-def cayley_joined(thetas: Sequence[Tensor], block_size: int, order: int) -> Tensor:
+def cayley_joined(
+    thetas: Sequence[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """`oftfx::cayley_joined`: the same cores, those of each behind those of the one before."""
-    counts = [len(theta) for theta in thetas]
+    counts, dtype = [len(theta) for theta in thetas], dtype or torch.float32
     shape, device = (sum(counts), block_size, block_size), thetas[0].device
-    joined = torch.empty(shape, dtype=torch.float32, device=device)
-    _run(_cayley_each, block_size, order, thetas, joined.split(counts))
+    joined = torch.empty(shape, dtype=dtype, device=device)
+    _run(_cayley_each, block_size, order, dtype, thetas, joined.split(counts))
     return joined
 
 
 def cayley_each_grad(
-    grads: Sequence[Tensor], thetas: Sequence[Tensor], block_size: int, order: int
+    grads: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    block_size: int,
+    order: int,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """`oftfx::cayley_each_grad`: for each its gradient, (n, b, b) to (n, b(b−1)/2).
 
     Or the gradient in shares of runs, (runs, n, b, b), which are added as they are read.
     """
     outs = [torch.empty(theta.shape, dtype=theta.dtype, device=theta.device) for theta in thetas]
-    wide = [grad.float() for grad in grads]  # as the kernel makes them, but all of one dtype
-    firsts, *runs = zip(*map(_first, wide), strict=True)
-    _run(_cayley_each_grad, block_size, order, firsts, thetas, outs, runs=tuple(runs))
+    first = grads[0].dtype
+    if first not in _DTYPES or any(grad.dtype != first for grad in grads):
+        grads = [grad.float() for grad in grads]
+    firsts, *runs = zip(*map(_first, grads), strict=True)
+    kind = dtype or torch.float32
+    _run(_cayley_each_grad, block_size, order, kind, firsts, thetas, outs, runs=tuple(runs))
     return outs
 
 
@@ -389,6 +416,7 @@ def _run(
     kernel: Any,
     b: int,
     order: int,
+    dtype: torch.dtype,
     *operands: Sequence[Tensor],
     runs: tuple[tuple[int, ...], ...] = (),
 ) -> None:
@@ -397,7 +425,8 @@ def _run(
     counts = tuple(len(theta) for theta in thetas)
     if not any(counts):
         return
-    launch = _launch_each(kernel, counts, b, order, thetas[0].dtype, thetas[0].device, runs)
+    dtypes = dtype, thetas[0].dtype, operands[0][0].dtype
+    launch = _launch_each(kernel, counts, b, order, dtypes, thetas[0].device, runs)
     tensors: list[Tensor] = []
     for each in operands:
         tensors += [tensor.contiguous() for tensor in each]
@@ -407,9 +436,15 @@ def _run(
 
 @functools.lru_cache(maxsize=1024)
 def _launch(
-    kernel: Any, n: int, b: int, order: int, dtype: torch.dtype, device: torch.device
+    kernel: Any,
+    n: int,
+    b: int,
+    order: int,
+    dtype: torch.dtype,
+    parameters: torch.dtype,
+    device: torch.device,
 ) -> Launch:
-    tile, warps = _tile(b, order, kernel is _cayley_grad)
+    tile, warps = _tile(b, order, dtype, kernel is _cayley_grad)
     return Launch(kernel, triton.cdiv(n, tile.pack), (n,), tile, num_warps=warps)
 
 
@@ -419,11 +454,11 @@ def _launch_each(
     counts: tuple[int, ...],
     b: int,
     order: int,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...],
     device: torch.device,
     runs: tuple[tuple[int, ...], ...] = (),
 ) -> Launch:
-    tile, warps = _tile(b, order, kernel is _cayley_each_grad)
+    tile, warps = _tile(b, order, dtypes[0], kernel is _cayley_each_grad)
     programs = sum(triton.cdiv(n, tile.pack) for n in counts)
     numbers = [n for each in (counts, *runs) for n in (*each, *(0,) * (MOST - len(each)))]
     return Launch(kernel, programs, tuple(numbers), (len(counts), *tile), num_warps=warps)
@@ -436,17 +471,16 @@ class _Tile(NamedTuple):
     order: int
     pack: int
     wide: int
-    precision: str
+    kind: str
 
 
-def _tile(b: int, order: int, gradient: bool) -> tuple[_Tile, int]:
+def _tile(b: int, order: int, dtype: torch.dtype, gradient: bool) -> tuple[_Tile, int]:
     """What a program does, and with how many warps."""
     pack = max(1, 16 // b)
     wide = max(16, triton.next_power_of_2(pack * b))
     # As measured on one H100: narrow tiles gain more from many programs than from many warps.
-    many = order > 3 and wide == 32
+    many = order > 2 and wide == 32
     warps = 4 if wide > 32 else 2 if many else 1
-    # Three products of tf32 parts are as exact as float32's own, and faster; of bf16 parts, which
-    # lose 2e-6 of a gradient that 16-bit activations gave, faster still.
-    precision = "bf16x3" if COMPILED and gradient else "tf32x3"
-    return _Tile(b, order, pack, wide, precision), warps
+    # Gradients are of 16-bit activations, mostly.
+    kind = ROUNDED.get(dtype) or (FAST if gradient else EXACT)
+    return _Tile(b, order, pack, wide, kind), warps

@@ -15,10 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import COMPILED
-
-PRECISION = "bf16x3" if COMPILED else "tf32x3"
-"""Three products of bf16 parts: 2e-6 of a core or a gradient is lost, and half the time won."""
+from oftfx.ops.triton.parts import FAST, parts, product
 
 
 @triton.jit
@@ -61,6 +58,39 @@ def _pack(grad: tl.tensor, out: tl.tensor, B: tl.constexpr, TILE: tl.constexpr) 
 
 
 @triton.jit
+def _mix(
+    y: tl.tensor,
+    grad: tl.tensor,
+    inner: tl.tensor,
+    right: tl.tensor,
+    rest: tl.tensor,
+    B: tl.constexpr,
+    TILE: tl.constexpr,
+    ODD: tl.constexpr,
+    MORE: tl.constexpr,
+) -> None:
+    """What [`oftfx.rotations.cayley.neumann_grad`][] adds up of Y, G and what they are transposed.
+
+    Of odd orders ``right`` is ``inner``; ``rest`` is for those that have MORE.
+    """
+    block, i, j, there = _tile(B, TILE)
+    block *= B * B
+    here, across = block + i * B + j, block + j * B + i
+    own = tl.load(y + here, there, 0.0).to(tl.float32)
+    z = own + tl.load(y + across, there, 0.0).to(tl.float32)
+    both = tl.load(grad + here, there, 0.0).to(tl.float32)
+    both += tl.load(grad + across, there, 0.0).to(tl.float32)
+    if ODD:
+        value = -both
+    else:
+        value = 0.5 * z - 2.0 * both
+        tl.store(right + here, (value + 0.5 * own).to(right.dtype.element_ty), there)
+    tl.store(inner + here, value.to(inner.dtype.element_ty), there)
+    if MORE:
+        tl.store(rest + here, (z + own - 2.0 * both).to(rest.dtype.element_ty), there)
+
+
+@triton.jit
 def _multiplied(
     total: tl.tensor,
     a: tl.tensor,
@@ -71,22 +101,25 @@ def _multiplied(
     STEP: tl.constexpr,
     EVEN: tl.constexpr,
     FORM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> tl.tensor:
-    """``total`` and a tile of ``a·b``, ``a·bᵀ`` or ``aᵀ·b``, by its form."""
+    """``total`` and a tile of ``a·b``, or by its form of ``aᵀ·bᵀ``."""
     lane = tl.arange(0, STEP)
     for start in range(0, B, STEP):
         k = start + lane
         across, down = k[None, :], k[:, None]
-        left_at = across * B + i if FORM == "left" else i * B + across
-        right_at = j * B + down if FORM == "right" else down * B + j
+        left_at = across * B + i if FORM == "turned" else i * B + across
+        right_at = j * B + down if FORM == "turned" else down * B + j
         if EVEN:  # copied as they are, past the registers
             left = tl.load(a + left_at)
             right = tl.load(b + right_at)
         else:
             left = tl.load(a + left_at, (i < B) & (across < B), 0.0)
             right = tl.load(b + right_at, (down < B) & (j < B), 0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        if left.dtype == tl.float32:
+            total = product(parts(left, KIND), parts(right, KIND), total, KIND)
+        else:
+            total = tl.dot(left, right, total)
     return total
 
 
@@ -107,7 +140,7 @@ def _combine(
     SECOND: tl.constexpr,
     V: tl.constexpr,
     W: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> None:
     """``out = a·b + c·d + V·e + W·f``, products by their forms; what has none or 0 is left out."""
     block, i, j, there = _tile(B, TILE)
@@ -118,30 +151,26 @@ def _combine(
         total += V * tl.load(e + here, there, 0.0).to(tl.float32)
     if W:
         total += W * tl.load(f + here, there, 0.0).to(tl.float32)
-    total = _multiplied(total, a + block, b + block, i, j, B, STEP, EVEN, FIRST, PRECISION)
+    total = _multiplied(total, a + block, b + block, i, j, B, STEP, EVEN, FIRST, KIND)
     if SECOND != "":
-        total = _multiplied(total, c + block, d + block, i, j, B, STEP, EVEN, SECOND, PRECISION)
+        total = _multiplied(total, c + block, d + block, i, j, B, STEP, EVEN, SECOND, KIND)
     tl.store(out + here, total.to(out.dtype.element_ty), there)
 
 
 TILE = 64
-"""Of parameters that are unpacked, or gradients that are packed."""
+"""Of passes that multiply nothing."""
 
 Product = tuple[Tensor, Tensor, str]
-"""Two matrices and how they are multiplied: as they are ("+"), or see `_multiplied`."""
+"""Two matrices and how they are multiplied: as they are ("+"), or both "turned"."""
 
 
 def _combined(products: Sequence[Product], added: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
-    """The sum of products and multiples of matrices (n, b, b) of a dtype; two of each a launch."""
-    (a, b, first), *second = products[:2]
+    """The sum of one or two products and up to two multiples of matrices (n, b, b) of a dtype."""
+    (a, b, first), *second = products
     c, d, form = second[0] if second else (a, b, "")
     (v, e), (w, f) = (*added, (0, a), (0, a))[:2]
     out = torch.empty_like(a)
     _launch(*a.shape[:2], (first, form, v, w), a.dtype, a.device)(a, b, c, d, e, f, out)
-    if products[2:]:
-        return _combined(products[2:], [(1, out), *added[2:]])
-    for weight, matrix in added[2:]:
-        out.add_(matrix, alpha=weight)
     return out
 
 
@@ -164,39 +193,35 @@ def _launch(
 ) -> Launch:
     tile, step, warps, stages = SHAPES[dtype.itemsize]
     programs = n * triton.cdiv(b, tile) ** 2
-    constants = (b, tile, step, b % tile == 0 and b % step == 0, *what, PRECISION)
+    constants = (b, tile, step, b % tile == 0 and b % step == 0, *what, FAST)
     return Launch(_combine, programs, (), constants, num_warps=warps, num_stages=stages)
 
 
 @functools.lru_cache(maxsize=256)
-def _repack(
+def _passing(
     kernel: object,
     n: int,
     b: int,
     dtypes: tuple[torch.dtype, torch.dtype],
     device: torch.device,
+    *what: bool,
 ) -> Launch:
-    return Launch(kernel, n * triton.cdiv(b, TILE) ** 2, (), (b, TILE), num_warps=4)
+    return Launch(kernel, n * triton.cdiv(b, TILE) ** 2, (), (b, TILE, *what), num_warps=4)
 
 
-def _horner(
-    theta: Tensor, b: int, order: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Q, Q² and Horner's values but the last, as in `oftfx.rotations.cayley`."""
+def _unpacked(theta: Tensor, b: int, dtype: torch.dtype) -> Tensor:
     n = theta.shape[:-1].numel()
     q = torch.empty((n, b, b), dtype=dtype, device=theta.device)
-    _repack(_unpack, n, b, (theta.dtype, dtype), theta.device)(theta.contiguous(), q)
-    square = _combined([(q, q, "+")])
-    values = [torch.add(square, q, alpha=2) if order % 2 else q]
-    for _ in range(order // 2 - 1):
-        values.append(_combined([(square, values[-1], "+")], [(2, q), (2, square)]))
-    return q, square, values
+    _passing(_unpack, n, b, (theta.dtype, dtype), theta.device)(theta.contiguous(), q)
+    return q
 
 
 def cayley(theta: Tensor, b: int, order: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The series' core, (…, b, b); in 16 bits every matrix on the way is, too."""
-    q, square, (*_, value) = _horner(theta, b, order, dtype)
-    if order > 1:
+    q = _unpacked(theta, b, dtype)
+    square = _combined([(q, q, "+")])
+    value = torch.add(square, q, alpha=2) if order % 2 else q
+    for _ in range(order // 2):
         value = _combined([(square, value, "+")], [(2, q), (2, square)])
     return value.view(*theta.shape[:-1], b, b)
 
@@ -205,23 +230,23 @@ def cayley_grad(
     grad: Tensor, theta: Tensor, b: int, order: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Its gradient, (…, b, b), to the parameters'; the steps are `neumann_grad`'s."""
-    q, square, values = _horner(theta, b, order, dtype)
-    backs = [grad.reshape(-1, b, b).contiguous().to(dtype)]
-    for _ in range(order // 2 - 1):
-        backs.append(_combined([(square, backs[-1], "+")]))
-    pairs = zip(backs, reversed(values), strict=True) if order > 1 else ()
-    square_grad: list[Product] = [(*pair, "right") for pair in pairs]
-    doubled = [(2, back) for back in backs] if order > 1 else []
-    if order % 2:
-        last = _combined([(square, backs[-1], "+")]) if order > 1 else backs[0]
-        full_grad = _combined(square_grad, [*doubled, (1, last)]) if order > 1 else last
-        rest, more = [*doubled, (2, last)], []
-    else:
-        full_grad = _combined(square_grad, doubled)
-        rest, more = doubled, [(square, backs[-1], "+")]
-    # −(F + Fᵀ)Q but for a symmetric part, which a skew matrix's parameters do not see: −FQ − QF.
-    both: list[Product] = [(full_grad, q, "right"), (q, full_grad, "left")]
-    q_grad = _combined([*both, *more], rest)
+    q = _unpacked(theta, b, dtype)
+    grad = grad.reshape(-1, b, b).contiguous().to(dtype)
+    y = _combined([(grad, q, "+"), (grad, q, "turned")])  # GQ − GᵀQ, Qᵀ being −Q
+    odd, more = order % 2 == 1, order > 2
+    inner = torch.empty_like(grad)
+    right = inner if odd else torch.empty_like(grad)
+    rest = torch.empty_like(grad) if more else inner
+    mix = _passing(_mix, len(q), b, (dtype, dtype), theta.device, odd, more)
+    mix(y, grad, inner, right, rest)
+    if more:
+        square, left = _combined([(q, q, "+")]), inner
+        for _ in range((order - 1) // 2 - 1):
+            inner = _combined([(inner, square, "+")], [(1, rest), (-1, y)])
+            right = _combined([(right, square, "+")], [(1, rest)])
+            left = _combined([(square, left, "+")], [(1, inner)])
+        right = _combined([(right, square, "+"), (square, left, "+")], [(1, rest)])
+    q_grad = _combined([(right, q, "+")], [(2, grad)])
     out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
-    _repack(_pack, len(q), b, (theta.dtype, dtype), theta.device)(q_grad, out)
+    _passing(_pack, len(q), b, (theta.dtype, dtype), theta.device)(q_grad, out)
     return out

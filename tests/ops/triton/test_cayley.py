@@ -54,6 +54,53 @@ def test_narrow_parameters_are_widened_first_and_their_gradient_rounded_last(dty
     assert error(ours, exact) < torch.finfo(dtype).eps
 
 
+# The interpreter multiplies no bfloat16.
+SHORT = [torch.float16, *[torch.bfloat16] * torch.cuda.is_available()]
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("n", "b"), [(9, 3), (3, 16), (3, 32), (2, 33)])
+def test_rounded_cores_are_at_most_twice_as_far_off_as_the_nearest(n, b, order, dtype, device):
+    theta = random_theta(n, b, device)
+    exact = ops.cayley(theta.double(), b, order)
+    core = kernel.rounded(theta, b, order, dtype)
+    assert core.dtype == dtype
+    nearest = error(exact.to(dtype), exact)
+    assert nearest / 10 < error(core, exact) < 2 * nearest
+    turned = torch.eye(b, device=device) + core.double()
+    gram = turned.mT @ turned
+    reference = torch.eye(b, device=device) + exact
+    expected = reference.mT @ reference
+    assert (gram - expected).norm() < 4 * torch.finfo(dtype).eps * b**0.5 * n
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("n", "b"), [(9, 3), (3, 16), (3, 32), (2, 33)])
+def test_their_gradients_lose_what_their_dtype_rounds(n, b, order, dtype, device):
+    theta, grad = random_theta(n, b, device), torch.randn(n, b, b, device=device).to(dtype)
+    exact = ops.cayley_grad(grad.double(), theta.double(), b, order)
+    value = kernel.rounded_grad(grad, theta, b, order)
+    assert value.dtype == theta.dtype
+    assert error(value, exact) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_several_rounded_have_the_bits_of_each_alone(dtype, device):
+    thetas = several((3, 1, 0, 7), 16, torch.float32, device)
+    cores = kernel.cayley_each(thetas, 16, 4, dtype)
+    expected = [kernel.rounded(theta, 16, 4, dtype) for theta in thetas]
+    assert all(map(torch.equal, cores, expected))
+    assert torch.equal(kernel.cayley_joined(thetas, 16, 4, dtype), torch.cat(expected))
+    grads = [torch.randn_like(core) for core in cores]
+    alone = [kernel.rounded_grad(*pair, 16, 4) for pair in zip(grads, thetas, strict=True)]
+    assert all(map(torch.equal, kernel.cayley_each_grad(grads, thetas, 16, 4, dtype), alone))
+    # In shares, in float32, of which the sum is rounded once.
+    shares = [torch.stack([grad.float() / 2] * 2) for grad in grads]
+    assert all(map(torch.equal, kernel.cayley_each_grad(shares, thetas, 16, 4, dtype), alone))
+
+
 @pytest.mark.parametrize("order", [1, 4, 5])
 def test_zero_parameters_give_exactly_zero(order, device):
     core = kernel.cayley(torch.zeros(3, 496, device=device), 32, order)

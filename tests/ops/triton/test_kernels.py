@@ -106,20 +106,24 @@ for kind, b, dtype, name in (
     work = glu_rotate._work(*sizes, (3 * b, 6 * b, 6 * b), strides, kind, (True, True), cpu)
     check(work.launch, *[name] * 3, "*fp32", name, name, "*fp32")
 check(add._launch(3, 2, 64, f32, cpu), *["*fp32"] * 4)
-check(cayley._launch(cayley._cayley, 5, 4, 3, f32, cpu), "*fp32", "*fp32")
-check(cayley._launch(cayley._cayley_grad, 5, 4, 3, f32, cpu), "*fp32", "*fp32", "*fp32")
-sizes = ((5, 0, 9), 4, 3, f32, cpu)
-check(cayley._launch_each(cayley._cayley_each, *sizes), *["*fp32"] * 16)
-runs = (4, 1, 9), (48, 0, 144)
-check(cayley._launch_each(cayley._cayley_each_grad, *sizes, runs), *["*fp32"] * 24)
+for dtype, core in ((f32, "*fp32"), (bf16, "*bf16")):
+    sizes = 5, 4, 3, dtype, f32, cpu
+    check(cayley._launch(cayley._cayley, *sizes), "*fp32", core)
+    check(cayley._launch(cayley._cayley_grad, *sizes), core, "*fp32", "*fp32")
+    sizes = ((5, 0, 9), 4, 3, (dtype, f32, f32), cpu)
+    check(cayley._launch_each(cayley._cayley_each, *sizes), *["*fp32"] * 8, *[core] * 8)
+    runs = (4, 1, 9), (48, 0, 144)
+    check(cayley._launch_each(cayley._cayley_each_grad, *sizes, runs), *["*fp32"] * 24)
 work = wide._gram_work(99, 3, 130, (bf16, f32), (390, 390), 3, cpu)
 check(work.launch, *["*bf16"] * 4, *["*fp32"] * 3)
 check(wide._turn_work(99, 3, 130, bf16, (390, 130 * 130, 1, 130), 3, cpu), *["*bf16"] * 7)
 for b, dtype, name in ((66, f32, "*fp32"), (66, bf16, "*bf16"), (128, bf16, "*bf16")):
-    launch = wide_cayley._launch(3, b, ("left", "right", 2, 1), dtype, cpu)
+    launch = wide_cayley._launch(3, b, ("turned", "+", 2, 1), dtype, cpu)
     check(launch, *[name] * 7)
-    check(wide_cayley._repack(wide_cayley._pack, 3, b, (f32, dtype), cpu), name, "*fp32")
-    check(wide_cayley._repack(wide_cayley._unpack, 3, b, (f32, dtype), cpu), "*fp32", name)
+    check(wide_cayley._passing(wide_cayley._pack, 3, b, (f32, dtype), cpu), name, "*fp32")
+    check(wide_cayley._passing(wide_cayley._unpack, 3, b, (f32, dtype), cpu), "*fp32", name)
+    mix = wide_cayley._passing(wide_cayley._mix, 3, b, (dtype, dtype), cpu, False, True)
+    check(mix, *[name] * 5)
 for b, nested, dtype, core, name in (
     (32, 256, bf16, f32, "*bf16"), (64, 0, f32, f32, "*fp32"), (32, 0, bf16, None, "*bf16")
 ):
