@@ -53,7 +53,7 @@ def served(thetas: Sequence[Tensor], block_size: int, order: int | None) -> bool
 
 def _kernels(thetas: Sequence[Tensor], block_size: int, order: int | None) -> Any:
     first = thetas[0]
-    fast: Any = kernels("cayley", first.device)
+    fast: Any = kernels("cayley_each", first.device)
     if fast is None or not fast.fits(first, block_size, order):
         return None
     fits_each = getattr(fast, "fits_each", _alike)

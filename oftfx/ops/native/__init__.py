@@ -12,7 +12,7 @@ from types import ModuleType
 from oftfx.ops.native.binding import library
 
 FAMILIES = (
-    *("cayley", "dequantise", "fold", "glu_rotate", "rms_rotate"),
+    *("cayley", "cayley_each", "dequantise", "fold", "glu_rotate", "rms_rotate"),
     *("rotate", "rotate_group", "rotate_product"),
 )
 

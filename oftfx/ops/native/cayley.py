@@ -1,20 +1,10 @@
 """Cayley–Neumann cores and their gradient; a block's matrices stay in the cache throughout."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from oftfx.ops.native.binding import call
-from oftfx.ops.native.rotate_group import addresses, plain
+from oftfx.ops.native.cayley_each import cayley_each, cayley_each_grad, fits
 
-LARGEST = 256
-"""The widest block; of wider ones the matrices leave the cache."""
-
-
-def fits(theta: Tensor, block_size: int, order: int | None) -> bool:
-    """Whether the kernels take these: a series, of float32 parameters."""
-    return order is not None and block_size <= LARGEST and theta.dtype == torch.float32
+__all__ = ["cayley", "cayley_grad", "fits"]
 
 
 def cayley(theta: Tensor, block_size: int, order: int) -> Tensor:
@@ -27,25 +17,3 @@ def cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Ten
     """`oftfx::cayley_grad`: the gradient (…, b, b) of the cores to theta's."""
     (out,) = cayley_each_grad([grad], [theta], block_size, order)
     return out
-
-
-def cayley_each(thetas: Sequence[Tensor], block_size: int, order: int) -> list[Tensor]:
-    """`oftfx::cayley_each`: several parameters of one shape in one call."""
-    n, b = thetas[0].shape[:-1].numel(), block_size
-    thetas, like = plain(*thetas), thetas[0].new_empty(*thetas[0].shape[:-1], b, b)
-    cores = [torch.empty_like(like) for _ in thetas]
-    operands = addresses(*thetas, *cores)
-    call("cayley", len(thetas) * n * order * b**3, len(thetas), n, b, order, *operands)
-    return cores
-
-
-def cayley_each_grad(
-    grads: Sequence[Tensor], thetas: Sequence[Tensor], block_size: int, order: int
-) -> list[Tensor]:
-    """`oftfx::cayley_each_grad`: for each its gradient, (…, b, b) to (…, b(b−1)/2)."""
-    n, b = thetas[0].shape[:-1].numel(), block_size
-    thetas, grads = plain(*thetas), plain(*grads)
-    outs = [torch.empty_like(theta) for theta in thetas]
-    operands = addresses(*thetas, *outs, *grads)
-    call("cayley_grad", 2 * len(thetas) * n * order * b**3, len(thetas), n, b, order, *operands)
-    return outs

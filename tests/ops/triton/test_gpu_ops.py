@@ -203,7 +203,7 @@ def test_cores_and_their_gradients_are_those_of_float64(b, order):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("b", [66, 96, 128, 160, 256, 300])
+@pytest.mark.parametrize("b", [3, 16, 32, 64, 66, 96, 128, 160, 256, 300])
 def test_rounded_cores_and_gradients_lose_what_sixteen_bits_do(b, dtype):
     from oftfx.ops.triton import cayley
 
@@ -218,22 +218,27 @@ def test_rounded_cores_and_gradients_lose_what_sixteen_bits_do(b, dtype):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("b", [128, 256])
-def test_a_compiled_model_in_bfloat16_rounds_its_wide_cores(b):
-    def model(x, theta):
-        return ops.rotate(torch.tanh(x), ops.cayley(theta, b, 4))
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("b", [16, 32, 64, 128, 256])
+def test_a_compiled_model_in_bfloat16_rounds_its_cores(b, count):
+    def model(x, *thetas):
+        for theta in thetas:
+            x = ops.rotate(torch.tanh(x), ops.cayley(theta, b, 4))
+        return x
 
     x = torch.randn(256, 2 * b, device=CUDA).bfloat16()
-    theta = (0.01 * torch.randn(2, b * (b - 1) // 2, device=CUDA)).requires_grad_()
+    thetas = [0.01 * torch.randn(2, b * (b - 1) // 2, device=CUDA) for _ in range(count)]
+    thetas = [theta.requires_grad_() for theta in thetas]
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    found, exact = (run(x, theta).sum() for run in (compiled, model))
-    (grad,), (exact_grad,) = (torch.autograd.grad(out, theta) for out in (found, exact))
-    assert error(grad, exact_grad.double()) < 4 * ROUNDING[torch.bfloat16]
+    found, exact = (torch.autograd.grad(run(x, *thetas).sum(), thetas) for run in (compiled, model))
+    for grad, exact_grad in zip(found, exact, strict=True):
+        assert error(grad, exact_grad.double()) < 4 * ROUNDING[torch.bfloat16]
     assert counters["oftfx"]["round_cores"] == 1
 
 
 def test_triton_serves_this_device():
-    for family in ("rotate", "rotate_group", "rotate_product", "glu_rotate", "cayley", "givens"):
+    rotating = "rotate", "rotate_group", "rotate_product", "glu_rotate", "givens"
+    for family in (*rotating, "cayley", "cayley_each"):
         assert kernels(family, torch.device(CUDA)) is not None
     core = torch.zeros(2, 32, 32, device=CUDA)
     for dtype, expected in zip(DTYPES, (True, True, False, False), strict=True):

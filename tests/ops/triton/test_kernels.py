@@ -41,6 +41,7 @@ from triton.compiler import ASTSource
 from oftfx.ops.triton import (
     add,
     cayley,
+    cayley_each,
     dequantise,
     divide,
     givens,
@@ -111,9 +112,9 @@ for dtype, core in ((f32, "*fp32"), (bf16, "*bf16")):
     check(cayley._launch(cayley._cayley, *sizes), "*fp32", core)
     check(cayley._launch(cayley._cayley_grad, *sizes), core, "*fp32", "*fp32")
     sizes = ((5, 0, 9), 4, 3, (dtype, f32, f32), cpu)
-    check(cayley._launch_each(cayley._cayley_each, *sizes), *["*fp32"] * 8, *[core] * 8)
+    check(cayley_each._launch(cayley_each._cayley_each, *sizes), *["*fp32"] * 8, *[core] * 8)
     runs = (4, 1, 9), (48, 0, 144)
-    check(cayley._launch_each(cayley._cayley_each_grad, *sizes, runs), *["*fp32"] * 24)
+    check(cayley_each._launch(cayley_each._cayley_each_grad, *sizes, runs), *["*fp32"] * 24)
 work = wide._gram_work(99, 3, 130, (bf16, f32), (390, 390), 3, cpu)
 check(work.launch, *["*bf16"] * 4, *["*fp32"] * 3)
 check(wide._turn_work(99, 3, 130, bf16, (390, 130 * 130, 1, 130), 3, cpu), *["*bf16"] * 7)

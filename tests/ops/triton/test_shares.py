@@ -10,10 +10,10 @@ from oftfx.passes.sum_runs import sum_runs
 from tests.passes.test_sum_runs import layer, traced
 
 pytest.importorskip("triton")
-FAMILIES = ("cayley", "glu_rotate", "norm_rotate", "rotate")
+FAMILIES = ("cayley_each", "glu_rotate", "norm_rotate", "rotate")
 KERNELS = {name: importlib.import_module(f"oftfx.ops.triton.{name}") for name in FAMILIES}
 tiles = importlib.import_module("oftfx.ops.triton.tiles")
-cayley = KERNELS["cayley"]
+cayley = KERNELS["cayley_each"]
 
 
 @pytest.fixture(autouse=True)
