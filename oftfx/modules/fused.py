@@ -37,7 +37,7 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
     (factor,) = rotation.applied()
     core: Tensor = factor.operands[0]
     if layers.DEFERS:
-        folds = folds_packed(x.shape[:-1].numel(), turn.out, x.device)
+        folds = folds_packed(x.shape[:-1].numel(), turn.out, core.shape[-1], x.device)
         outs = deferred_through(x, [core]) if folds else rotated_through(x, [core])
         if outs is not None:
             left = core.detach() if folds else None

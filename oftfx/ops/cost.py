@@ -28,6 +28,10 @@ ALL = 1
 """The number of rows from which to fold where all are to be folded."""
 
 
+DIVIDED = 64
+"""The widest block by which a GPU divides a Gram matrix in one launch."""
+
+
 @functools.cache
 def fold_from(
     outs: tuple[int, ...], block: int, dtype: torch.dtype, device: torch.device
@@ -58,9 +62,12 @@ def fold_from(
     return 2 * sum(outs) // len(outs)
 
 
-def folds_packed(rows: int, out: int, device: torch.device) -> bool:
+def folds_packed(rows: int, out: int, block: int, device: torch.device) -> bool:
     """Whether to turn a 4-bit weight, and not x: what there are fewer bytes of.
 
-    On a GPU, those of W are read and written anyway.
+    On a GPU, those of W are read and written anyway. But there the Gram matrices of wide blocks are
+    divided by factoring the cores, in dozens of launches: turning x is faster.
     """
-    return rows * (4 if device.type == "cuda" else 1) >= out
+    if device.type == "cuda":
+        return block <= DIVIDED and rows * 4 >= out
+    return rows >= out

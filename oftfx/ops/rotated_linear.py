@@ -80,7 +80,7 @@ def _rotated_linear(x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) 
     weight = Packed(*stored)
     if not fits(x, core, weight.shape):
         raise RuntimeError(misfit("rotated_linear", x, core, weight.shape))
-    if _folds(x, weight):
+    if _folds(x, core, weight):
         return F.linear(x, folded(weight, core, x.dtype), bias)
     return F.linear(rotate(x, core), dequantised(weight, x.dtype), bias)
 
@@ -130,7 +130,7 @@ def _rotated_linear_grad(
     grad: Tensor, factors: list[Tensor], core: Tensor, need_x: bool, need_core: bool, *stored: Any
 ) -> tuple[Tensor, Tensor]:
     weight = Packed(*stored)
-    if not _folds(grad, weight):
+    if not _folds(grad, core, weight):
         return _in_turn(grad, factors, core, need_x, need_core, *stored)
     x, *by = factors
     grad_x = grad @ folded(weight, core, x.dtype)
@@ -162,9 +162,9 @@ def _in_turn(
     return kept_grad(inner, factors, core, need_x, need_core)
 
 
-def _folds(rows: Tensor, weight: Packed) -> bool:
+def _folds(rows: Tensor, core: Tensor, weight: Packed) -> bool:
     """Whether to turn the weight and not x, whose rows these are, or those of its product."""
-    return folds_packed(rows.shape[:-1].numel(), weight.shape[0], rows.device)
+    return folds_packed(rows.shape[:-1].numel(), weight.shape[0], core.shape[-1], rows.device)
 
 
 def defer(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...]:

@@ -118,7 +118,8 @@ class Linear4bit(_Layer):
         if fast is None or state is None:
             return False
         if x.is_cuda:
-            if rows <= LEAST_ROWS or not folds_packed(rows, module.out_features, x.device):
+            wide = block or 0
+            if rows <= LEAST_ROWS or not folds_packed(rows, module.out_features, wide, x.device):
                 return False
         elif not outs or (len(outs) > 1 and rows * len(outs) < sum(outs)):
             return False  # x is turned once for all, or is narrower than the weights together

@@ -64,7 +64,7 @@ def test_value_and_gradients_are_those_of_dequantising_and_rotating(case):
 def test_the_gradient_is_exact_for_a_series_that_is_no_rotation(order, rows):
     """``R`` itself in place of ``R⁻ᵀ`` would be wrong in the first digits here."""
     weight = random_packed(24, 16)
-    assert folds_packed(rows, 24, CPU) is (rows == 40)
+    assert folds_packed(rows, 24, 8, CPU) is (rows == 40)
     theta = 0.3 * torch.randn(2, 28, dtype=torch.float64)
     core = ops.cayley(theta, 8, order).requires_grad_()
     x = torch.randn(rows, 16, dtype=torch.float64)
@@ -72,6 +72,14 @@ def test_the_gradient_is_exact_for_a_series_that_is_no_rotation(order, rows):
     (got,) = torch.autograd.grad(ops.rotated_linear(x, core, weight).sin().sum(), core)
     (wanted,) = torch.autograd.grad(reference(x, core, weight, None).sin().sum(), core)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_a_gpu_turns_no_weight_by_blocks_whose_grams_it_cannot_divide_at_once():
+    gpu = torch.device("cuda")
+    assert folds_packed(6, 24, 64, gpu)  # of fewer rows than a CPU would
+    assert not folds_packed(5, 24, 64, gpu)
+    assert not folds_packed(600, 24, 128, gpu)
+    assert folds_packed(600, 24, 128, CPU)
 
 
 @pytest.mark.parametrize("rows", [2, 9], ids=["rotating x", "folding"])
