@@ -1,7 +1,7 @@
 """What the benchmarks share: how rows are compiled, and what a profiler counts."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -32,10 +32,18 @@ def compiled(model: nn.Module, how: How, mode: str | None = None) -> nn.Module:
     return model
 
 
-def kernels(run: Callable[[], object]) -> int:
-    """How many kernels one run launches on the GPU."""
+class Launched(NamedTuple):
+    """What a profiler saw of one run on the GPU: kernels, and the milliseconds it was busy."""
+
+    kernels: int
+    milliseconds: float
+
+
+def launched(run: Callable[[], object]) -> Launched:
+    """What one run launches on the GPU; its copies and fills take time, too, but are no kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    on_device = (event for event in profile.events() if event.device_type == DeviceType.CUDA)
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
+    events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    count = sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+    return Launched(count, sum(event.self_device_time_total for event in events) / 1000)

@@ -21,14 +21,14 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from measure import compiled, kernels
+from measure import Launched, compiled, launched
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
@@ -57,6 +57,10 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+WARM = 6
+"""Steps that are not measured, on a GPU: CUDA graphs are recorded in the third."""
+
+
 def frozen(model: nn.Module) -> nn.Module:
     model.requires_grad_(False)
     # Without this the base would skip its backward altogether.
@@ -77,26 +81,27 @@ def in_bf16(adapted: nn.Module) -> nn.Module:
     return adapted
 
 
-def known_rows(b: int, with_bf16: bool) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def known_rows(
+    blocks: Sequence[int], with_bf16: bool
+) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """How each row's model is adapted; the first is what the others are compared with."""
 
-    def oft(**fields: Any) -> Callable[[nn.Module], nn.Module]:
+    def oft(b: int, **fields: Any) -> Callable[[nn.Module], nn.Module]:
         return lambda model: oftfx.adapt(model, oftfx.OFT(block_size=b, **fields))
 
-    def peft_oft(model: nn.Module) -> nn.Module:
+    def peft_oft(b: int) -> Callable[[nn.Module], nn.Module]:
         config = peft.OFTConfig(oft_block_size=b, r=0, target_modules="all-linear")
-        return peft.get_peft_model(model, config)
+        return lambda model: peft.get_peft_model(model, config)
 
-    rows: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "frozen base": frozen,
-        f"oftfx OFT b{b}": oft(),
-        f"oftfx OFT b{b}, shared": oft(share_inputs=True),
-        f"PEFT OFT b{b}": peft_oft,
-        "PEFT LoRA r16": peft_lora,
-    }
+    rows: dict[str, Callable[[nn.Module], nn.Module]] = {"frozen base": frozen}
+    for b in blocks:
+        rows[f"oftfx OFT b{b}"] = oft(b)
+        rows[f"oftfx OFT b{b}, shared"] = oft(b, share_inputs=True)
+    theirs = {f"PEFT OFT b{b}": peft_oft(b) for b in blocks} | {"PEFT LoRA r16": peft_lora}
+    rows |= theirs
     if with_bf16:
-        rows[f"PEFT OFT b{b}, bf16 adapters"] = lambda model: in_bf16(peft_oft(model))
-        rows["PEFT LoRA r16, bf16 adapters"] = lambda model: in_bf16(peft_lora(model))
+        for name, adapt in theirs.items():
+            rows[f"{name}, bf16 adapters"] = lambda model, adapt=adapt: in_bf16(adapt(model))
     return rows
 
 
@@ -130,13 +135,16 @@ def main() -> None:
                 model = known[name](model).train()
         return compiled(model, args.compile, args.mode) if args.compile else model
 
+    def bare(model: nn.Module) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
     def step(model: nn.Module) -> tuple[float, float]:
         """Seconds of one step, and the norm of its gradients."""
         model.zero_grad()
         _wait(device)
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
-            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        bare(model)
         _wait(device)
         seconds = time.perf_counter() - start
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
@@ -146,21 +154,22 @@ def main() -> None:
     norms: dict[str, float] = {}
     first: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    launches: dict[str, int] = {}
+    launches: dict[str, Launched] = {}
     if device.type == "cuda":  # one model at a time: its peak is its own
         for name in names:
             start = time.perf_counter()
             model = build(name)
             print(f"{name}: built in {time.perf_counter() - start:.1f} s", file=sys.stderr)
             first[name], _ = step(model)
-            for _ in range(2):
+            for _ in range(WARM):
                 step(model)
             torch.cuda.reset_peak_memory_stats()
             for _ in range(args.steps):
                 took, norms[name] = step(model)
                 seconds[name].append(took)
             peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-            launches[name] = kernels(lambda model=model: step(model))  # type: ignore[misc]
+            model.zero_grad()
+            launches[name] = launched(lambda model=model: bare(model))  # type: ignore[misc]
             took = statistics.median(seconds[name])
             print(f"{name}: {took * 1000:.1f} ms, {peaks[name]:.1f} GiB", file=sys.stderr)
             del model
@@ -184,23 +193,23 @@ def main() -> None:
         (
             name,
             f"{medians[name] * 1000:.1f}",
+            f"{min(seconds[name]) * 1000:.1f}",
             f"{medians[name] / base:.3f}",
             f"{peaks[name]:.2f}" if name in peaks else "",
-            f"{launches[name] - launches[names[0]]:+}" if name in launches else "",
+            *_beside(launches.get(name), launches.get(names[0])),
             f"{first[name]:.1f}",
             f"{norms[name]:.2e}",
         )
         for name in names
     ]
-    header = ("model", "ms", "× base", "peak GiB", "kernels", "first s", "gradient norm")
+    header = ("model", "ms", "fastest", "× base", "peak GiB", "kernels", "device ms", "× base")
+    header = (*header, "first s", "gradient norm")
     print(table(header, rows, right=" ".join(header)))
     result: dict[str, Any] = {
         "setting": {
             **{key: value for key, value in vars(args).items() if key not in ("out", "rows")},
             "threads": torch.get_num_threads(),
-            "machine": torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else platform.machine(),
+            "machine": _machine(device),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -211,7 +220,8 @@ def main() -> None:
         "seconds": seconds,
         "first_seconds": first,
         "peak_gib": peaks,
-        "kernels": launches,
+        "kernels": {name: each.kernels for name, each in launches.items()},
+        "device_ms": {name: each.milliseconds for name, each in launches.items()},
         "gradient_norm": norms,
     }
     if args.out:
@@ -230,6 +240,14 @@ def _peak(model: nn.Module, step: Callable[[nn.Module], object]) -> float:
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return (held + max(itertools.accumulate(change for _, change in changes))) / 2**30
+
+
+def _beside(own: Launched | None, base: Launched | None) -> tuple[str, str, str]:
+    """Kernels more than the base's, and the device's time of a bare forward and backward."""
+    if own is None or base is None:
+        return "", "", ""
+    ratio = own.milliseconds / base.milliseconds
+    return f"{own.kernels - base.kernels:+}", f"{own.milliseconds:.1f}", f"{ratio:.3f}"
 
 
 def _machine(device: torch.device) -> str:
@@ -258,7 +276,7 @@ def _arguments() -> argparse.Namespace:
         help="oftfx's rows by its backend, layer by layer (or the model as a whole)",
     )
     parser.add_argument("--mode", help="of the compiler, such as reduce-overhead")
-    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--block-size", type=int, nargs="+", default=[32])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
