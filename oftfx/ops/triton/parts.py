@@ -15,7 +15,7 @@ EXACT = "tf32x3"
 """The parts whose products are as exact as float32's own."""
 
 FAST = "bf16x3" if COMPILED else EXACT
-"""Those that lose 10⁻⁶ of a product, and half the time; the interpreter multiplies none of them."""
+"""Those that lose some 10⁻⁶ of a product, and half the time; the interpreter multiplies none."""
 
 ROUNDED = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """One part, in a dtype of 16 bits."""
@@ -42,7 +42,7 @@ def parts(x: tl.tensor, KIND: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def product(a: tl.tuple, b: tl.tuple, total: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """``total + a·b`` in float32, of matrices in parts; of what is lost each is too small."""
+    """``total + a·b`` in float32, of matrices in parts; without the product of both rests."""
     if KIND == "tf32x3" or KIND == "bf16x3":
         total = tl.dot(a[1], b[0], total, input_precision="tf32")
         total = tl.dot(a[0], b[1], total, input_precision="tf32")

@@ -69,7 +69,7 @@ def _mix(
     ODD: tl.constexpr,
     MORE: tl.constexpr,
 ) -> None:
-    """What [`oftfx.rotations.cayley.neumann_grad`][] adds up of Y, G and what they are transposed.
+    """What [`oftfx.rotations.cayley.neumann_grad`][] adds up of Y, G and their transposes.
 
     Of odd orders ``right`` is ``inner``; ``rest`` is for those that have MORE.
     """
