@@ -417,6 +417,19 @@ def test_vmap_over_inputs_and_over_adapters():
             testing.assert_close(both[i], torch.func.functional_call(model, one, (x,)), f"{i}")
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_vmap():
+    """Dynamo runs a transform between two graphs, where it compiles what Python it meets."""
+    x = rows()
+    spec = OFT(block_size=4, init_std=0.2, dtype=torch.float64)
+    model = oftfx.adapt(Attention().double(), spec, example_inputs=x)
+    found = []
+    for run in (torch.compile(torch.vmap(model), backend="aot_eager"), torch.vmap(model)):
+        out = run(x)
+        found.append((out.detach(), torch.autograd.grad(out.sin().sum(), thetas_of(model))))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
 def test_share_inputs_in_every_grad_mode(mode):
     x = rows()

@@ -16,6 +16,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch._C._autograd import _profiler_enabled
+from torch._C._dynamo import eval_frame
 
 LIBRARY = torch.library.Library("oftfx", "FRAGMENT")
 
@@ -23,6 +24,8 @@ LIBRARY = torch.library.Library("oftfx", "FRAGMENT")
 _KERNELS: dict[int, Callable[..., Any]] = {}
 _APPLY: dict[int, Callable[..., Any]] = {}
 _PLAIN = {Tensor, nn.Parameter}
+_DYNAMO: Any = eval_frame
+_SKIP = _DYNAMO._FrameExecStrategy(*[_DYNAMO._FrameAction.SKIP] * 2)
 
 
 def define(schema: str, kernel: Callable[..., Any]) -> Any:
@@ -32,7 +35,17 @@ def define(schema: str, kernel: Callable[..., Any]) -> Any:
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     op = getattr(torch.ops.oftfx, name).default
     _KERNELS[id(op)] = kernel
+    _hide(kernel)
     return op
+
+
+def _hide(function: Any) -> None:
+    """Keeps Dynamo from compiling a function that an op runs, and what that calls.
+
+    It compiles what Python runs between two of its graphs, and under a transform an op, too, is
+    nothing but Python.
+    """
+    _DYNAMO.set_code_exec_strategy(function.__code__, _SKIP)
 
 
 def differentiate(op: Any, apply: Callable[..., Any]) -> None:
@@ -51,6 +64,7 @@ def differentiate(op: Any, apply: Callable[..., Any]) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    _hide(run)
     LIBRARY.impl(op._schema.name.partition("::")[2], run, "Autograd")
     _APPLY[id(op)] = apply
 
