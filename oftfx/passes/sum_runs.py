@@ -18,6 +18,7 @@ a graph that is found in a cache has it applied, and counts nothing.
 """
 
 import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,28 @@ class SumRuns(CustomGraphPass):
 
 
 def before(given: Any) -> Any:
-    """The pass and, behind it, what inductor was given for the same place: None, a pass or several.
-
-    Before torch 2.13 inductor takes a single one. There, a given one runs alone.
-    """
+    """The pass and, behind it, what inductor was given for the same place: None, one or several."""
     if given is None:
         return SumRuns()
     if not hasattr(custom_graph_pass, "get_custom_graph_passes"):
-        return given
+        return _Both(given)
     return [SumRuns(), *custom_graph_pass.get_custom_graph_passes(given)]
+
+
+class _Both(CustomGraphPass):
+    """The pass and another as one: before torch 2.13 inductor takes no more."""
+
+    def __init__(self, other: Callable[[fx.Graph], None]) -> None:
+        self.other = other
+
+    def __call__(self, graph: fx.Graph) -> None:
+        SumRuns()(graph)
+        self.other(graph)
+
+    def uuid(self) -> Any:
+        """Nothing, which keeps inductor from its caches, where the other has nothing."""
+        own = self.other.uuid() if isinstance(self.other, CustomGraphPass) else None
+        return own and (SumRuns().uuid(), own)
 
 
 def sum_runs(graph: fx.Graph) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import custom_graph_pass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import oftfx
@@ -184,7 +185,10 @@ def check(model, **options) -> int:
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_inductor_runs_it_before_what_it_was_given():
+@pytest.mark.parametrize("one", [False, True], ids=["as it takes them", "as one"])
+def test_inductor_runs_it_before_what_it_was_given(one, monkeypatch):
+    if one:
+        monkeypatch.delattr(custom_graph_pass, "get_custom_graph_passes", raising=False)
     seen = []
     given = lambda graph: seen.append(giving(graph))  # noqa: E731
     assert check(adapted(), **{HOOK: given}) == 2  # q, k and v together, and the last
@@ -216,8 +220,11 @@ def test_the_caches_know_it_by_its_source(tmp_path, monkeypatch):
     assert before != SumRuns().uuid()
 
 
-def test_where_inductor_takes_one_pass_a_given_one_runs_alone(monkeypatch):
-    given = SumRuns()
+def test_where_inductor_takes_one_pass_it_is_both(monkeypatch):
     monkeypatch.delattr(custom_graph_pass, "get_custom_graph_passes", raising=False)
-    assert before(given) is given
     assert isinstance(before(None), SumRuns)
+    both, again = before(SumRuns()), before(SumRuns())
+    assert isinstance(both, CustomGraphPass)
+    assert both.uuid() == again.uuid()
+    assert both.uuid() != SumRuns().uuid()
+    assert not before(lambda graph: None).uuid()  # which inductor keeps out of its caches
