@@ -29,6 +29,7 @@ def round_cores(graph: fx.GraphModule) -> int:
         dtype = _dtype(node)
         if dtype is not None:
             node.args = (*node.args[:3], dtype)
+            _recast(node, dtype)
             rounded += 1
     for node in graph.graph.find_nodes(op="call_function", target=CAYLEY):
         theta, block_size, order = node.args
@@ -38,8 +39,10 @@ def round_cores(graph: fx.GraphModule) -> int:
         with graph.graph.inserting_before(node):
             given = (theta, block_size, order, dtype)
             core = graph.graph.call_function(ROUNDED_CAYLEY, given)
+        core.meta = node.meta
         node.replace_all_uses_with(core)
         graph.graph.erase_node(node)
+        _recast(core, dtype)
         rounded += 1
     return rounded
 
@@ -63,3 +66,13 @@ def _turned(core: fx.Node) -> Iterator[Tensor | None]:
             yield x.meta.get("example_value")
         else:
             yield None
+
+
+def _recast(core: fx.Node, dtype: torch.dtype) -> None:
+    """Tells what reads a core, or a share of it, of its new dtype."""
+    value = core.meta.get("example_value")
+    if isinstance(value, Tensor):
+        core.meta = {**core.meta, "example_value": value.to(dtype)}
+    for user in core.users:
+        if user.target in SHARES:
+            _recast(user, dtype)

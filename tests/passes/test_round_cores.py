@@ -11,7 +11,7 @@ import oftfx
 from oftfx import OFT, ops, testing
 from oftfx.backend import oftfx as backend
 from oftfx.passes.batch_cores import CAYLEY, batch_cores
-from oftfx.passes.round_cores import CAYLEY_EACH, ROUNDED_CAYLEY, round_cores
+from oftfx.passes.round_cores import CAYLEY_EACH, ROTATE, ROUNDED_CAYLEY, round_cores
 from tests.small import Attention, rows
 
 SPEC = OFT(block_size=4, init_std=0.2)
@@ -51,6 +51,10 @@ def left(model, x, batch: bool = True) -> tuple[int, int]:
         rounded = graph.graph.find_nodes(op="call_function", target=ROUNDED_CAYLEY)
         assert len(rounded) == saved
         assert all(node.args[3] == torch.bfloat16 for node in rounded)
+        # Later passes go by what the graph says of a core.
+        turns = graph.graph.find_nodes(op="call_function", target=ROTATE)
+        known = {node.args[1].meta["example_value"].dtype for node in turns}
+        assert known == {*[torch.bfloat16] * len(rounded), *[torch.float32] * len(exact)}
         found.append((len(exact), len(rounded)))
         return graph.forward
 
