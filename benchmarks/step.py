@@ -58,7 +58,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 WARM = 6
-"""Steps that are not measured, on a GPU: CUDA graphs are recorded in the third."""
+"""Steps that are not measured, on a GPU: CUDA graphs are recorded in the first of them."""
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -43,13 +43,13 @@ CAYLEY = define("cayley(Tensor theta, int block_size, int? order) -> Tensor", _c
 @torch.library.register_fake("oftfx::cayley", lib=LIBRARY)
 def _(theta: Tensor, block_size: int, order: int | None) -> Tensor:
     torch._check(theta.shape[-1] == block_size * (block_size - 1) // 2)
-    return theta.new_empty(*theta.shape[:-1], block_size, block_size, dtype=_core_dtype(theta))
+    return theta.new_empty(*theta.shape[:-1], block_size, block_size, dtype=core_dtype(theta))
 
 
 @as_given
 def _in_pytorch(theta: Tensor, block_size: int, order: int | None) -> Tensor:
     known = _layout(block_size, theta.device)
-    q = maths.skew(theta.flatten(0, -2).to(_core_dtype(theta)), block_size, known)
+    q = maths.skew(theta.flatten(0, -2).to(core_dtype(theta)), block_size, known)
     core = maths.exact(q) if order is None else maths.neumann(q, order)
     return core.view(*theta.shape[:-1], block_size, block_size)
 
@@ -103,7 +103,8 @@ def _layout(block_size: int, device: torch.device) -> maths.Layout:
         return maths.layout(block_size, device)
 
 
-def _core_dtype(theta: Tensor) -> torch.dtype:
+def core_dtype(theta: Tensor) -> torch.dtype:
+    """Of the exact cores of these parameters, and of their gradients."""
     return torch.promote_types(theta.dtype, torch.float32)
 
 

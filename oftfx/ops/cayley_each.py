@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftfx.ops.cayley import cayley, cayley_grad
+from oftfx.ops.cayley import cayley, cayley_grad, core_dtype
 from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
 
@@ -82,11 +82,7 @@ def _given(dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:
 
 
 def _alone(theta: Tensor, block_size: int, order: int, dtype: torch.dtype | None) -> Tensor:
-    return cayley(theta, block_size, order).to(dtype or _wide(theta))
-
-
-def _wide(theta: Tensor) -> torch.dtype:
-    return torch.promote_types(theta.dtype, torch.float32)
+    return cayley(theta, block_size, order).to(dtype or core_dtype(theta))
 
 
 CAYLEY_EACH = define(
@@ -99,7 +95,7 @@ CAYLEY_EACH = define(
 def _(
     thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    shape, dtype = (block_size, block_size), dtype or _wide(thetas[0])
+    shape, dtype = (block_size, block_size), dtype or core_dtype(thetas[0])
     return [theta.new_empty((*theta.shape[:-1], *shape), dtype=dtype) for theta in thetas]
 
 
@@ -132,7 +128,7 @@ def _(
     thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
 ) -> Tensor:
     n = sum(theta.shape[0] for theta in thetas)
-    return thetas[0].new_empty((n, block_size, block_size), dtype=dtype or _wide(thetas[0]))
+    return thetas[0].new_empty((n, block_size, block_size), dtype=dtype or core_dtype(thetas[0]))
 
 
 def cayley_each_grad(
@@ -192,11 +188,14 @@ def of_each(
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Each gradient by itself: what is differentiated again."""
-    pairs = [
-        (grad.sum(0) if _in_shares(grad, theta) else grad, theta)
+    whole = [
+        grad.sum(0) if _in_shares(grad, theta) else grad
         for grad, theta in zip(grads, thetas, strict=True)
     ]
-    return [cayley_grad(grad.to(_wide(theta)), theta, block_size, order) for grad, theta in pairs]
+    return [
+        cayley_grad(grad.to(core_dtype(theta)), theta, block_size, order)
+        for grad, theta in zip(whole, thetas, strict=True)
+    ]
 
 
 CAYLEY_EACH_GRAD = define(

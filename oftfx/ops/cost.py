@@ -27,7 +27,6 @@ from oftfx.ops.kernels import kernels
 ALL = 1
 """The number of rows from which to fold where all are to be folded."""
 
-
 DIVIDED = 64
 """The widest block by which a GPU divides a Gram matrix in one launch."""
 
@@ -65,8 +64,8 @@ def fold_from(
 def folds_packed(rows: int, out: int, block: int, device: torch.device) -> bool:
     """Whether to turn a 4-bit weight, and not x: what there are fewer bytes of.
 
-    On a GPU, those of W are read and written anyway. But there the Gram matrices of wide blocks are
-    divided by factoring the cores, in dozens of launches: turning x is faster.
+    On a GPU, those of W are read and written anyway; but not by blocks whose Gram matrices are
+    divided there by factoring the cores, in many launches.
     """
     if device.type == "cuda":
         return block <= DIVIDED and rows * 4 >= out

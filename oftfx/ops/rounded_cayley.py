@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftfx.ops.cayley import cayley, cayley_grad
+from oftfx.ops.cayley import cayley, cayley_grad, core_dtype
 from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
 
@@ -81,8 +81,7 @@ def _rounded_cayley_grad(grad: Tensor, theta: Tensor, block_size: int, order: in
 
 
 def _of_exact(grad: Tensor, theta: Tensor, block_size: int, order: int) -> Tensor:
-    wide = torch.promote_types(theta.dtype, torch.float32)
-    return cayley_grad(grad.to(wide), theta, block_size, order)
+    return cayley_grad(grad.to(core_dtype(theta)), theta, block_size, order)
 
 
 ROUNDED_CAYLEY_GRAD = define(

@@ -169,7 +169,7 @@ def fits(theta: Tensor, block_size: int, order: int | None) -> bool:
 def cayley(
     theta: Tensor, block_size: int, order: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`oftfx::cayley`: theta (…, b(b−1)/2) to (…, b, b) in float32."""
+    """`oftfx::cayley`: theta (…, b(b−1)/2) to (…, b, b), computed in and of this dtype."""
     n, b = theta.shape[:-1].numel(), block_size
     if n and b > LARGEST:
         return wide_cayley.cayley(theta, b, order, dtype)
@@ -182,7 +182,7 @@ def cayley(
 def cayley_grad(
     grad: Tensor, theta: Tensor, block_size: int, order: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`oftfx::cayley_grad`: the gradient (…, b, b) of the cores to theta's."""
+    """`oftfx::cayley_grad`: the gradient (…, b, b) of the cores to theta's, computed in it, too."""
     n, b = theta.shape[:-1].numel(), block_size
     if n and b > LARGEST:
         return wide_cayley.cayley_grad(grad, theta, b, order, dtype)
