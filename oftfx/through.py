@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 
-from oftfx.ops.define import apply
+from oftfx.ops.define import apply, unheard
 from oftfx.ops.rotate_group import rotate_group_grad
 from oftfx.producers import Producer, attached, producer_of
 
@@ -31,9 +30,7 @@ def known(x: Tensor) -> Producer | None:
     """What made x, if a backward can go on through it, and no mode, transform or tracer listens."""
     if x.grad_fn is None or not torch.is_grad_enabled():
         return None
-    if _len_torch_dispatch_stack() or _are_functorch_transforms_active():
-        return None
-    return None if _get_tracing_state() is not None else producer_of(x)
+    return producer_of(x) if unheard() else None
 
 
 def through(

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 
 import oftfx
+from oftfx.ops import frozen_linear
 
 _slow_is_fine = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile(
@@ -36,6 +37,14 @@ def fresh_compiler():
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """oneDNN's products, on every processor that has them."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(frozen_linear, "is_faster", lambda: True)
 
 
 _traced: dict[Hashable, list[Any]] = {}

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from oftfx.modules import rows
-from oftfx.modules.fused import fused
+from oftfx.modules.fused import fused, multiplied
 from oftfx.modules.rows import Rows
 from oftfx.sites import fusing
 
@@ -61,7 +61,11 @@ def rotating(base: Class) -> type[nn.Module]:
             return output
         for rotation in used:
             input = rotation(input)
-        output = base.forward(self, input, *args, **kwargs)
+        output = None
+        if layers is not None and used:
+            output = multiplied(self, layers, input)
+        if output is None:
+            output = base.forward(self, input, *args, **kwargs)
         for rotation in used:
             if rotation.outputs:
                 output = rotation.scaled(output, getattr(self, "bias", None))

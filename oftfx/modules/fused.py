@@ -1,4 +1,4 @@
-"""Layers that turn their weight instead of x, in the op that multiplies by it."""
+"""Layers that multiply in an op of oftfx: by a weight that it turns, or for a cheaper gradient."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from oftfx.modules.rotation import Rotation, SharedRotation
 from oftfx.ops.cost import folds_packed
+from oftfx.ops.define import unheard
 from oftfx.readers import autocast_dtype, cast, deferred_through, rotated_through
 from oftfx.sites.quantised import Fusing
 
@@ -43,3 +44,10 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
             left = core.detach() if folds else None
             return layers.rotated_linear(module, outs[0], left, deferred=True)
     return layers.rotated_linear(module, cast(x), core, deferred=False)
+
+
+def multiplied(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
+    """A layer's output for a turned x, where its product has a cheaper gradient; else None."""
+    if torch.compiler.is_compiling() or not x.requires_grad or not unheard():
+        return None
+    return layers.multiplied(module, x)

@@ -16,6 +16,7 @@ from oftfx.ops.rotate_product import rotate_product_grad
 from oftfx.ops.rotated_linear import (
     defer,
     deferred_linear,
+    packed_linear,
     rotated_linear,
     rotated_linear_grad,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "int8_linear",
     "norm_rotate",
     "norm_rotate_grad",
+    "packed_linear",
     "reflections",
     "rms_rotate_grad",
     "rotate",

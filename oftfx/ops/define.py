@@ -85,9 +85,7 @@ def call(op: Any, *args: Any) -> Any:
     if (
         kernel is None
         # A mode, a transform, a tracer or a profiler is to see the op.
-        or _len_torch_dispatch_stack()
-        or _are_functorch_transforms_active()
-        or _get_tracing_state() is not None
+        or not unheard()
         or _profiler_enabled()
         or not _plain(args)
     ):
@@ -102,6 +100,15 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if _are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def unheard() -> bool:
+    """Whether no mode, transform or tracer listens to what is called."""
+    return not (
+        _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+    )
 
 
 def _plain(args: Sequence[Any]) -> bool:

@@ -3,7 +3,8 @@
     y = (x·M) Wᵀ + bias = x W̃ᵀ + bias,    W̃ = W Mᵀ
 
 The forward is the merged model's, bit for bit. W̃ is kept for the backward, whose ``dx = dy W̃`` is
-the base's own matmul; the core's gradient then is one reading of x and dx. The weight is frozen.
+a matmul of the base's size; the core's gradient then is one reading of x and dx. The weight is
+frozen.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.fold import core_grad, fits, folded, misfit
+from oftfx.ops.frozen_linear import times
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate import rotate_grad
 
@@ -67,7 +69,7 @@ def _(x: Tensor, core: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
 def _folded_linear_grad(
     grad: Tensor, x: Tensor, core: Tensor, weight: Tensor, turned: Tensor, need_core: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_x = grad @ turned
+    grad_x = times(grad, turned)
     return grad_x, core_grad(grad_x, x, core) if need_core else core.new_empty(0)
 
 

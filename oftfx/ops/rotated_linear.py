@@ -19,6 +19,7 @@ from oftfx.ops import packed
 from oftfx.ops.cost import folds_packed
 from oftfx.ops.define import LIBRARY, apply, call, define, differentiate
 from oftfx.ops.fold import core_grad, fits, kept_grad, misfit
+from oftfx.ops.frozen_linear import times
 from oftfx.ops.kept import kept
 from oftfx.ops.kernels import kernels, on
 from oftfx.ops.packed import Packed
@@ -133,7 +134,7 @@ def _rotated_linear_grad(
     if not _folds(grad, core, weight):
         return _in_turn(grad, factors, core, need_x, need_core, *stored)
     x, *by = factors
-    grad_x = grad @ folded(weight, core, x.dtype)
+    grad_x = times(grad, folded(weight, core, x.dtype))
     grad_core = core_grad(grad_x, x, core, by) if need_core else core.new_empty(0)
     return grad_x if need_x else grad.new_empty(0), grad_core
 
@@ -158,7 +159,7 @@ def _in_turn(
     grad: Tensor, factors: list[Tensor], core: Tensor, need_x: bool, need_core: bool, *stored: Any
 ) -> tuple[Tensor, Tensor]:
     """The matmul's gradient, then the rotation's."""
-    inner = grad @ dequantised(Packed(*stored), factors[0].dtype)
+    inner = times(grad, dequantised(Packed(*stored), factors[0].dtype))
     return kept_grad(inner, factors, core, need_x, need_core)
 
 
@@ -177,15 +178,20 @@ def defer(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...]:
     return result
 
 
-def deferred_linear(
-    x: Tensor, core: Tensor | None, weight: Packed, bias: Tensor | None = None
-) -> Tensor:
-    """[`rotated_linear`][oftfx.ops.rotated_linear] of a deferred x, or a turned one and no core.
+def deferred_linear(x: Tensor, core: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """[`rotated_linear`][oftfx.ops.rotated_linear] of a deferred x.
 
     Its gradient for x is that for ``x·M``, which `defer` takes further; the core gets none here.
     """
     with exactly(x.device):
         result: Tensor = apply(_DeferredLinear, x, core, bias, weight)
+    return result
+
+
+def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + bias``, which keeps the bytes of W alone, and its gradient."""
+    with exactly(x.device):
+        result: Tensor = apply(_PackedLinear, x, bias, weight)
     return result
 
 
@@ -207,19 +213,36 @@ class _Defer(torch.autograd.Function):
 
 class _DeferredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, core: Tensor | None, bias: Tensor | None, weight: Packed
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
         ctx.weight = weight
-        rows = dequantised(weight, x.dtype) if core is None else folded(weight, core, x.dtype)
-        return F.linear(x, rows, bias)
+        return F.linear(x, folded(weight, core, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_bias = ctx.needs_input_grad[2]
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
-        return grad @ dequantised(ctx.weight, grad.dtype), None, grad_bias, None
+        _, _, need_bias, _ = ctx.needs_input_grad
+        grad_x, grad_bias = _packed_grads(ctx.weight, grad, True, need_bias)
+        return grad_x, None, grad_bias, None
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, dequantised(weight, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_bias, _ = ctx.needs_input_grad
+        return *_packed_grads(ctx.weight, grad, need_x, need_bias), None
+
+
+def _packed_grads(
+    weight: Packed, grad: Tensor, need_x: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of what a 4-bit matmul reads, and of its bias."""
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+    return times(grad, dequantised(weight, grad.dtype)) if need_x else None, grad_bias
 
 
 class _RotatedLinear(torch.autograd.Function):

@@ -15,6 +15,7 @@ from oftfx.passes.fold import fold
 from oftfx.passes.fuse_glu import fuse_glu
 from oftfx.passes.fuse_norm import fuse_norm
 from oftfx.passes.group import group
+from oftfx.passes.multiply import multiply
 from oftfx.passes.round_cores import round_cores
 
 Pass = Callable[[fx.GraphModule], int]
@@ -28,5 +29,6 @@ PASSES: dict[str, Pass] = {
     "group": group,
     "fuse_norm": fuse_norm,
     "fuse_glu": fuse_glu,
+    "multiply": multiply,  # what no other pass takes a matmul for
 }
 """Every pass by the name of its option, in the order they run."""

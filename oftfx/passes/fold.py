@@ -20,9 +20,10 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from oftfx.ops.cost import fold_from
+from oftfx.ops.cost import ALL, fold_from
 from oftfx.ops.factor import MAPS, SCALE
 from oftfx.ops.folded_linear import FOLDED_LINEAR
+from oftfx.ops.frozen_linear import served
 from oftfx.passes.effects import epochs
 from oftfx.passes.group import ROTATE, source
 from oftfx.passes.pattern import arguments, value_of
@@ -82,11 +83,11 @@ def _uncast(x: Any) -> fx.Node:
 
 def _is_foldable(layer: _Layer) -> bool:
     """Whether the op computes the same, in a training step that leaves the weight as it is."""
-    turned, y, core = _plain(layer.rotation), _plain(layer.linear), _plain(layer.core)
-    weight = _parameter(layer.weight)
+    turned, y, core = plain(layer.rotation), plain(layer.linear), plain(layer.core)
+    weight = parameter(layer.weight)
     if turned is None or y is None or core is None or weight is None:
         return False
-    if layer.bias is not None and _parameter(layer.bias) is None:
+    if layer.bias is not None and parameter(layer.bias) is None:
         return False
     sizes = (*core.shape, *weight.shape)
     return (
@@ -98,12 +99,12 @@ def _is_foldable(layer: _Layer) -> bool:
     )
 
 
-def _parameter(node: fx.Node) -> Tensor | None:
+def parameter(node: fx.Node) -> Tensor | None:
     """The tensor that a graph reads as an input; None for what it computes."""
-    return _plain(node) if node.op in ("placeholder", "get_attr") else None
+    return plain(node) if node.op in ("placeholder", "get_attr") else None
 
 
-def _plain(node: fx.Node) -> Tensor | None:
+def plain(node: fx.Node) -> Tensor | None:
     """The fake of a tensor that is what it seems: not sharded, quantised or under a transform."""
     value = value_of(node)
     return value if type(value) is FakeTensor else None
@@ -119,6 +120,8 @@ def _costs_less(layers: Sequence[_Layer]) -> bool:
         least = fold_from(outs, core.shape[-1], x.dtype, x.device)
         if least is None or not statically_known_true(x.numel() >= least * x.shape[-1]):
             return False
+        if least > ALL and served(x, layer.weight.meta["example_value"]):
+            return False  # a turned x is multiplied faster than by the library of merged models
     return True
 
 

@@ -17,7 +17,7 @@ if anything does. A norm that is trained, and what no kernel serves, is left to 
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +125,11 @@ def _is_norm(found: Match) -> bool:
     rows = [given[name] for name in ("mean", "rstd", "std") if name in given]
     if not all(has_shape(one, (*x.shape[:-1], 1)) for one in rows):
         return False
-    return bool(rows) or len(given["shape"]) == 1
+    if rows:
+        return True
+    shape = given["shape"]  # where sizes are dynamic, `x.shape[-1:]` is a node as a whole
+    sizes = shape.meta.get("example_value") if isinstance(shape, fx.Node) else shape
+    return isinstance(sizes, Sequence) and len(sizes) == 1
 
 
 def _served(rotation: fx.Node, found: Match, readers: int = 1) -> bool:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from oftfx.errors import OftfxWarning
 from oftfx.ops.cost import folds_packed
+from oftfx.ops.frozen_linear import gains
 from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
-from oftfx.ops.rotated_linear import deferred_linear, rotated_linear
+from oftfx.ops.rotated_linear import deferred_linear, packed_linear, rotated_linear
+from oftfx.readers import autocast_dtype, plain
 from oftfx.sites import gemm_4bit
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
@@ -127,17 +129,28 @@ class Linear4bit(_Layer):
         fits: bool = fast.fits(weight, block, computed)
         return fits
 
+    def multiplied(self, module: Any, x: Tensor) -> Tensor | None:
+        """With a gradient by another library, where that gains and a kernel dequantises."""
+        state, computed = _state(module), module.compute_dtype or x.dtype
+        if (
+            state is None
+            or computed is not x.dtype
+            or not gains(x)
+            or autocast_dtype(x) is not None
+        ):
+            return None
+        fast, weight = kernels("dequantise", x.device), packed_of(module.weight.data, state)
+        if fast is None or not plain(x) or not fast.fits(weight, None, computed):
+            return None
+        return packed_linear(*_operands(module, x)).to(x.dtype)
+
     def rotated_linear(self, module: Any, x: Tensor, core: Tensor | None, deferred: bool) -> Tensor:
         """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``, in the dtypes of its own."""
-        if not module.compute_type_is_set:
-            module.set_compute_type(x)
-            module.compute_type_is_set = True
-        given = x if module.compute_dtype is None else x.to(module.compute_dtype)
-        bias = None if module.bias is None else module.bias.to(given.dtype)
-        weight = packed_of(module.weight.data, _state(module))
-        if deferred or core is None:
-            return deferred_linear(given, core, weight, bias).to(x.dtype)
-        return rotated_linear(given, core, weight, bias).to(x.dtype)
+        given, weight, bias = _operands(module, x)
+        if core is None:
+            return packed_linear(given, weight, bias).to(x.dtype)
+        multiply = deferred_linear if deferred else rotated_linear
+        return multiply(given, core, weight, bias).to(x.dtype)
 
 
 class Linear8bitLt(_Layer):
@@ -210,6 +223,16 @@ def repacked_by(reader: str) -> str:
         f"rewritten by {reader}, as bitsandbytes does in evaluation on CPUs with AVX512-BF16: "
         "export the model in training mode"
     )
+
+
+def _operands(module: Any, x: Tensor) -> tuple[Tensor, Packed, Tensor | None]:
+    """x, W and the bias, as the layer multiplies them; its first call settles in which dtype."""
+    if not module.compute_type_is_set:
+        module.set_compute_type(x)
+        module.compute_type_is_set = True
+    given = x if module.compute_dtype is None else x.to(module.compute_dtype)
+    bias = None if module.bias is None else module.bias.to(given.dtype)
+    return given, packed_of(module.weight.data, _state(module)), bias
 
 
 def _state(module: Any) -> Any:

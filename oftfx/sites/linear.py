@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from oftfx.ops.cost import ALL, fold_from
 from oftfx.ops.folded_linear import folded_linear
+from oftfx.ops.frozen_linear import frozen_linear, gains
 from oftfx.readers import autocast_dtype, plain
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import class_of
@@ -47,3 +48,15 @@ def fuses(
 def rotated_linear(module: Any, x: Tensor, core: Any, deferred: bool) -> Tensor:
     """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``."""
     return folded_linear(x, core, module.weight, module.bias)
+
+
+def multiplied(module: Any, x: Tensor) -> Tensor | None:
+    """The layer's output, where a gradient by another library is faster than PyTorch's choice."""
+    weight, bias = module.weight, module.bias
+    if not gains(x, weight) or weight.requires_grad or not torch.is_grad_enabled():
+        return None
+    if autocast_dtype(x) is not None or not all(
+        plain(t) for t in (x, weight, bias) if t is not None
+    ):
+        return None
+    return frozen_linear(x, weight, bias)

@@ -83,6 +83,14 @@ class Fusing(Protocol):
                 none of them where they share one.
         """
 
+    def multiplied(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's output, bit for bit, with a cheaper gradient of x; None where none is.
+
+        Args:
+            module: The layer.
+            x: Its input, turned, in a training step that no mode, transform or tracer listens to.
+        """
+
     def rotated_linear(
         self, module: nn.Module, x: Tensor, core: Tensor | None, deferred: bool
     ) -> Tensor:

@@ -23,7 +23,7 @@ from oftfx.backend import oftfx as backend
 from oftfx.passes.batch_cores import batch_cores
 from oftfx.passes.fuse_norm import NORM_ROTATE, fuse_norm
 from oftfx.passes.group import ROTATE, ROTATE_GROUP, group
-from tests.small import llama, tokens
+from tests.small import Attention, llama, tokens
 
 module = importlib.import_module("oftfx.passes.fuse_norm")
 SPEC = OFT(block_size=8, init_std=0.2)
@@ -308,6 +308,15 @@ def test_any_number_of_rows():
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for length in (3, 5, 8):
         testing.assert_same_function(compiled, model, torch.randn(2, length, WIDTH))
+    assert counters["oftfx"]["fuse_norm"] == counters["oftfx"]["graphs"] > 0
+
+
+def test_a_shape_that_is_read_off_the_tensor():
+    """With dynamic sizes it reaches the pass as one node."""
+    x = torch.randn(5, WIDTH)
+    model = oftfx.adapt(Attention(WIDTH), SPEC, example_inputs=x)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    testing.assert_same_function(compiled, model, x)
     assert counters["oftfx"]["fuse_norm"] == counters["oftfx"]["graphs"] > 0
 
 
