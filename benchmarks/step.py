@@ -6,7 +6,7 @@ r"""One training step, forward and backward, beside the frozen model's and PEFT'
 
 All rows run in one process on the same random weights and the same random tokens: on a CPU turn by
 turn, so that a slow moment of the machine hits every row; on a GPU one after the other, so that
-each row's peak memory is its own. On a CPU the peak is counted: what the model holds, and the most
+each row's peak memory is its own, or with `--turns` as on a CPU and without peaks. On a CPU the peak is counted: what the model holds, and the most
 that one more step allocates. The base's gradient reaches the embeddings, as in the adapted
 models, so that a row's ratio is the cost of its adapter alone. Run it in `make env`'s environment.
 """
@@ -155,7 +155,7 @@ def main() -> None:
     first: dict[str, float] = {}
     peaks: dict[str, float] = {}
     launches: dict[str, Launched] = {}
-    if device.type == "cuda":  # one model at a time: its peak is its own
+    if device.type == "cuda" and not args.turns:  # one model at a time: its peak is its own
         for name in names:
             start = time.perf_counter()
             model = build(name)
@@ -177,15 +177,20 @@ def main() -> None:
             torch.cuda.empty_cache()
     else:
         models = {name: build(name) for name in names}
-        for turn in range(args.steps + 1):
+        warm = WARM if device.type == "cuda" else 0
+        for turn in range(-warm, args.steps + 1):
             for name, model in models.items():
                 took, norms[name] = step(model)
-                if turn:
+                first.setdefault(name, took)
+                if turn > 0:
                     seconds[name].append(took)
-                else:
-                    first[name] = took
             print(f"turn {turn} of {args.steps}", file=sys.stderr)
-        peaks = {name: _peak(model, step) for name, model in models.items()}
+        if device.type == "cuda":
+            for name, model in models.items():
+                model.zero_grad()
+                launches[name] = launched(lambda model=model: bare(model))  # type: ignore[misc]
+        else:
+            peaks = {name: _peak(model, step) for name, model in models.items()}
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     base = medians[names[0]]
@@ -280,6 +285,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--turns", action="store_true", help="rows turn by turn, on a GPU too")
     parser.add_argument("--rows", nargs="*", help="else all that apply")
     parser.add_argument("--out", type=Path, help="JSON with every measurement and the setting")
     return parser.parse_args()

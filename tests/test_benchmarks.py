@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import random
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -144,9 +145,24 @@ def test_the_report_has_pictures_and_every_method(
     assert {path.name for path in tmp_path.iterdir()} == {"methods.png", "oft-beside-peft.png"}
 
 
+def fixed_text(pattern: str) -> torch.Tensor:
+    """English for the base and sums for the adapters, which stay what they are.
+
+    The project's own text, which the benchmark reads, grows, and every loss with it changes.
+    """
+    if pattern.endswith(".md"):
+        return torch.tensor(list((BENCHMARKS.parent / "LICENSE").read_bytes()))
+    draw = random.Random(0).randrange
+    pairs = ((draw(100), draw(100)) for _ in range(3000))
+    return torch.tensor(list("".join(f"    {a} + {b} == {a + b}\n" for a, b in pairs).encode()))
+
+
 @pytest.mark.slow
-def test_in_units_of_an_angle_one_rate_suits_every_block_size(rates: ModuleType) -> None:
+def test_in_units_of_an_angle_one_rate_suits_every_block_size(
+    rates: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a language model; in entries of Q the rate that suits narrow blocks spoils wide ones."""
+    monkeypatch.setattr(rates, "text", fixed_text)
     setting = rates.Setting(hidden=64, layers=1, tokens=32, batch=8, before=200, steps=30)
     narrow, wide = rates.losses(setting, unit_rate=True, blocks=(8, 64))
     together = int((narrow + wide).argmin())
@@ -154,6 +170,5 @@ def test_in_units_of_an_angle_one_rate_suits_every_block_size(rates: ModuleType)
     narrow, wide = rates.losses(setting, unit_rate=False, blocks=(8, 64))
     assert narrow.argmin() - wide.argmin() >= 2
     spoiled = wide[narrow.argmin()] - wide.min()
-    assert spoiled > 0.05
-    # Beside each other: the text is this project's own, and with it the losses change.
+    assert spoiled > 0.2
     assert lost < spoiled / 10

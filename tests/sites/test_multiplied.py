@@ -63,11 +63,10 @@ def chain(**options) -> nn.Module:
 def test_a_model_starts_as_its_base_bit_for_bit(asked):
     base = llama()
     model = oftfx.adapt(copy.deepcopy(base), OFT(block_size=16)).train()
-    for got, wanted in zip(
-        testing.run(model, tokens(2, 64)), testing.run(base, tokens(2, 64)), strict=True
-    ):
+    batch = tokens(2, 20)  # so few that no weight is folded
+    for got, wanted in zip(testing.run(model, batch), testing.run(base, batch), strict=True):
         assert torch.equal(got, wanted)
-    assert asked == [128] * 14
+    assert asked == [40] * 14
 
 
 def test_gradients_are_those_of_the_other_library(asked, monkeypatch):
