@@ -6,9 +6,10 @@ r"""One training step, forward and backward, beside the frozen model's and PEFT'
 
 All rows run in one process on the same random weights and the same random tokens: on a CPU turn by
 turn, so that a slow moment of the machine hits every row; on a GPU one after the other, so that
-each row's peak memory is its own, or with `--turns` as on a CPU and without peaks. On a CPU the peak is counted: what the model holds, and the most
-that one more step allocates. The base's gradient reaches the embeddings, as in the adapted
-models, so that a row's ratio is the cost of its adapter alone. Run it in `make env`'s environment.
+each row's peak memory is its own, or with `--turns` as on a CPU and without peaks. On a CPU the
+peak is counted: what the model holds, and the most that one more step allocates. The base's
+gradient reaches the embeddings, as in the adapted models, so that a row's ratio is the cost of its
+adapter alone. Run it in `make env`'s environment.
 """
 
 import argparse

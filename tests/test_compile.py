@@ -1,7 +1,9 @@
 """`oftfx.compile(model)`: regional compilation."""
 
+import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -144,7 +146,47 @@ def test_calls_do_not_ask_whether_our_own_code_is_what_it_was():
     (entry,) = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(Layer.forward.__code__)
     guards = str(entry.guard_manager)
     assert "'theta'" in guards
-    assert "__import_oftfx" not in guards
+    for ours in ("__import_oftfx", "'_made'", "__mro__[1].__dict__)['scaling'] =="):
+        assert ours not in guards
+
+
+def test_calls_ask_for_whatever_may_change():
+    """Every change reaches the compiled layers, and so does every way back."""
+    model, x = stack()
+    oftfx.adapt(model, OFT(block_size=2, init_std=0.2), "second", example_inputs=x)
+    oftfx.use(model, "default")
+    eager = copy.deepcopy(model)
+    oftfx.compile(model, fullgraph=True)
+
+    def both(change: Callable[[nn.Module], None]) -> Tensor:
+        change(model)
+        change(eager)
+        value = model(x)
+        testing.assert_close(value, eager(x), "output")
+        return value
+
+    with torch.no_grad():
+        first = both(lambda m: None)
+        others = [
+            both(lambda m: oftfx.scale(m, 0.5, "default")),
+            both(lambda m: oftfx.use(m, "second")),
+            both(lambda m: oftfx.use(m, ["second", "default"])),
+            both(lambda m: oftfx.use(m, [])),
+        ]
+        for i, value in enumerate(others):
+            for other in (first, *others[:i]):
+                assert not torch.allclose(value, other, atol=1e-4)
+        both(lambda m: oftfx.use(m, "default"))
+        assert torch.equal(both(lambda m: oftfx.scale(m, 1.0, "default")), first)
+        names = ["default", None]
+        with oftfx.rows(model, names), oftfx.rows(eager, names):
+            testing.assert_close(both(lambda m: None)[1], others[-1][1], "the base's row")
+        with oftfx.disabled(model), oftfx.disabled(eager):
+            assert torch.equal(both(lambda m: None), others[-1])
+        both(oftfx.remove)
+        both(lambda m: oftfx.adapt(m, OFT(block_size=8), "third", example_inputs=x) and None)
+        fourth = OFT(block_size=8, init_std=0.2, magnitude=True)
+        both(lambda m: oftfx.adapt(m, fourth, "fourth", example_inputs=x) and None)
 
 
 def test_a_mode_may_come_with_options():
