@@ -8,7 +8,8 @@ from torch import Tensor
 from oftfx.modules.rotation import Rotation, SharedRotation
 from oftfx.ops.cost import folds_packed
 from oftfx.ops.define import unheard
-from oftfx.readers import autocast_dtype, cast, deferred_through, rotated_through
+from oftfx.ops.frozen_linear import gains
+from oftfx.readers import autocast_dtype, cast, deferred_through, plain, rotated_through
 from oftfx.sites.quantised import Fusing
 
 
@@ -48,6 +49,8 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
 
 def multiplied(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:
     """A layer's output for a turned x, where its product has a cheaper gradient; else None."""
-    if torch.compiler.is_compiling() or not x.requires_grad or not unheard():
+    if torch.compiler.is_compiling() or not gains(x):  # which is nothing to ask of a GPU's x
         return None
-    return layers.multiplied(module, x)
+    if not (x.requires_grad and torch.is_grad_enabled() and unheard()):
+        return None
+    return layers.multiplied(module, x) if autocast_dtype(x) is None and plain(x) else None

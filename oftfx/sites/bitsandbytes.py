@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from oftfx.errors import OftfxWarning
 from oftfx.ops.cost import folds_packed
-from oftfx.ops.frozen_linear import gains
 from oftfx.ops.kernels import kernels
 from oftfx.ops.packed import Packed
 from oftfx.ops.rotated_linear import deferred_linear, packed_linear, rotated_linear
-from oftfx.readers import autocast_dtype, plain
 from oftfx.sites import gemm_4bit
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_of
@@ -131,16 +129,10 @@ class Linear4bit(_Layer):
 
     def multiplied(self, module: Any, x: Tensor) -> Tensor | None:
         """With a gradient by another library, where that gains and a kernel dequantises."""
-        state, computed = _state(module), module.compute_dtype or x.dtype
-        if (
-            state is None
-            or computed is not x.dtype
-            or not gains(x)
-            or autocast_dtype(x) is not None
-        ):
+        state, fast = _state(module), kernels("dequantise", x.device)
+        if state is None or fast is None or module.compute_dtype not in (None, x.dtype):
             return None
-        fast, weight = kernels("dequantise", x.device), packed_of(module.weight.data, state)
-        if fast is None or not plain(x) or not fast.fits(weight, None, computed):
+        if not fast.fits(packed_of(module.weight.data, state), None, x.dtype):
             return None
         return packed_linear(*_operands(module, x)).to(x.dtype)
 

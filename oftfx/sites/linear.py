@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from oftfx.ops.cost import ALL, fold_from
 from oftfx.ops.folded_linear import folded_linear
-from oftfx.ops.frozen_linear import frozen_linear, gains
+from oftfx.ops.frozen_linear import frozen_linear, served
 from oftfx.readers import autocast_dtype, plain
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import class_of
@@ -53,10 +53,6 @@ def rotated_linear(module: Any, x: Tensor, core: Any, deferred: bool) -> Tensor:
 def multiplied(module: Any, x: Tensor) -> Tensor | None:
     """The layer's output, where a gradient by another library is faster than PyTorch's choice."""
     weight, bias = module.weight, module.bias
-    if not gains(x, weight) or weight.requires_grad or not torch.is_grad_enabled():
+    if weight.requires_grad or not (plain(weight) and served(weight)):
         return None
-    if autocast_dtype(x) is not None or not all(
-        plain(t) for t in (x, weight, bias) if t is not None
-    ):
-        return None
-    return frozen_linear(x, weight, bias)
+    return frozen_linear(x, weight, bias) if bias is None or plain(bias) else None

@@ -88,7 +88,8 @@ class Fusing(Protocol):
 
         Args:
             module: The layer.
-            x: Its input, turned, in a training step that no mode, transform or tracer listens to.
+            x: Its input, turned, a plain tensor of which another library makes products faster
+                (`gains`); in a training step without autocast, where no mode or tracer listens.
         """
 
     def rotated_linear(
