@@ -108,8 +108,9 @@ def _structure(layer: nn.Module) -> Any:
 def _guarded(guards: Sequence[Any]) -> list[bool]:
     """Which of a layer's guards Dynamo is to check at every call: not those on our own code.
 
-    Nobody redefines a function or a constant of ours, or of Python, and to ask each whether it is
-    what it was took nearly half of the time of all guards.
+    Nobody redefines a function or a constant of ours, or of Python. To ask each whether it is what
+    it was took a fifth of the time of all guards; to ask what a rotation's class says, a third of
+    what was left of a look-up.
     """
     return [not _is_ours(guard) for guard in guards]
 

@@ -130,14 +130,6 @@ class _FrozenLinear(torch.autograd.Function):
         )
 
 
-def _op(*args: Any) -> Tensor:
-    result: Tensor = call(FROZEN_LINEAR, *args)
-    return result
-
-
-def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = apply(_FrozenLinear, _op, x, weight, bias)
-    return result
-
-
-differentiate(FROZEN_LINEAR, _differentiable)
+differentiate(
+    FROZEN_LINEAR, functools.partial(apply, _FrozenLinear, functools.partial(call, FROZEN_LINEAR))
+)

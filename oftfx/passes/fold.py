@@ -6,8 +6,9 @@
 
 by the rule of eager training steps, [`fold_from`][oftfx.ops.cost.fold_from]: the layers that read
 one x fold together or not at all, those that share a rotation do not, nor those that another
-adapter turns or whose outputs are scaled. The weight is frozen, and nothing else reads x_r. Rows
-whose number the compiler does not know count as the fewest that it knows of.
+adapter turns or whose outputs are scaled. Where `oftfx::frozen_linear` has a faster product, for
+which a folded weight is not taken, nothing folds of itself. The weight is frozen, and nothing else
+reads x_r. Rows whose number the compiler does not know count as the fewest that it knows of.
 
 What has no gradient is left: without one a core is kept from call to call, and a weight is merged.
 """
@@ -16,8 +17,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx
-from torch._subclasses import FakeTensor
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from oftfx.ops.cost import ALL, fold_from
@@ -26,7 +26,7 @@ from oftfx.ops.folded_linear import FOLDED_LINEAR
 from oftfx.ops.frozen_linear import served
 from oftfx.passes.effects import epochs
 from oftfx.passes.group import ROTATE, source
-from oftfx.passes.pattern import arguments, value_of
+from oftfx.passes.pattern import arguments, parameter, plain
 
 
 class _Layer(NamedTuple):
@@ -97,17 +97,6 @@ def _is_foldable(layer: _Layer) -> bool:
         and all(isinstance(size, int) for size in sizes)
         and core.shape[0] * core.shape[1] == weight.shape[1]
     )
-
-
-def parameter(node: fx.Node) -> Tensor | None:
-    """The tensor that a graph reads as an input; None for what it computes."""
-    return plain(node) if node.op in ("placeholder", "get_attr") else None
-
-
-def plain(node: fx.Node) -> Tensor | None:
-    """The fake of a tensor that is what it seems: not sharded, quantised or under a transform."""
-    value = value_of(node)
-    return value if type(value) is FakeTensor else None
 
 
 def _costs_less(layers: Sequence[_Layer]) -> bool:

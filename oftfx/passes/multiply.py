@@ -10,8 +10,7 @@ the number of rows when it runs). What has no gradient is left, as in an eager m
 from torch import fx
 
 from oftfx.ops.frozen_linear import FROZEN_LINEAR, served
-from oftfx.passes.fold import parameter, plain
-from oftfx.passes.pattern import arguments
+from oftfx.passes.pattern import arguments, parameter, plain
 
 
 def multiply(graph: fx.GraphModule) -> int:

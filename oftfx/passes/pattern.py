@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
@@ -145,6 +146,17 @@ def value_of(node: Any) -> Tensor | None:
     """The fake tensor that Dynamo saw a node give; None for what is no tensor."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def parameter(node: fx.Node) -> Tensor | None:
+    """The tensor that a graph reads as an input; None for what it computes."""
+    return plain(node) if node.op in ("placeholder", "get_attr") else None
+
+
+def plain(node: fx.Node) -> Tensor | None:
+    """The fake of a tensor that is what it seems: not sharded, quantised or under a transform."""
+    value = value_of(node)
+    return value if type(value) is FakeTensor else None
 
 
 def has_shape(node: Any, shape: Sequence[Any]) -> bool:

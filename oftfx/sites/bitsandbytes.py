@@ -129,12 +129,11 @@ class Linear4bit(_Layer):
 
     def multiplied(self, module: Any, x: Tensor) -> Tensor | None:
         """With a gradient by another library, where that gains and a kernel dequantises."""
-        state, fast = _state(module), kernels("dequantise", x.device)
-        if state is None or fast is None or module.compute_dtype not in (None, x.dtype):
+        fast = kernels("dequantise", x.device)
+        if fast is None or _state(module) is None or module.compute_dtype not in (None, x.dtype):
             return None
-        if not fast.fits(packed_of(module.weight.data, state), None, x.dtype):
-            return None
-        return packed_linear(*_operands(module, x)).to(x.dtype)
+        given, weight, bias = _operands(module, x)
+        return packed_linear(given, weight, bias) if fast.fits(weight, None, x.dtype) else None
 
     def rotated_linear(self, module: Any, x: Tensor, core: Tensor | None, deferred: bool) -> Tensor:
         """The layer's output for ``x·blockdiag(I + C_1 … I + C_n)``, in the dtypes of its own."""
