@@ -45,8 +45,6 @@ from oftfx.ops.triton.tiles import (
 
 WIDEST = 128
 """The widest block of a single rotation; of several, as in `rotate_group`."""
-FEW = 4
-"""Tiles of rows: where a forward's programs have fewer, one at work on a processor is fastest."""
 
 
 @triton.jit
@@ -477,14 +475,10 @@ def _cut(
     return work, [*three(flat), rows, *_vectors(norm), *three(cores)]
 
 
-def tiles(b: int, gradients: bool) -> Tiles:
-    """Tile sizes by block width, for two and three rotations of b=32 as measured on one H200."""
+def tiles(b: int, gradients: bool, count: int) -> Tiles:
+    """As for one rotation; three share what they read best among more threads, on one H100."""
     chosen = rotate.tiles(b, 2, gradients)
-    if chosen.wide > 64:
-        return chosen
-    if gradients:
-        return chosen._replace(tile=64, warps=4, stages=3, waves=2)
-    return chosen._replace(tile=64, warps=8, stages=0, waves=2)
+    return chosen._replace(warps=8) if count > 2 and not gradients else chosen
 
 
 @functools.lru_cache(maxsize=4096)
@@ -498,15 +492,8 @@ def _work(
     """Chooses tiles and runs; ``needs`` says which gradients are wanted, and is empty forward."""
     rows, n, b, rotations, stride, dtypes, device = problem
     count = max(rotations, grads)
-    chosen = tiles(b, bool(needs))
-    longest = max(grad_stride, stride, n * b)
-    programs, run, splits = cut(rows, n, chosen, device, longest)
-    if run < FEW and not needs:
-        # For so few rows the cores are much of what is read, by twice as many programs twice as
-        # often. As measured on one H100, three rotations of 3584 columns, b=32: 12.3 µs in place of
-        # 15.7 for 512 rows, where two have 2 tiles each; for 4096, where they have 16, two win.
-        chosen = chosen._replace(waves=1)
-        programs, run, splits = cut(rows, n, chosen, device, longest)
+    chosen = tiles(b, bool(needs), count)
+    programs, run, splits = cut(rows, n, chosen, device, max(grad_stride, stride, n * b))
     strides = (grad_stride, stride) if needs else (stride,)
     numbers = (rows, n, run, n * b, *strides, *core_strides)
     _, _, _, mean, _, weight, bias = (dtype is not None for dtype in dtypes)

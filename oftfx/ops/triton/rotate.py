@@ -424,7 +424,7 @@ def tiles(b: int, itemsize: int, gram: bool) -> Tiles:
     # different instructions, and Triton (3.6) refills a buffer that the Gram still reads.
     if wide > 64:
         return Tiles(pack, wide, 128 if gram else wide, 64, 8, 3, 1)
-    return Tiles(pack, wide, wide, 64, 4, 3, 2) if gram else Tiles(pack, wide, wide, 128, 4, 0, 3)
+    return Tiles(pack, wide, wide, 64, 4, 3, 2) if gram else Tiles(pack, wide, wide, 64, 4, 0, 0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -271,12 +271,10 @@ def rotate_group_grad(
     return grad_x, grad_cores
 
 
-def tiles(b: int, itemsize: int, gradients: bool, count: int) -> Tiles:
-    """As for one rotation, but with what ``count`` of them keep in registers, as measured."""
+def tiles(b: int, itemsize: int, gradients: bool) -> Tiles:
+    """As for one rotation, but with what several Grams keep in registers, as measured."""
     chosen = rotate.tiles(b, itemsize, gradients)
-    if itemsize == 4:
-        return chosen
-    return chosen._replace(warps=8, waves=1 if gradients else 4 - count)
+    return chosen._replace(warps=8, waves=1) if gradients and itemsize == 2 else chosen
 
 
 @functools.lru_cache(maxsize=4096)
@@ -294,7 +292,7 @@ def _work(
     device: torch.device,
 ) -> Work:
     """Chooses tiles and runs; ``needs`` says which gradients are wanted, and is empty forward."""
-    chosen = tiles(b, dtype.itemsize, bool(needs), count)
+    chosen = tiles(b, dtype.itemsize, bool(needs))
     stride = max(source_stride, other_stride, n * b)
     programs, run, splits = cut(rows, n, chosen, device, stride)
     strides = (source_stride, other_stride) if needs else (source_stride,)

@@ -10,6 +10,8 @@ from oftfx.ops.triton.launch import Launch
 
 START = 1.5
 """What a program takes to begin, its core to load and its Gram to store, in tiles."""
+SHORT = 2
+"""Tiles in a short run."""
 
 
 class Tiles(NamedTuple):
@@ -22,7 +24,8 @@ class Tiles(NamedTuple):
         tile: Rows at a time.
         warps: Warps of a program.
         stages: Tiles in flight; 0 for one, kept in registers.
-        waves: Programs at work at a time on one processor.
+        waves: Programs at work at a time on one processor, which cut the rows into as many runs as
+            are at work together; 0 for short runs, whose programs follow each other as they end.
     """
 
     pack: int
@@ -60,8 +63,12 @@ def cut(
     """
     columns = triton.cdiv(n, chosen.pack) * (chosen.wide // chosen.part)
     height = triton.cdiv(rows, chosen.tile)
-    at_once = chosen.waves * processors(device)
     most_tiles = longest(chosen.tile, stride)
+    if not chosen.waves:
+        run = max(1, min(SHORT, most_tiles, columns * height // processors(device)))
+        splits = triton.cdiv(height, run)
+        return columns * splits, run, splits
+    at_once = chosen.waves * processors(device)
 
     def time(run: int) -> float:
         """In tiles: programs begin together, those there is no room for when others have ended."""

@@ -182,8 +182,10 @@ def test_many_runs_are_added_the_same_way_every_time(device, monkeypatch):
         assert error(value, exact) < ROUNDING
 
 
-@pytest.mark.parametrize(("rows", "programs", "backward"), [(512, 112, 224), (4096, 224, 224)])
-def test_few_rows_leave_a_processor_to_one_program_of_the_forward(
+@pytest.mark.parametrize(
+    ("rows", "programs", "backward"), [(128, 112, 112), (512, 224, 224), (4096, 1792, 224)]
+)
+def test_a_forward_has_short_runs_and_a_backward_as_many_as_are_at_work(
     rows, programs, backward, device, monkeypatch
 ):
     monkeypatch.setattr(tiles, "processors", lambda device: 132)
