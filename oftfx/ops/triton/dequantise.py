@@ -60,9 +60,7 @@ def _memory(x: tl.tensor, RUNS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.cons
     return tl.reshape(tl.permute(x, (4, 0, 2, 1, 3, 6, 5, 7)), (RUNS * TILE, 32))
 
 
-@triton.jit(
-    do_not_specialize=["rows", "n", "tiles", "core_block", "core_row", "core_col"],
-)
+@triton.jit(do_not_specialize=["rows", "n", "tiles"])
 def _dequantise(
     data: tl.tensor,
     absmax: tl.tensor,
@@ -198,9 +196,13 @@ class Tiles(NamedTuple):
     waves: int
 
 
-def tiles(b: int) -> Tiles:
-    """Tile sizes by block width."""
-    return Tiles(max(1, b // 32), 64, 4, 8 if b <= 32 else 4)
+def tiles(width: int, b: int, turn: bool) -> Tiles:
+    """Tile sizes by the weight's width and that of its blocks, as measured on one H100."""
+    if not turn:
+        return Tiles(1 if width % 64 else 2, 64, 4, 8)
+    if b > 64:
+        return Tiles(b // 32, 64, 4, 4)
+    return Tiles(2, 64, 4, 12) if b > 32 else Tiles(1, 128, 4, 12)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,7 +217,7 @@ def _launch(
     strides: tuple[int, int, int],
     device: torch.device,
 ) -> Launch:
-    runs, tile, warps, waves = tiles(b)
+    runs, tile, warps, waves = tiles(width, b, core_dtype is not None)
     packs = width // (32 * runs)
     height = triton.cdiv(rows, tile)
     # Equal runs, as many as are at work at a time.
