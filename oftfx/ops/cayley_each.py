@@ -24,6 +24,9 @@ from oftfx.ops.cayley import cayley, cayley_grad, core_dtype
 from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.kernels import kernels, on
 
+MOST = 8
+"""How many parameters a GPU's launch takes where they lie: a transformer layer has seven."""
+
 
 def cayley_each(
     thetas: list[Tensor], block_size: int, order: int, dtype: torch.dtype | None = None
@@ -46,7 +49,7 @@ def cayley_each(
 def served(thetas: Sequence[Tensor], block_size: int, order: int | None) -> bool:
     """Whether a kernel takes the parameters where they are; else a stack of them is as good.
 
-    On a CPU any number of one shape, on a GPU up to eight (n, b(b−1)/2), b ≤ 64, n of each its own.
+    On a CPU any number of one shape, on a GPU up to `MOST`, (n, b(b−1)/2), b ≤ 64, any n of each.
     """
     return _kernels(thetas, block_size, order) is not None
 

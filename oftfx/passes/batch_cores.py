@@ -11,36 +11,49 @@ GPU, where a kernel takes so many parameters where they lie and nothing is done 
 
     C_1, … C_n = cayley_each([theta_1 … theta_n], b, k)
 
-Their gradients are then not copied beside one another either.
+Their gradients are then not copied beside one another either. What has more parameters than a
+launch takes, such as a whole model, has several. All are at the graph's beginning, where what turns
+one tensor finds the cores of other sites, too.
 """
 
+import itertools
 import operator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from oftfx.ops.cayley_each import CAYLEY_EACH, served
+from oftfx.ops.cayley_each import CAYLEY_EACH, MOST, served
 
 CAYLEY = torch.ops.oftfx.cayley.default
 UNITS = (operator.mul, "float")
 
+Readers: TypeAlias = dict[fx.Node, list[fx.Node]]
+"""Of each parameter the ops that make its core: sites that share a rotation each ask for it."""
+
 
 def batch_cores(graph: fx.GraphModule) -> int:
     """Batches every `oftfx::cayley` of inputs; returns how many ops that saved."""
-    batches: dict[Any, list[fx.Node]] = {}
+    batches: dict[Any, Readers] = {}
     for node in graph.graph.find_nodes(op="call_function", target=CAYLEY):
         (given,), (block_size, order) = node.all_input_nodes, node.args[1:]
         theta, units = _parameter(given)
         value = theta.meta.get("example_value")
         if theta.op in ("placeholder", "get_attr") and value is not None and value.dim() == 2:
             kind = (block_size, order, units, value.dtype, value.device)
-            batches.setdefault(kind, []).append(node)
+            batches.setdefault(kind, {}).setdefault(theta, []).append(node)
     saved = 0
-    for (block_size, order, units, *_), nodes in batches.items():
-        if len(nodes) > 1:
-            _batch(graph.graph, nodes, block_size, order, units)
-            saved += len(nodes) - 1
+    for (block_size, order, units, *_), readers in batches.items():
+        nodes = sum(map(len, readers.values()))
+        if nodes == 1:
+            continue
+        each = not units and _served(next(iter(readers)), block_size, order)
+        most = MOST if each else len(readers)
+        begins = range(0, len(readers), most)
+        for begin in begins:
+            batch = dict(itertools.islice(readers.items(), begin, begin + most))
+            _batch(graph.graph, batch, block_size, order, units, each)
+        saved += nodes - len(begins)
     return saved
 
 
@@ -55,22 +68,20 @@ def _parameter(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
 
 def _batch(
     graph: fx.Graph,
-    nodes: list[fx.Node],
+    readers: Readers,
     block_size: int,
     order: int | None,
     units: tuple[Any, ...],
+    each: bool,
 ) -> None:
-    # Sites that share a rotation each ask for its core.
-    given = [node.all_input_nodes[0] for node in nodes]
-    asked = [_parameter(node)[0] for node in given]
-    thetas = list(dict.fromkeys(asked))
+    thetas = list(readers)
     sizes = [theta.meta["example_value"].shape[0] for theta in thetas]
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     for theta in thetas:
         if theta.op == "get_attr":  # read where it was first used, perhaps far below
             first.prepend(theta)
     with graph.inserting_before(first):
-        if not units and _served(thetas, block_size, order):
+        if each:
             shares = graph.call_function(CAYLEY_EACH, (thetas, block_size, order))
         else:
             stacked = graph.call_function(torch.cat, (thetas,))
@@ -79,20 +90,19 @@ def _batch(
             core = graph.call_function(CAYLEY, (stacked, block_size, order))
             shares = graph.call_function(torch.split, (core, sizes))
         cores = [graph.call_function(operator.getitem, (shares, i)) for i in range(len(thetas))]
-    by_theta = dict(zip(thetas, cores, strict=True))
-    for node, theta in zip(nodes, asked, strict=True):
-        share = by_theta[theta]
-        share.meta = node.meta
-        node.replace_all_uses_with(share)
-        graph.erase_node(node)
-    for node in dict.fromkeys(given):
-        _erase_units(graph, node)
+    for core, own in zip(cores, readers.values(), strict=True):
+        for node in own:
+            (given,) = node.all_input_nodes
+            core.meta = node.meta
+            node.replace_all_uses_with(core)
+            graph.erase_node(node)
+            _erase_units(graph, given)
 
 
-def _served(thetas: list[fx.Node], block_size: int, order: int | None) -> bool:
-    """Whether a GPU's kernel takes the parameters where they lie."""
-    values = [theta.meta["example_value"] for theta in thetas]
-    return values[0].device.type == "cuda" and served(values, block_size, order)
+def _served(theta: fx.Node, block_size: int, order: int | None) -> bool:
+    """Whether a GPU's kernel takes such parameters where they lie."""
+    value = theta.meta["example_value"]
+    return value.device.type == "cuda" and served([value], block_size, order)
 
 
 def _erase_units(graph: fx.Graph, node: fx.Node) -> None:

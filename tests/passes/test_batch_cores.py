@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import oftfx
 from oftfx import OFT, testing
 from oftfx.backend import oftfx as backend
-from oftfx.ops.cayley_each import CAYLEY_EACH
+from oftfx.ops.cayley_each import CAYLEY_EACH, MOST
 from oftfx.passes.batch_cores import CAYLEY, batch_cores
 from tests.ops.test_cayley_each import JOINING
 from tests.small import Attention, llama, rows, tokens
@@ -35,7 +35,7 @@ def kernels(monkeypatch):
 def everywhere(kernels, monkeypatch):
     """They are asked for on every device."""
     module = importlib.import_module("oftfx.passes.batch_cores")
-    monkeypatch.setattr(module, "_served", lambda thetas, b, order: order is not None)
+    monkeypatch.setattr(module, "_served", lambda theta, b, order: order is not None)
     run = lambda graph, inputs, config_patches: PARTITIONS(graph, inputs)  # noqa: E731
     monkeypatch.setattr("oftfx.backend.lookup_backend", lambda name: run)
 
@@ -131,9 +131,10 @@ def batched(thetas: list[torch.Tensor], b: int, order: int | None, rate: float |
         graph.call_function(CAYLEY, (units, b, order))
     saved = batch_cores(fx.GraphModule(nn.Module(), graph))
     graph.lint()
-    assert saved == len(thetas) - 1
     ops = (CAYLEY_EACH, CAYLEY, torch.cat)
-    return tuple(len(graph.find_nodes(op="call_function", target=op)) for op in ops)
+    each, whole, stacked = (len(graph.find_nodes(op="call_function", target=op)) for op in ops)
+    assert saved == len(thetas) - each - whole
+    return each, whole, stacked
 
 
 EACH, STACKED = (1, 0, 0), (0, 1, 1)
@@ -145,7 +146,8 @@ def test_on_a_gpu_nothing_is_copied_where_a_kernel_takes_parameters_where_they_l
         assert batched(made, 4, 3) == EACH
         assert batched(made, 4, None) == STACKED  # the exact transform
         assert batched(made, 4, 3, rate=0.1) == STACKED
-        assert batched(made * 3, 4, 3) == STACKED  # more than a launch takes
+        assert batched(made * 3, 4, 3) == (2, 0, 0)  # eight, and one that is left
+        assert batched(made * 5, 4, 3) == (2, 0, 0)
         assert batched([theta.cpu() for theta in made], 4, 3) == STACKED
 
 
@@ -157,7 +159,14 @@ class Uneven(nn.Sequential):
         super().__init__(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), last, nn.Tanh(), last)
 
 
-@pytest.mark.parametrize("make", [Attention, Uneven])
+class Deep(nn.Sequential):
+    """More layers than a launch takes parameters."""
+
+    def __init__(self):
+        super().__init__(*(nn.Linear(8, 8) for _ in range(MOST + 2)))
+
+
+@pytest.mark.parametrize("make", [Attention, Uneven, Deep])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -174,6 +183,19 @@ def test_parameters_taken_where_they_lie_change_no_value_and_no_gradient(make, s
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     testing.assert_same_function(compiled, model, x)
     assert counters["oftfx"]["batch_cores"] > 0
+
+
+def test_what_turns_one_tensor_finds_its_cores_in_whichever_launch_they_are(
+    everywhere, monkeypatch
+):
+    module = importlib.import_module("oftfx.passes.fuse_norm")
+    monkeypatch.setattr(module, "_served", lambda rotation, found, readers=1: True)
+    model = oftfx.adapt(llama(), SPEC)
+    assert 7 < MOST < 14  # the first of two launches has one rotation of the second layer
+    torch.compile(model, backend=backend, fullgraph=True)(**tokens())
+    assert counters["oftfx"]["batch_cores"] == 14 - 2
+    assert counters["oftfx"]["group"] == 2 * (2 + 1)  # q, k and v; gate and up
+    assert counters["oftfx"]["fuse_norm"] == 2 * 2
 
 
 def test_inductor_compiles_them(everywhere, monkeypatch):

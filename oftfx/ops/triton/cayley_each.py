@@ -13,13 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.cayley_each import MOST
 from oftfx.ops.triton.cayley import DTYPES, LARGEST, build, differentiate, fits, tile
 from oftfx.ops.triton.launch import Launch
 
 __all__ = ["cayley_each", "cayley_each_grad", "cayley_joined", "fits", "fits_each"]
-
-MOST = 8
-"""How many parameters a launch takes where they lie: a transformer layer has seven."""
 
 
 @triton.jit
