@@ -70,12 +70,17 @@ def group(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
     }
 
 
+def compiled_cores(count: int, width: int, b: int) -> Tensor:
+    """As a compiled graph makes them where nothing but bfloat16 is turned: in that."""
+    return (0.1 * torch.randn(count, width // b, b, b, device="cuda")).bfloat16()
+
+
 def norm(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
     """An RMSNorm, compiled, and its rotations in one op with it, its statistics given."""
     x, *grads = torch.randn(count + 1, tokens, width, device="cuda").bfloat16().unbind()
     weight = torch.randn(width, device="cuda").bfloat16()
     rstd = 0.5 + torch.rand(tokens, 1, device="cuda")
-    cores = list((0.1 * torch.randn(count, width // b, b, b, device="cuda")).unbind())
+    cores = list(compiled_cores(count, width, b).unbind())
     norm = ops.Norm(None, rstd, weight)
 
     @torch.compile
@@ -99,7 +104,7 @@ def norm(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
 def product(tokens: int, width: int, b: int) -> dict[str, float]:
     """A gated product, compiled, and its rotation: in one op, and one after the other."""
     grad, gate, up = torch.randn(3, tokens, width, device="cuda").bfloat16().unbind()
-    core = 0.1 * torch.randn(width // b, b, b, device="cuda")
+    (core,) = compiled_cores(1, width, b)
 
     @torch.compile
     def silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -199,17 +204,19 @@ def main() -> None:
         )
     header = ("tokens × width", "copy, µs", "rotate (× copy)", "both gradients", "core gradient")
     print(table(header, lines))
+    fused: list[tuple[str, str, dict[str, float]]] = []
     for count in (2, 3):
         name = f"{count} of one 4096 × 3584, b=32, bfloat16"
-        times = result["group"][name] = group(count, 4096, 3584, 32)
-        print(f"{name}: " + ", ".join(f"{key} {value:.1f} µs" for key, value in times.items()))
-        times = result["norm"][name] = norm(count, 4096, 3584, 32)
-        print(
-            f"norm, {name}: " + ", ".join(f"{key} {value:.1f} µs" for key, value in times.items())
-        )
-    for width, b in ((18944, 32), (18944, 64), (18944, 128), (1536, 32)):
-        name = f"SwiGLU of 4096 × {width}, b={b}, bfloat16"
-        times = result["product"][name] = product(4096, width, b)
+        fused.append(("group", name, group(count, 4096, 3584, 32)))
+    for tokens in (512, 4096, 16384):
+        for count in (1, 2, 3):
+            name = f"RMSNorm and {count} of {tokens} × 3584, b=32, bfloat16"
+            fused.append(("norm", name, norm(count, tokens, 3584, 32)))
+        for width, b in ((18944, 32), (18944, 64), (18944, 128), (1536, 32)):
+            name = f"SwiGLU of {tokens} × {width}, b={b}, bfloat16"
+            fused.append(("product", name, product(tokens, width, b)))
+    for kind, name, times in fused:
+        result[kind][name] = times
         print(f"{name}: " + ", ".join(f"{key} {value:.1f} µs" for key, value in times.items()))
     # Every site of Qwen2.5-7B: six of width 3584 and one of 18944 in each of 28 layers.
     for b in (16, 32, 64):
