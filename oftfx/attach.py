@@ -275,7 +275,6 @@ def _acquaint(model: nn.Module, plan: Plan, name: str) -> None:
             groups.setdefault(site.group, []).append(adapters[name])
     for members in groups.values():
         if len(members) > 1:
-            turns = {m: m.rotation if isinstance(m, SharedRotation) else m for m in members}
-            readers = Readers(turns)
+            readers = Readers({member: member.rotation for member in members})
             for member in members:
                 member.readers = readers

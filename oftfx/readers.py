@@ -76,20 +76,20 @@ class Readers:
         self.useful = True
         self._kept: Kept | None = None
 
-    def rotate(self, reader: nn.Module, x: Tensor) -> Tensor:
+    def rotate(self, reader: Any, x: Tensor) -> Tensor:
         """The reader's rotated x, computed once for all that read it in this forward."""
         result: Tensor = self._read(reader, x, together)
         return result
 
-    def defer(self, reader: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def defer(self, reader: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """What [`deferred`][oftfx.readers.deferred] gives the reader, likewise."""
         result: tuple[Tensor, Tensor] = self._read(reader, x, deferred)
         return result
 
-    def _read(self, reader: nn.Module, x: Tensor, turn: Callable[..., Sequence[Any]]) -> Any:
+    def _read(self, reader: Any, x: Tensor, turn: Callable[..., Sequence[Any]]) -> Any:
         place = self.places.get(reader)
         if place is None:  # a shallow copy, such as a data-parallel replica, of a reader
-            return turn(x, [getattr(reader, "rotation", reader)])[0]
+            return turn(x, [reader.rotation])[0]
         own = self.turns[place]
         version = None if x.is_inference() else x._version
         state = (version, torch.is_grad_enabled(), autocast_dtype(x), turn)

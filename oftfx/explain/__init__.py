@@ -25,6 +25,7 @@ from oftfx.explain.layer import LayerGraph, layer_graph
 from oftfx.health import Held, health, rotations_of
 from oftfx.host import host_of, parameters_of
 from oftfx.modules import Adapted, built, in_use, is_rotation
+from oftfx.modules.fused import foldable
 from oftfx.ops.cost import fold_from
 from oftfx.plan import Plan, Site
 from oftfx.progress import tracked
@@ -154,11 +155,11 @@ def _fold_from(model: nn.Module | ExportedProgram, adapter: str, site: Site) -> 
     if isinstance(model, (fx.GraphModule, ExportedProgram)) or site.kind != linear.KIND:
         return None
     layer: Any = model.get_submodule(site.weight.rpartition(".")[0])
-    turn = layer.oft[adapter]
-    outs = (turn.out,) if turn.readers is None else turn.readers.outs
-    block = getattr(turn, "rotation", turn).block
-    if block is None or turn.outputs or [t for t in layer.oft.values() if t.enabled] != [turn]:
+    used = [turn for turn in layer.oft.values() if turn.enabled]
+    found = foldable(used) if used == [layer.oft[adapter]] else None
+    if found is None:
         return None
+    block, outs = found
     return fold_from(outs, block, layer.weight.dtype, layer.weight.device)
 
 

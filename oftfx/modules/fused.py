@@ -18,33 +18,43 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
     if len(turns) != 1 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     turn = turns[0]
-    if isinstance(turn, SharedRotation):
-        rotation = turn.rotation
-    elif isinstance(turn, Rotation):
-        rotation = turn
-    else:
-        return None  # a calibration's probe wants to see x
-    if turn.rotated == x.shape:
+    if getattr(turn, "rotated", None) == x.shape or (found := foldable(turns)) is None:
         return None
-    readers = turn.readers
-    if turn.outputs or rotation.block is None or not (readers is None or readers.blocks):
-        return None
-    outs = (turn.out,) if readers is None else readers.outs
-    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, rotation.block, outs):
+    block, outs = found
+    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, block, outs):
         vars(turn)["rotated"] = x.shape  # a module's own way of setting attributes is slow
         return None
-    if readers is not None and layers.DEFERS:
-        given, own = readers.defer(turn, x)
-        return layers.rotated_linear(module, given, own, deferred=True)
-    (factor,) = rotation.applied()
+    if turn.readers is not None and layers.DEFERS:
+        same, own = turn.readers.defer(turn, x)
+        return layers.rotated_linear(module, same, own, deferred=True)
+    (factor,) = turn.applied()
     core: Tensor = factor.operands[0]
     if layers.DEFERS:
         folds = folds_packed(x.shape[:-1].numel(), turn.out, core.shape[-1], x.device)
-        outs = deferred_through(x, [core]) if folds else rotated_through(x, [core])
-        if outs is not None:
+        given = deferred_through(x, [core]) if folds else rotated_through(x, [core])
+        if given is not None:
             left = core.detach() if folds else None
-            return layers.rotated_linear(module, outs[0], left, deferred=True)
+            return layers.rotated_linear(module, given[0], left, deferred=True)
     return layers.rotated_linear(module, cast(x), core, deferred=False)
+
+
+def foldable(turns: list[Any]) -> tuple[int, tuple[int, ...]] | None:
+    """The width of the blocks that a layer's weight can be turned by, if it can.
+
+    Args:
+        turns: What the layer has in use.
+
+    Returns:
+        That width, and how many outputs each layer has that turns its weight for the same x; none
+        where they share a rotation.
+    """
+    if len(turns) != 1 or not isinstance(turns[0], (Rotation, SharedRotation)):
+        return None  # a calibration's probe wants to see x
+    turn = turns[0]
+    block, readers = turn.rotation.block, turn.readers
+    if block is None or turn.outputs or not (readers is None or readers.blocks):
+        return None
+    return block, (turn.out,) if readers is None else readers.outs
 
 
 def multiplied(module: Any, layers: Fusing, x: Tensor) -> Tensor | None:

@@ -79,6 +79,11 @@ class Rotation(Outputs):
             self.get_parameter(name).copy_(value)
 
     @property
+    def rotation(self) -> Self:
+        """Itself, as a [`SharedRotation`][oftfx.modules.SharedRotation] has another's."""
+        return self
+
+    @property
     def method(self) -> Method:
         """The mathematics of its spec."""
         return method_of(self.spec)

@@ -53,6 +53,10 @@ def test_it_says_from_how_many_rows_on_a_weight_is_folded():
     assert rule == {"q": three, "k": three, "v": three, "out": one}
     assert one is None or f"rotate, {one} rows fold" in str(found)
     assert {site.fold_from for site in explained(Attention()).sites} == {None}
+    other = OFT(block_size=16, overrides={"k": {"share_blocks": True}})
+    found = explained(Attention(32), other, rows(torch.float32, 32))
+    beside = {site.fqn: site.fold_from for site in found.sites}
+    assert beside == {"q": None, "k": None, "v": None, "out": one}  # its readers turn x together
 
 
 def test_norms_and_errors_are_those_of_its_health():
