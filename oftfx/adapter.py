@@ -60,6 +60,8 @@ def adapt(
         CaptureError: The model cannot be traced.
         PlanError: Nothing matches, a site cannot be adapted, ``name`` is taken, or the model is
             wrapped for several processes already. The model is untouched.
+        SpecError: ``spec`` is no spec.
+        ValueError: ``capture`` is neither.
     """
     check_alone(model)
     inner = unwrap(model)

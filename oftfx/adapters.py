@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from oftfx import copied, modules, sites
 from oftfx.adapter import put
-from oftfx.attach import record_holder
+from oftfx.attach import records_of
 from oftfx.capture import Model, unwrap
 from oftfx.checkpoint import values_of
 from oftfx.errors import PlanError
@@ -151,7 +151,7 @@ def interpolate(model: nn.Module, a: str, b: str, t: float, name: str = "mix") -
     inner = _module(model)
     _check_number("t", t)
     modules.chosen(inner, [a, b])
-    plan, other = (record_holder(inner, each)[each].plan for each in (a, b))
+    plan, other = (records_of(inner, each)[each].plan for each in (a, b))
     _check_alike(plan, other, a, b)
     ends = [values_of(inner, plan, each) for each in (a, b)]
     for key in filter(is_fixed, ends[0]):

@@ -10,7 +10,7 @@ from torch import nn
 from oftfx import copied
 from oftfx.bank import Bank
 from oftfx.copied import Copies
-from oftfx.errors import PlanError
+from oftfx.errors import PlanError, no_adapter
 from oftfx.fixed import Fixed
 from oftfx.modules import (
     CHILD,
@@ -51,7 +51,7 @@ class Record:
     copies: Copies
 
 
-def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
+def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> None:
     """Adapts a module in place and freezes its base.
 
     Args:
@@ -109,10 +109,9 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> nn.Module:
     copies.put(model)
     vars(model)[RECORD] = {**records, name: Record(plan, trained, copies)}
     _open_bank(model)
-    return model
 
 
-def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> nn.Module:
+def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> None:
     """Takes adapters off a module and gives its classes and gradient flags back.
 
     Args:
@@ -123,7 +122,7 @@ def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> n
     Raises:
         PlanError: There is no such adapter.
     """
-    records = record_holder(model, name)
+    records = records_of(model, name)
     displace(model, None if name is None else [name])
     for adapter in list(records) if name is None else [name]:
         record = records.pop(adapter)
@@ -137,7 +136,6 @@ def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> n
         vars(model).pop(RECORD, None)
         _unpin(model)
     _open_bank(model)
-    return model
 
 
 def _pin(model: nn.Module) -> None:
@@ -155,7 +153,7 @@ def _unpin(model: nn.Module) -> None:
     pretrained.forbid_training(model)
 
 
-def record_holder(model: nn.Module, name: str | None = None) -> dict[str, Record]:
+def records_of(model: nn.Module, name: str | None = None) -> dict[str, Record]:
     """The records of an adapted module, by adapter name.
 
     Raises:
@@ -163,9 +161,7 @@ def record_holder(model: nn.Module, name: str | None = None) -> dict[str, Record
     """
     records: dict[str, Record] = vars(model).get(RECORD, {})
     if not records or (name is not None and name not in records):
-        has = f"it has {sorted(records)}" if records else "it has none"
-        which = "" if name is None else f" {name!r}"
-        raise PlanError(f"{type(model).__name__} has no adapter{which}; {has}.")
+        raise no_adapter(type(model).__name__, name, records)
     return records
 
 

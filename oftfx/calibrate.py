@@ -131,6 +131,7 @@ def calibrate(
         capture: As for [`plan`][oftfx.plan].
 
     Raises:
+        CaptureError, SpecError, ValueError: As [`plan`][oftfx.plan].
         PlanError: No site is calibrated; there is no batch or no loss; or a site gets no gradient,
             or none that is finite.
     """

@@ -27,6 +27,7 @@ from oftfx import inputs as model_inputs
 from oftfx.errors import CaptureError
 from oftfx.host import Host, host_of
 from oftfx.modules import CHILD, Adapted, Class, bare, become, rotating, unhook
+from oftfx.nodes import body_of
 from oftfx.progress import waiting
 from oftfx.regions import differentiable, opens
 from oftfx.sites import matmul, quantiser_of
@@ -53,9 +54,10 @@ class Capture:
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside the wrappers of torch.compile and DistributedDataParallel."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    """The model inside the wrappers of torch.compile and of data parallelism."""
+    wrappers = (DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
     return model
 
 
@@ -307,12 +309,6 @@ def _identity(tensor: Tensor) -> int:
     if tensor.device.type == "meta" or not tensor.numel():
         return id(tensor)
     return hash((tensor.data_ptr(), tensor.shape, tensor.stride()))
-
-
-def body_of(graph: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """The graph that a node hands to a higher-order op (a checkpointed or repeated region)."""
-    body = getattr(graph, str(node.target), None) if node.op == "get_attr" else None
-    return body if isinstance(body, fx.GraphModule) else None
 
 
 def _enter_bodies(found: Capture) -> None:

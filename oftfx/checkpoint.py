@@ -21,9 +21,10 @@ from torch.export import ExportedProgram
 
 from oftfx import copied, insert, modules
 from oftfx.adapter import put
-from oftfx.attach import record_holder
+from oftfx.attach import records_of
 from oftfx.capture import Model, unwrap
-from oftfx.errors import CheckpointError, OftfxError, OftfxWarning, PlanError
+from oftfx.errors import CheckpointError, OftfxError, OftfxWarning, PlanError, no_adapter
+from oftfx.files import replacing
 from oftfx.fingerprint import Fingerprint
 from oftfx.host import parameters_of
 from oftfx.interop import peft
@@ -174,9 +175,9 @@ def _plan(model: Model, name: str) -> Plan:
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         records = insert.records(model)
         if name not in records:
-            raise PlanError(f"the graph has no adapter {name!r}; it has {sorted(records)}.")
+            raise no_adapter("the graph", name, records)
         return Plan.from_json(records[name]["plan"])
-    return record_holder(model, name)[name].plan
+    return records_of(model, name)[name].plan
 
 
 def values_of(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
@@ -337,19 +338,12 @@ def _write_all(path: Path, files: dict[str, bytes]) -> None:
         path.mkdir(parents=True, exist_ok=True)
         for name, payload in files.items():
             held = (path / name).read_bytes() if (path / name).is_file() else None
-            _write(path / name, payload)
+            with replacing(path / name) as fresh:
+                fresh.write_bytes(payload)
             before[name] = held
     except OSError as error:
         for name, held in before.items():
             if held is not None:
-                _write(path / name, held)
+                with replacing(path / name) as fresh:
+                    fresh.write_bytes(held)
         raise CheckpointError(f"{path} cannot be written: {error}.") from error
-
-
-def _write(path: Path, payload: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(payload)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

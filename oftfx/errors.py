@@ -1,5 +1,7 @@
 """The errors oftfx raises: one hierarchy, each message says what, where and what to do."""
 
+from collections.abc import Iterable
+
 
 class OftfxError(Exception):
     """Base of every error raised on purpose by oftfx."""
@@ -15,6 +17,19 @@ class CaptureError(OftfxError):
 
 class PlanError(OftfxError):
     """The spec and the model do not fit together, or the model is not in the expected state."""
+
+
+def no_adapter(where: str, name: str | None, held: Iterable[str]) -> PlanError:
+    """What to raise where there is no such adapter, or none at all for None.
+
+    Args:
+        where: What should have had it.
+        name: The adapter.
+        held: Those that it has.
+    """
+    which = "" if name is None else f" {name!r}"
+    names = sorted(held)
+    return PlanError(f"{where} has no adapter{which}{f'; it has {names}' if names else ''}.")
 
 
 class CheckpointError(OftfxError):

@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from oftfx.capture import unwrap
 from oftfx.errors import CaptureError
+from oftfx.files import replacing
 from oftfx.lower import lower
 from oftfx.progress import waiting
 
@@ -163,14 +164,9 @@ def export(
     if format == "aoti" and device.type != "cpu":
         raise CaptureError(f"a package is compiled for the CPU, and the model is on {device}.")
     exported = program(model, cache)
-    # torch looks at the ending of the temporary name too.
-    fresh = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with waiting(f"writing {path.name}" if format == "pt2" else f"compiling {path.name}"):
-            _WRITERS[format](exported, fresh)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    doing = "writing" if format == "pt2" else "compiling"
+    with waiting(f"{doing} {path.name}"), replacing(path) as fresh:
+        _WRITERS[format](exported, fresh)
 
 
 def _compile(exported: ExportedProgram, file: Path) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
 
+from oftfx.nodes import CAST_NOTE
+
 
 class Host(Protocol):
     """A graph and the parameters it reads."""
@@ -247,9 +249,8 @@ def erase(host: Host, nodes: Iterable[fx.Node]) -> None:
     sources = dict.fromkeys(source for node in dead for source in node.all_input_nodes)
     for node in [node for node in reversed(graph.nodes) if node in dead]:
         graph.erase_node(node)
-    notes = torch.ops.aten._assert_tensor_metadata.default  # export's beside a cast, no read
     for source in (source for source in sources if source not in dead):
-        if any(user.target is not notes for user in source.users):
+        if any(user.target is not CAST_NOTE for user in source.users):
             continue
         if source.op in ("call_function", "call_method"):
             erase(host, (source,))

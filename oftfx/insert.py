@@ -24,11 +24,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from oftfx import match
 from oftfx.capture import read
-from oftfx.errors import OftfxWarning, PlanError
+from oftfx.errors import OftfxWarning, PlanError, no_adapter
 from oftfx.fixed import Fixed, Values
 from oftfx.host import Host, call, host_of
 from oftfx.match import Use
 from oftfx.modules import CHILD, NOTE, Rotation, parameter_path, site_name
+from oftfx.nodes import behind
 from oftfx.ops.factor import MAPS, SCALE, Factor
 from oftfx.outputs import Outputs
 from oftfx.plan import Plan, Site
@@ -151,7 +152,7 @@ def remove(
     found = inserted(host)
     has = {rotation.adapter for rotation in found}
     if not has or (name is not None and name not in has):
-        raise PlanError(f"the graph has no adapter {name or ''!r}; it has {sorted(has) or 'none'}.")
+        raise no_adapter("the graph", name, has)
     before = records(model)
     for rotation in found:
         if name in (None, rotation.adapter):
@@ -189,16 +190,16 @@ def erase(host: Host, found: Inserted) -> None:
 def erase_operands(host: Host, found: Inserted) -> None:
     """Erases what of a factor's operands nothing uses any more, and their parameters."""
     graph, readers = host.module.graph, host.readers()
-    behind = match.behind(found.operands)
+    makers = behind(found.operands)
     for node in reversed(list(graph.nodes)):
         # A trace leaves nodes beside the core of which nothing comes, such as notes on casts.
-        beside = node.op == "call_function" and not behind.isdisjoint(node.all_input_nodes)
-        if node.users or not (node in behind or beside):
+        beside = node.op == "call_function" and not makers.isdisjoint(node.all_input_nodes)
+        if node.users or not (node in makers or beside):
             continue
         if readers.get(node) in found.parameters:
             host.remove(node, readers[node])
         elif node.op == "call_function":
-            behind.update(node.all_input_nodes)
+            makers.update(node.all_input_nodes)
             graph.erase_node(node)
 
 
@@ -212,7 +213,7 @@ def inserted(host: Host) -> list[Inserted]:
             if node.target is SCALE:
                 operands[1:] = [None]  # the bias is the matmul's
             nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
-            parameters = tuple(sorted(readers[n] for n in match.behind(nodes) if n in readers))
+            parameters = tuple(sorted(readers[n] for n in behind(nodes) if n in readers))
             owner, _, path = parameters[0].rpartition(".")[0].rpartition(f"{CHILD}.")
             adapter, _, weight = path.partition(".")
             site = site_name(owner.rstrip("."), weight or "weight")

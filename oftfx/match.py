@@ -5,13 +5,14 @@ by the call stack that the tracer recorded; that keeps tied weights apart.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from oftfx.capture import Capture, body_of
+from oftfx.capture import Capture
+from oftfx.nodes import CAST_NOTE, behind, body_of
 from oftfx.sites import matmul, provider_of
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import caller
@@ -62,8 +63,8 @@ def _graph_uses(capture: Capture, graph: fx.GraphModule) -> Iterator[Use]:
             continue
         if node.op in ("placeholder", "get_attr", "output") or matmul.is_view_of_weight(node):
             continue
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            continue  # export's note beside a cast, no read
+        if node.target is CAST_NOTE:
+            continue
         if any(body_of(graph, argument) for argument in node.all_input_nodes):
             continue  # a higher-order op: what reads the parameter is in its body
         spelled = matmul.spelling(node)
@@ -151,9 +152,13 @@ def routers(found: list[Use]) -> set[fx.Node]:
     return {node for node in matmuls if _reaches_topk(node, matmuls)}
 
 
-def _reaches_topk(start: fx.Node, matmuls: set[fx.Node], depth: int = 8) -> bool:
+_NEAR = 8
+"""How many ops there are at most between a router's matmul and its top-k."""
+
+
+def _reaches_topk(start: fx.Node, matmuls: set[fx.Node]) -> bool:
     frontier = set(start.users)
-    for _ in range(depth):
+    for _ in range(_NEAR):
         if any("topk" in str(node.target) for node in frontier):
             return True
         frontier = {user for node in frontier - matmuls for user in node.users}
@@ -163,18 +168,6 @@ def _reaches_topk(start: fx.Node, matmuls: set[fx.Node], depth: int = 8) -> bool
 def _feeding(matmuls: set[fx.Node]) -> set[fx.Node]:
     """All nodes that some matmul of the set reads, directly or through others."""
     return behind(source for node in matmuls for source in node.all_input_nodes)
-
-
-def behind(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """These nodes and everything they are made from."""
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
 
 
 def _is_embedding(use: Use) -> bool:

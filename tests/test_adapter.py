@@ -108,3 +108,14 @@ def test_the_start_is_the_same_for_every_kind(kind):
     model, other = testing.thetas(adapt(kind)), testing.thetas(adapt("module"))
     assert model.keys() == other.keys()
     assert all(torch.equal(model[name], other[name]) for name in model)
+
+
+def test_a_model_that_data_parallelism_copies_in_every_step_is_adapted_inside():
+    x = rows(torch.float32)
+    model = nn.DataParallel(small("attention", torch.float32))
+    assert oftfx.adapt(model, OFT(block_size=4, init_std=0.2), example_inputs=x) is model
+    assert len(list(oftfx.parameters(model))) == 4
+    assert torch.equal(model(x), model.module(x))
+    assert not torch.equal(model(x), small("attention", torch.float32)(x))
+    oftfx.merge(model)
+    assert not hasattr(model.module.q, "oft")

@@ -115,6 +115,8 @@ def test_finetune_then_merge(oftfx, model_dir, text_file, tmp_path):
     assert code == 0
     assert "transformer.h.0.attn.c_attn" in table
     assert page.read_text("utf-8").count("<svg") == 2
+    code, _, err = oftfx("explain", model_dir, out / "adapter", "--html", page / "inside")
+    assert (code, "cannot be written" in err) == (2, True), err
 
 
 @pytest.fixture(scope="module")

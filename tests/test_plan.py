@@ -534,3 +534,8 @@ def test_a_plan_is_json(plan):
     data = json.loads(plan.to_json())
     assert set(data) == {"spec", "capture", "sites", "skipped", "copied"}
     assert data["capture"] == "graph"
+
+
+def test_an_unknown_capture_is_refused_and_said_what_there_is():
+    with pytest.raises(ValueError, match="capture='tree': must be 'graph' or 'modules'"):
+        oftfx.plan(nn.Linear(4, 4), OFT(block_size=2), capture="tree")

@@ -7,14 +7,12 @@ import typer
 
 from oftfx.cli.console import console
 from oftfx.cli.options import Dtype
+from oftfx.cli.saved import Adapter, Base
 
 
 def explain(
-    base: Annotated[
-        str,
-        typer.Argument(help="The model the adapter was trained on: a directory, Hub id or .gguf."),
-    ],
-    adapter: Annotated[Path, typer.Argument(help="An adapter directory.")],
+    base: Base,
+    adapter: Adapter,
     dtype: Dtype = "auto",
     html: Annotated[
         Path | None,
@@ -46,5 +44,8 @@ def explain(
     with stage(screen, "Explaining"):
         found = oftfx.explain(model, layer="auto" if html else None)
         if html:
-            found.save_html(html)
+            try:
+                found.save_html(html)
+            except OSError as error:
+                raise oftfx.OftfxError(f"{html} cannot be written: {error}.") from error
     print(found.to_json() if json else found)

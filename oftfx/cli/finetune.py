@@ -45,7 +45,8 @@ def finetune(
         float | None,
         typer.Option(
             help="Peak learning rate. Higher learns more of the task and forgets more of the rest. "
-            "3e-4 unless given; with --unit-rate 0.02, which is the same for blocks of 32.",
+            "3e-4 unless given (hra and loft 2e-4, goft 8e-3, qgoft 7e-3); with --unit-rate 0.02, "
+            "which is the same for blocks of 32.",
             rich_help_panel=TRAINING,
             show_default=False,
         ),

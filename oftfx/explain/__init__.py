@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from oftfx import insert
-from oftfx.attach import record_holder
+from oftfx.attach import records_of
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CaptureError, PlanError
 from oftfx.explain.explanation import ExplainedSite, Explanation
@@ -87,7 +87,7 @@ def explain(
 def _plans(model: nn.Module | ExportedProgram) -> dict[str, Plan]:
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         return insert.plans(host_of(model))
-    return {name: record.plan for name, record in record_holder(model).items()}
+    return {name: record.plan for name, record in records_of(model).items()}
 
 
 def _explained(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oftfx.explain.layer import LayerGraph
+from oftfx.files import replacing
 from oftfx.table import compact, counted, shape_of, table
 
 WHOLE = ("graphs", "rotations", "cores")
@@ -111,12 +112,8 @@ class Explanation:
         """
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as fresh:
             fresh.write_text(self.to_html(), "utf-8")
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
 
     def __str__(self) -> str:
         header, rows = self.summary()

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from torch import fx
 
-from oftfx import match
 from oftfx.capture import Model, capture
 from oftfx.errors import CaptureError
 from oftfx.modules import CHILD
+from oftfx.nodes import behind
 from oftfx.ops.factor import MAPS, SCALE
 from oftfx.sites.naming import caller
 
@@ -119,7 +119,7 @@ def _units(graph: fx.Graph, layer: str) -> list[_Unit]:
         if node.target in MAPS or node.target is SCALE:
             x, *operands = node.args
             before = units.get(x)
-            made = [n for n in _calls(match.behind(_nodes(operands))) if n not in claimed]
+            made = [n for n in _calls(behind(_nodes(operands))) if n not in claimed]
             made.sort()
             if before is not None and before.inserted and len(x.users) == 1:
                 before.nodes += [*made, node]  # a stage of the same rotation

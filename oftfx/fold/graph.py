@@ -20,6 +20,7 @@ from oftfx.fold.report import MergedSite, warn_of_loss
 from oftfx.fold.weight import Fold, check_finite
 from oftfx.host import Host, host_of
 from oftfx.match import Use
+from oftfx.nodes import CAST_NOTE
 from oftfx.ops.factor import SCALE, Factor
 from oftfx.progress import tracked
 from oftfx.regions import differentiable
@@ -232,7 +233,7 @@ def _product(scale: fx.Node) -> fx.Node:
 
 
 def _reads_values(node: fx.Node) -> bool:
-    return node.target not in (aten.sym_size.int, aten._assert_tensor_metadata.default)
+    return node.target not in (aten.sym_size.int, CAST_NOTE)
 
 
 def _path(node: fx.Node) -> list[fx.Node]:
@@ -246,8 +247,7 @@ def _path(node: fx.Node) -> list[fx.Node]:
 def _users(node: fx.Node) -> set[fx.Node]:
     """What reads a node, directly or through casts and views, besides export's notes on casts."""
     users = set()
-    notes = torch.ops.aten._assert_tensor_metadata.default
-    for user in (user for user in node.users if user.target is not notes):
+    for user in (user for user in node.users if user.target is not CAST_NOTE):
         users |= _users(user) if tensor_behind(user) is not user else {user}
     return users
 

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from oftfx.copied import RECORD, check_apart, of, settle
-from oftfx.errors import PlanError
+from oftfx.errors import PlanError, no_adapter
 from oftfx.modules.classes import (
     CHILD,
     Adapted,
@@ -139,10 +139,8 @@ def in_use(model: nn.Module) -> list[str]:
 def absent(model: Any, name: str | None = None) -> PlanError:
     """What to raise where a model lacks an adapter: this one, or any in use for None."""
     kind, held = type(model).__name__, list(in_order(model)) if isinstance(model, nn.Module) else []
-    if not held:
-        return PlanError(f"{kind} has no adapter{f' {name!r}' if name else ''}.")
-    if name is not None:
-        return PlanError(f"{kind} has no adapter {name!r}; it has {sorted(held)}.")
+    if name is not None or not held:
+        return no_adapter(kind, name, held)
     return PlanError(
         f"{kind} has no adapter in use, of {sorted(held)}: oftfx.use(model, {held[0]!r})."
     )

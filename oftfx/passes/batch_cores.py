@@ -23,9 +23,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from oftfx.ops.cayley import CAYLEY
 from oftfx.ops.cayley_each import CAYLEY_EACH, MOST, served
 
-CAYLEY = torch.ops.oftfx.cayley.default
 UNITS = (operator.mul, "float")
 
 Readers: TypeAlias = dict[fx.Node, list[fx.Node]]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from oftfx.nodes import body_of
+
 _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i")} - {
     operator.index,
     operator.indexOf,
@@ -66,10 +68,9 @@ def writes(node: fx.Node) -> bool:
 
 def _bodies(node: fx.Node) -> Iterator[fx.GraphModule]:
     """The graphs that a higher-order op runs: what a 4-bit layer's own function is traced to."""
-    owner = node.graph.owning_module
     for given in node.all_input_nodes:
-        body = getattr(owner, str(given.target), None) if given.op == "get_attr" else None
-        if isinstance(body, fx.GraphModule):
+        body = body_of(node.graph.owning_module, given)
+        if body is not None:
             yield body
 
 

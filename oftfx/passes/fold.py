@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from oftfx.nodes import behind
 from oftfx.ops.cost import ALL, fold_from
 from oftfx.ops.factor import MAPS, SCALE
 from oftfx.ops.folded_linear import FOLDED_LINEAR
 from oftfx.ops.frozen_linear import served
 from oftfx.passes.effects import epochs
-from oftfx.passes.group import ROTATE, source
-from oftfx.passes.pattern import arguments, parameter, plain
+from oftfx.passes.group import source
+from oftfx.passes.pattern import arguments, is_block_rotation, parameter, plain, value_of
 
 
 class _Layer(NamedTuple):
@@ -62,8 +63,8 @@ def fold(graph: fx.GraphModule) -> int:
 def _layer(rotation: fx.Node) -> _Layer | None:
     """The layer whose input is turned, by blocks, for it alone and by this rotation alone."""
     operands: Any = rotation.args
-    x, core, *stride = operands
-    if rotation.target is not ROTATE or stride not in ([], [1]) or len(rotation.users) != 1:
+    x, core, *_ = operands
+    if not is_block_rotation(rotation) or len(rotation.users) != 1:
         return None
     (linear,) = rotation.users
     given = arguments(linear, "linear")
@@ -103,26 +104,22 @@ def _costs_less(layers: Sequence[_Layer]) -> bool:
     """Whether folding the weights of all that read one x does."""
     if len({_inputs(layer.core) for layer in layers}) < len(layers):
         return False  # they share a rotation
-    outs = tuple(layer.weight.meta["example_value"].shape[0] for layer in layers)
-    for layer in layers:
-        x, core = layer.rotation.meta["example_value"], layer.core.meta["example_value"]
+    found: list[Any] = [
+        [value_of(node) for node in (layer.rotation, layer.core, layer.weight)] for layer in layers
+    ]
+    outs = tuple(weight.shape[0] for _, _, weight in found)
+    for x, core, weight in found:
         least = fold_from(outs, core.shape[-1], x.dtype, x.device)
         if least is None or not statically_known_true(x.numel() >= least * x.shape[-1]):
             return False
-        if least > ALL and served(x, layer.weight.meta["example_value"]):
+        if least > ALL and served(x, weight):
             return False  # a turned x is multiplied faster than by the library of merged models
     return True
 
 
 def _inputs(node: fx.Node) -> frozenset[fx.Node]:
     """What a graph computes a node from: the parameters, where it is a core."""
-    found: dict[fx.Node, None] = {node: None}
-    waiting = [node]
-    while waiting:
-        fresh = [each for each in waiting.pop().all_input_nodes if each not in found]
-        found.update(dict.fromkeys(fresh))
-        waiting += fresh
-    return frozenset(each for each in found if each.op in ("placeholder", "get_attr"))
+    return frozenset(each for each in behind([node]) if each.op in ("placeholder", "get_attr"))
 
 
 def _fold(graph: fx.Graph, layer: _Layer) -> None:

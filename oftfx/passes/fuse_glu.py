@@ -17,12 +17,19 @@ from typing import Any, NamedTuple
 
 from torch import fx
 from torch._dynamo.utils import counters
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from oftfx.ops.glu_rotate import GLU_ROTATE, served
 from oftfx.passes.effects import epochs
-from oftfx.passes.group import ROTATE
-from oftfx.passes.pattern import Capture, Cast, OneOf, call, match, value_of
+from oftfx.passes.pattern import (
+    Capture,
+    Cast,
+    OneOf,
+    call,
+    has_shape,
+    is_block_rotation,
+    match,
+    value_of,
+)
 
 _GATE, _UP = Capture("gate"), Capture("up")
 _CUBIC = call("add", _GATE, call("mul", 0.044715, call("pow", _GATE, 3.0)))
@@ -53,7 +60,7 @@ def fuse_glu(graph: fx.GraphModule) -> int:
     """Fuses the rotations of gated products with them; returns how many."""
     epoch = epochs(graph.graph)
     fused = 0
-    for node in graph.graph.find_nodes(op="call_function", target=ROTATE):
+    for node in filter(is_block_rotation, epoch):
         found = _product(node)
         # The op reads gate and up where the rotation was.
         if found is None or len({epoch[one] for one in (*found.nodes, node)}) > 1:
@@ -70,9 +77,7 @@ def fuse_glu(graph: fx.GraphModule) -> int:
 
 def _product(rotation: fx.Node) -> _Product | None:
     """What a rotation turns, if that is an activation or an activation times a tensor."""
-    x, _, *stride = rotation.args
-    if stride not in ([], [1]):
-        return None
+    x = rotation.args[0]
     for name, activation in _ACTIVATIONS.items():
         for pattern in (activation, call("mul", activation, _UP)):
             found = match(Cast(pattern), x)
@@ -88,13 +93,9 @@ def _product(rotation: fx.Node) -> _Product | None:
 def _alike(a: Any, b: Any) -> bool:
     """Whether two tensors have one dtype and, for sure, one shape: no guard comes from here."""
     one, other = value_of(a), value_of(b)
-    return (
-        one is not None
-        and other is not None
-        and one.dtype == other.dtype
-        and one.dim() == other.dim()
-        and all(statically_known_true(i == j) for i, j in zip(one.shape, other.shape, strict=True))
-    )
+    if one is None or other is None or one.dtype != other.dtype:
+        return False
+    return has_shape(b, one.shape)
 
 
 def _served(rotation: fx.Node, found: _Product) -> bool:

@@ -25,8 +25,9 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from oftfx.ops.norm_rotate import NORM_ROTATE, served
+from oftfx.ops.rotate import ROTATE
+from oftfx.ops.rotate_group import ROTATE_GROUP
 from oftfx.passes.effects import epochs
-from oftfx.passes.group import ROTATE, ROTATE_GROUP
 from oftfx.passes.pattern import (
     Capture,
     Cast,
@@ -35,6 +36,7 @@ from oftfx.passes.pattern import (
     arguments,
     call,
     has_shape,
+    is_block_rotation,
     match,
     value_of,
 )
@@ -88,10 +90,10 @@ def fuse_norm(graph: fx.GraphModule) -> int:
     epoch = epochs(graph.graph)
     fused = 0
     for node in epoch:
-        if node.op != "call_function" or node.target not in (ROTATE, ROTATE_GROUP):
+        if node.target is not ROTATE_GROUP and not is_block_rotation(node):
             continue
         found = match(NORM, node.args[0])
-        if found is None or not _is_norm(found) or _stride(node) != 1:
+        if found is None or not _is_norm(found):
             continue
         # The op reads x where the rotation was, not where the norm was.
         if len({epoch[one] for one in (*found.nodes, node)}) > 1:
@@ -102,10 +104,6 @@ def fuse_norm(graph: fx.GraphModule) -> int:
         else:
             counters["oftfx"]["norms_left"] += 1
     return fused
-
-
-def _stride(rotation: fx.Node) -> Any:
-    return rotation.args[2] if rotation.target is ROTATE and len(rotation.args) > 2 else 1
 
 
 def _cores(rotation: fx.Node) -> list[fx.Node]:

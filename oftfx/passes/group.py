@@ -12,13 +12,12 @@ Rotations by one core become one rotation.
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
+from oftfx.ops.rotate import ROTATE
+from oftfx.ops.rotate_group import ROTATE_GROUP
 from oftfx.passes.effects import epochs
-
-ROTATE = torch.ops.oftfx.rotate.default
-ROTATE_GROUP = torch.ops.oftfx.rotate_group.default
+from oftfx.passes.pattern import is_block_rotation, value_of
 
 
 def group(graph: fx.GraphModule) -> int:
@@ -26,11 +25,11 @@ def group(graph: fx.GraphModule) -> int:
     place = {node: i for i, node in enumerate(graph.graph.nodes)}
     groups: dict[Any, list[fx.Node]] = {}
     for node, epoch in epochs(graph.graph).items():  # of two of them, x may be two tensors
-        if node.op != "call_function" or node.target is not ROTATE:
+        if not is_block_rotation(node):
             continue
-        x, core, *stride = node.args
-        value = core.meta.get("example_value")
-        if value is not None and stride in ([], [1]):
+        x, core, *_ = node.args
+        value = value_of(core)
+        if value is not None:
             groups.setdefault((epoch, source(x), value.shape, value.dtype), []).append(node)
     saved = 0
     for nodes in groups.values():

@@ -22,6 +22,8 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from oftfx.ops.rotate import ROTATE
+
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -157,6 +159,11 @@ def plain(node: fx.Node) -> Tensor | None:
     """The fake of a tensor that is what it seems: not sharded, quantised or under a transform."""
     value = value_of(node)
     return value if type(value) is FakeTensor else None
+
+
+def is_block_rotation(node: fx.Node) -> bool:
+    """Whether a node turns blocks of neighbouring coordinates."""
+    return node.target is ROTATE and node.args[2:] in ((), (1,))
 
 
 def has_shape(node: Any, shape: Sequence[Any]) -> bool:

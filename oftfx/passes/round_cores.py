@@ -14,11 +14,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from oftfx.ops.cayley import CAYLEY
 from oftfx.ops.cayley_each import CAYLEY_EACH
 from oftfx.ops.rotate import ROTATE
 from oftfx.ops.rounded_cayley import ROUNDED_CAYLEY, served
 
-CAYLEY = torch.ops.oftfx.cayley.default
 SHARES = (operator.getitem, torch.split)
 
 

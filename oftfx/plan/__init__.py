@@ -39,9 +39,12 @@ def plan(
         CaptureError: The model cannot be traced.
         PlanError: A target matches nothing, or a matched site cannot be adapted.
         SpecError: ``spec`` is no spec.
+        ValueError: ``capture`` is neither.
     """
     model = unwrap(model)
     _check_types(model, spec)
+    if capture not in ("graph", "modules"):
+        raise ValueError(f"capture={capture!r}: must be 'graph' or 'modules'.")
     if capture == "modules":
         if not isinstance(model, nn.Module):
             raise PlanError('capture="modules" walks a module tree; an ExportedProgram has none.')

@@ -112,7 +112,7 @@ def projected(tensors: Mapping[str, Tensor], spec: COFT) -> dict[str, Tensor]:
 def around_zero(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Zeros, or numbers of the spec's standard deviation, float64."""
     if not spec.init_std:
-        return torch.zeros(shape, device="cpu")
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
     return (
         torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * spec.init_std
     )

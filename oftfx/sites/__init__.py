@@ -1,7 +1,12 @@
 """What counts as a matmul with a frozen weight.
 
-`matmul.py` knows the spellings of such a node in a graph; every other file here is a provider that
-knows one kind of module. Adding a library means adding its file to `PROVIDERS`.
+`matmul.py` knows the spellings of such a node in a graph, `gemm_4bit.py` and `int8.py` those of
+bitsandbytes; `quantised.py`, `naming.py` and `pretrained.py` are what providers share. Every other
+file is a provider, of one library's modules. Adding one means adding its file to `PROVIDERS`.
+
+    before                after, whatever the library multiplies by
+    y = x·W               x' = rotate(x, cayley(theta))
+                          y = x'·W
 """
 
 import functools

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import oftfx
-from oftfx.attach import record_holder
+from oftfx.attach import records_of
 from oftfx.checkpoint import MANIFEST, restore
 from oftfx.errors import PlanError
 from oftfx.modules import in_use
@@ -102,7 +102,7 @@ def _only_adapter(model: Any) -> str | None:
     if is_sharded(model):
         return None
     try:
-        held = record_holder(model)
+        held = records_of(model)
     except PlanError:
         return None
     names = [name for name in in_use(model) if name in held]

@@ -97,12 +97,15 @@ def logits(model: "PreTrainedModel", ids: Tensor) -> Tensor:
     return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
 
 
+SAMPLED = 64
+"""Tokens that a sample continues its prompt by, at most."""
+
+
 def sample(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
     seed: int,
-    tokens: int = 64,
 ) -> str:
     """Continues a prompt by nucleus sampling; the same seed draws the same numbers.
 
@@ -116,7 +119,7 @@ def sample(
         out = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=tokens,
+            max_new_tokens=SAMPLED,
             do_sample=True,
             temperature=0.8,
             top_p=0.95,

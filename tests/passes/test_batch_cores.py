@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import oftfx
 from oftfx import OFT, testing
 from oftfx.backend import oftfx as backend
+from oftfx.ops.cayley import CAYLEY
 from oftfx.ops.cayley_each import CAYLEY_EACH, MOST
-from oftfx.passes.batch_cores import CAYLEY, batch_cores
+from oftfx.passes.batch_cores import batch_cores
 from tests.ops.test_cayley_each import JOINING
 from tests.small import Attention, llama, rows, tokens
 

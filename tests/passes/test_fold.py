@@ -16,9 +16,9 @@ from oftfx.backend import oftfx as backend
 from oftfx.ops import frozen_linear
 from oftfx.ops.cost import fold_from
 from oftfx.ops.folded_linear import FOLDED_LINEAR
+from oftfx.ops.rotate import ROTATE
 from oftfx.passes import PASSES
 from oftfx.passes.fold import fold
-from oftfx.passes.group import ROTATE
 from oftfx.sites import linear
 from tests.small import Attention, llama, rows, tokens
 

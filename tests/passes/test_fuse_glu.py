@@ -23,8 +23,8 @@ from transformers import (
 import oftfx
 from oftfx import OFT, testing
 from oftfx.backend import oftfx as backend
+from oftfx.ops.rotate import ROTATE
 from oftfx.passes import PASSES
-from oftfx.passes.group import ROTATE
 from tests.small import tokens
 
 module = sys.modules["oftfx.passes.fuse_glu"]

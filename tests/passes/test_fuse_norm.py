@@ -20,9 +20,11 @@ from transformers import (
 import oftfx
 from oftfx import OFT, testing
 from oftfx.backend import oftfx as backend
+from oftfx.ops.rotate import ROTATE
+from oftfx.ops.rotate_group import ROTATE_GROUP
 from oftfx.passes.batch_cores import batch_cores
 from oftfx.passes.fuse_norm import NORM_ROTATE, fuse_norm
-from oftfx.passes.group import ROTATE, ROTATE_GROUP, group
+from oftfx.passes.group import group
 from tests.small import Attention, llama, tokens
 
 module = importlib.import_module("oftfx.passes.fuse_norm")

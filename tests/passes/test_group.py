@@ -8,8 +8,10 @@ from torch._dynamo.utils import counters
 import oftfx
 from oftfx import OFT, testing
 from oftfx.backend import oftfx as backend
+from oftfx.ops.rotate import ROTATE
+from oftfx.ops.rotate_group import ROTATE_GROUP
 from oftfx.passes.batch_cores import batch_cores
-from oftfx.passes.group import ROTATE, ROTATE_GROUP, group
+from oftfx.passes.group import group
 from tests.small import Attention, llama, rows, tokens
 
 SPEC = OFT(block_size=4, init_std=0.2)

@@ -10,8 +10,12 @@ from torch._dynamo.utils import counters
 import oftfx
 from oftfx import OFT, ops, testing
 from oftfx.backend import oftfx as backend
-from oftfx.passes.batch_cores import CAYLEY, batch_cores
-from oftfx.passes.round_cores import CAYLEY_EACH, ROTATE, ROUNDED_CAYLEY, round_cores
+from oftfx.ops.cayley import CAYLEY
+from oftfx.ops.cayley_each import CAYLEY_EACH
+from oftfx.ops.rotate import ROTATE
+from oftfx.ops.rounded_cayley import ROUNDED_CAYLEY
+from oftfx.passes.batch_cores import batch_cores
+from oftfx.passes.round_cores import round_cores
 from tests.small import Attention, rows
 
 SPEC = OFT(block_size=4, init_std=0.2)
