@@ -264,13 +264,14 @@ def _device(model: nn.Module, site: Site) -> torch.device:
 
 def _acquaint(model: nn.Module, plan: Plan, name: str) -> None:
     """Lets the rotations of one input tensor know of each other."""
-    groups: dict[int, list[Any]] = {}
+    groups: dict[int, dict[str, Any]] = {}
     for site in plan.sites:
         if site.kind != "functional":  # which folds on the fly, and never rotates its input
             adapters: Any = _owner(model, site)[0].oft
-            groups.setdefault(site.group, []).append(adapters[name])
+            groups.setdefault(site.group, {})[site.fqn] = adapters[name]
     for members in groups.values():
         if len(members) > 1:
-            readers = Readers({member: member.rotation for member in members})
-            for member in members:
-                member.readers = readers
+            near = len({fqn.rpartition(".")[0] for fqn in members}) == 1
+            readers = Readers({held: held.rotation for held in members.values()}, near)
+            for held in members.values():
+                held.readers = readers

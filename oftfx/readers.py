@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from oftfx import ops
 from oftfx.ops.factor import Factor
+from oftfx.ops.kept import watched
 from oftfx.ops.rotate import ROTATE
 from oftfx.through import through
 
@@ -59,6 +60,8 @@ class Readers:
 
     Args:
         rotations: By reader; one that several share, or one each.
+        near: Whether they are parts of one module, whose forward reads the tensor. Others may be in
+            regions that checkpointing runs again one by one, and finds to be what they were.
 
     Attributes:
         turns: The rotations.
@@ -67,7 +70,8 @@ class Readers:
         outs: How many outputs each reader has; none where they share a rotation.
     """
 
-    def __init__(self, rotations: dict[Any, Turns]) -> None:
+    def __init__(self, rotations: dict[Any, Turns], near: bool = True) -> None:
+        self.near = near
         self.turns = list(dict.fromkeys(rotations.values()))
         self.places = {reader: self.turns.index(turn) for reader, turn in rotations.items()}
         self.blocks = all(turn.block is not None for turn in self.turns)
@@ -91,6 +95,8 @@ class Readers:
         if place is None:  # a shallow copy, such as a data-parallel replica, of a reader
             return turn(x, [reader.rotation])[0]
         own = self.turns[place]
+        if not self.near and watched():
+            return turn(x, [own])[0]
         version = None if x.is_inference() else x._version
         state = (version, torch.is_grad_enabled(), autocast_dtype(x), turn)
         kept = self._kept

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import oftfx
 from oftfx import OFT, testing
@@ -70,6 +71,36 @@ def test_computes_what_each_layer_would(spec, reentrant):
         model.enable_input_require_grads()
     for _ in range(2):
         testing.assert_same_function(model, twin, tokens())
+
+
+class Across(nn.Module):
+    """Layers that all read one context, each in a checkpointed region of its own, as decoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"k": nn.Linear(8, 8), "v": nn.Linear(8, 8)}) for _ in range(3)
+        )
+        self.checkpoints = False
+
+    def forward(self, x):
+        context = torch.tanh(x)
+        for layer in self.layers:
+            read = lambda x, layer=layer: x + torch.tanh(layer["k"](context)) * layer["v"](context)
+            x = checkpoint(read, x, use_reentrant=False) if self.checkpoints else read(x)
+        return x
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_region_that_is_run_again_finds_what_it_computed_though_others_read_that_too(share):
+    spec = OFT(block_size=4, init_std=0.2, share_inputs=share)
+    x = rows(torch.float32).requires_grad_()
+    model = oftfx.adapt(Across(), spec, example_inputs=x.detach())
+    assert {site.group for site in oftfx.plan(Across(), spec, x.detach()).sites} == {0}
+    twin = copy.deepcopy(model)
+    twin.checkpoints = True
+    for _ in range(2):
+        testing.assert_same_function(twin, model, x)
 
 
 def test_under_autocast():

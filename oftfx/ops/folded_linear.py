@@ -10,12 +10,12 @@ frozen.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, call, define, differentiate
 from oftfx.ops.fold import core_grad, fits, folded, misfit
 from oftfx.ops.frozen_linear import times
+from oftfx.ops.linear import linear
 from oftfx.ops.precision import as_given
 from oftfx.ops.rotate import rotate_grad
 
@@ -49,7 +49,7 @@ def _folded_linear(
     if not fits(x, core, weight.shape):
         raise RuntimeError(misfit("folded_linear", x, core, weight.shape))
     turned = folded(weight, core, x.dtype)
-    return F.linear(x, turned, None if bias is None else bias.to(x.dtype)), turned
+    return linear(x, turned, None if bias is None else bias.to(x.dtype)), turned
 
 
 FOLDED_LINEAR = define(

@@ -11,10 +11,10 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from oftfx.ops.define import LIBRARY, apply, call, define, differentiate
+from oftfx.ops.linear import linear
 from oftfx.ops.precision import as_given
 
 LEAST_ROWS = 32
@@ -57,7 +57,7 @@ def is_faster() -> bool:
 
 @as_given
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _product(x, weight, bias) if gains(x, weight) else F.linear(x, weight, bias)
+    return _product(x, weight, bias) if gains(x, weight) else linear(x, weight, bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,7 +88,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Raises:
         RuntimeError: W requires a gradient.
     """
-    result: Tensor = apply(_FrozenLinear, F.linear, x, weight, bias)
+    result: Tensor = apply(_FrozenLinear, linear, x, weight, bias)
     return result
 
 

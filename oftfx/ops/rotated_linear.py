@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,6 +21,7 @@ from oftfx.ops.fold import core_grad, fits, kept_grad, misfit
 from oftfx.ops.frozen_linear import times
 from oftfx.ops.kept import kept
 from oftfx.ops.kernels import kernels, on
+from oftfx.ops.linear import linear
 from oftfx.ops.packed import Packed
 from oftfx.ops.precision import as_given, exactly
 from oftfx.ops.rotate import rotate
@@ -82,8 +82,8 @@ def _rotated_linear(x: Tensor, core: Tensor, bias: Tensor | None, *stored: Any) 
     if not fits(x, core, weight.shape):
         raise RuntimeError(misfit("rotated_linear", x, core, weight.shape))
     if _folds(x, core, weight):
-        return F.linear(x, folded(weight, core, x.dtype), bias)
-    return F.linear(rotate(x, core), dequantised(weight, x.dtype), bias)
+        return linear(x, folded(weight, core, x.dtype), bias)
+    return linear(rotate(x, core), dequantised(weight, x.dtype), bias)
 
 
 ROTATED_LINEAR = define(
@@ -215,7 +215,7 @@ class _DeferredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, folded(weight, core, x.dtype), bias)
+        return linear(x, folded(weight, core, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -229,7 +229,7 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, dequantised(weight, x.dtype), bias)
+        return linear(x, dequantised(weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -511,6 +511,15 @@ def test_a_base_that_is_exported_with_its_repacking_is_told_how_not_to(training)
         oftfx.adapt(program, OFT(block_size=8))
 
 
+@pytest.mark.parametrize("out", [8, 64])
+def test_what_follows_may_write_to_what_a_layer_in_4_bits_gives(out):
+    """With a bias and three axes PyTorch's own result is a view."""
+    layers = linear4bit(nn.Linear(64, out)), nn.ReLU(inplace=True)
+    model = oftfx.adapt(nn.Sequential(*layers), SPEC, capture="modules").train()
+    model(torch.randn(2, 96, 64)).sum().backward()
+    assert all(parameter.grad.any() for parameter in oftfx.parameters(model))
+
+
 def test_checkpoint_functions_see_the_rotation():
     layer = nn.Sequential(linear4bit(nn.Linear(64, 64)))
     x = rows(torch.float32, 64)
