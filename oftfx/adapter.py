@@ -78,7 +78,7 @@ def put(model: M, plan: Plan, name: str, fixed: Fixed) -> M:
         name: Of the adapter.
         fixed: The tensors that are never trained; called when nothing else can fail.
     """
-    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+    if not (isinstance(name, str) and name.isidentifier()) or hasattr(nn.ModuleDict(), name):
         raise PlanError(f"name={name!r}: an adapter's name must be a plain identifier.")
     inner = unwrap(model)
     if isinstance(inner, (fx.GraphModule, ExportedProgram)):
@@ -169,10 +169,11 @@ def parameters(model: Model, name: str | None = None) -> list[nn.Parameter]:
 def named_parameters(model: Model, name: str | None = None) -> dict[str, nn.Parameter]:
     """The trainable parameters of a model's adapters, each under the first of its names."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for key, parameter in parameters_of(unwrap(model)).items():
-        if modules.is_rotation(key, name) and not is_fixed(key):
+    inner = unwrap(model)
+    for key, parameter in parameters_of(inner).items():
+        if modules.is_rotation(inner, key, name) and not is_fixed(key):
             found.setdefault(id(parameter), (key, parameter))
-    if isinstance(inner := unwrap(model), nn.Module):
+    if isinstance(inner, nn.Module):
         for part, _, copies in copied.of(inner, name):
             for key, parameter in copies.parameters(part).items():
                 found.setdefault(id(parameter), (key, parameter))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oftfx import copied
+from oftfx import copied, fast_path
 from oftfx.bank import Bank
 from oftfx.copied import Copies
 from oftfx.errors import PlanError, no_adapter
@@ -105,6 +105,7 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> None:
             held[site.fqn].fill(values.get(site.fqn, {}))
             place(model, site, name, held[site.fqn])
     _acquaint(model, plan, name)
+    fast_path.leave(model)
     copies = Copies(model, plan.copied, [record.copies for record in records.values()])
     copies.put(model)
     vars(model)[RECORD] = {**records, name: Record(plan, trained, copies)}
@@ -124,6 +125,7 @@ def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> N
     """
     records = records_of(model, name)
     displace(model, None if name is None else [name])
+    fast_path.restore(model)
     for adapter in list(records) if name is None else [name]:
         record = records.pop(adapter)
         trained = record.trained

@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
 
 from oftfx import inputs as model_inputs
-from oftfx.errors import CaptureError
+from oftfx.errors import CaptureError, PlanError
 from oftfx.host import Host, host_of
 from oftfx.modules import CHILD, Adapted, Class, bare, become, rotating, unhook
 from oftfx.nodes import body_of
@@ -54,10 +54,19 @@ class Capture:
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside the wrappers of torch.compile and of data parallelism."""
+    """The model inside the wrappers of torch.compile and of data parallelism.
+
+    Raises:
+        PlanError: It is no model.
+    """
     wrappers = (DistributedDataParallel, nn.DataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, wrappers) else model._orig_mod
+    if not isinstance(model, Model):
+        raise PlanError(
+            f"model is a {type(model).__name__}: it must be an nn.Module, a torch.fx.GraphModule "
+            "or a torch.export.ExportedProgram."
+        )
     return model
 
 
@@ -344,4 +353,7 @@ def _where(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+    text = str(error).strip()
+    headline = text.split("\n", 1)[0] or type(error).__name__
+    cause = re.search(r" got (\w+Error\(.*\))$", text, re.MULTILINE)  # of a faked operation
+    return f"{headline}: {cause[1]}" if cause else headline

@@ -94,6 +94,8 @@ def save(
         case _:
             raise ValueError(f"format={format!r}: must be 'oftfx', 'peft' or 'lora'.")
     _write_all(Path(directory), files)
+    for stale in {MANIFEST, TENSORS} - files.keys():  # which `load` would take for the adapter
+        (Path(directory) / stale).unlink(missing_ok=True)
     return report
 
 
@@ -123,7 +125,7 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
     else:
         plan, values, base = _read(path)
         _check_base(inner, plan, base, path)
-    taken = any(modules.is_rotation(key, name) for key in parameters_of(inner))
+    taken = any(modules.is_rotation(inner, key, name) for key in parameters_of(inner))
     try:
         # What is never trained comes from the file too: no weight is decomposed, no batch run.
         adapted = put(model, plan, name, fixed=dict)
@@ -197,7 +199,9 @@ def values_of(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
 def _own(model: Model, name: str) -> dict[str, Tensor]:
     """The base's tensors by name, those besides that an adapter trains copies of."""
     held: dict[str, Tensor] = {
-        key: value for key, value in parameters_of(model).items() if not modules.is_rotation(key)
+        key: value
+        for key, value in parameters_of(model).items()
+        if not modules.is_rotation(model, key)
     }
     if isinstance(model, nn.Module):  # a graph keeps none
         for _, _, copies in copied.of(model, name):
@@ -343,7 +347,9 @@ def _write_all(path: Path, files: dict[str, bytes]) -> None:
             before[name] = held
     except OSError as error:
         for name, held in before.items():
-            if held is not None:
+            if held is None:
+                (path / name).unlink()
+            else:
                 with replacing(path / name) as fresh:
                     fresh.write_bytes(held)
         raise CheckpointError(f"{path} cannot be written: {error}.") from error

@@ -163,6 +163,7 @@ def export(
     device = next(unwrap(model).parameters()).device
     if format == "aoti" and device.type != "cpu":
         raise CaptureError(f"a package is compiled for the CPU, and the model is on {device}.")
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the work that would be lost
     exported = program(model, cache)
     doing = "writing" if format == "pt2" else "compiling"
     with waiting(f"{doing} {path.name}"), replacing(path) as fresh:

@@ -5,7 +5,7 @@ by the call stack that the tracer recorded; that keeps tied weights apart.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -129,12 +129,19 @@ def line_of(node: fx.Node) -> str:
     return f" at {users[-1][0].rpartition('/')[2]}:{users[-1][1]}" if users else ""
 
 
-def output_heads(capture: Capture, found: list[Use]) -> set[fx.Node]:
-    """Matmuls that project back onto the vocabulary of an embedding and feed no other matmul."""
-    vocabularies = set()
-    for use in found:
-        if _is_embedding(use):
-            vocabularies.add(capture.tensors[use.weight].shape[0])
+def output_heads(
+    capture: Capture, found: list[Use], vocabularies: Collection[int] | None = None
+) -> set[fx.Node]:
+    """Matmuls that project back onto the vocabulary of an embedding and feed no other matmul.
+
+    Args:
+        capture: The graphs.
+        found: What they read.
+        vocabularies: How many rows an embedding of tokens has; None for those of any embedding.
+    """
+    if vocabularies is None:
+        tables = (use for use in found if _is_embedding(use))
+        vocabularies = {capture.tensors[use.weight].shape[0] for use in tables}
     heads = set()
     for graph in capture.graphs:
         feeding = _feeding({use.node for use in found if use.x is not None and use.graph is graph})

@@ -622,3 +622,16 @@ def test_removing_all_leaves_nothing_behind():
         assert vars(ours).keys() == vars(theirs).keys()
         assert type(ours) is type(theirs)
     assert not list(rotations(model))
+
+
+def test_a_part_that_was_adapted_first_is_met_first():
+    """Whatever module the records are of."""
+    x = rows(torch.float32)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 8)))
+    oftfx.adapt(model[1], OFT(block_size=4, init_std=0.4, seed=1), "inner", example_inputs=x)
+    oftfx.adapt(model, OFT(block_size=4, init_std=0.4, seed=2), "outer", example_inputs=x)
+    expected = model(x)
+    assert list(oftfx.adapters(model)) == ["inner", "outer"]
+    oftfx.use(model, list(oftfx.adapters(model)))
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(oftfx.merge(model)(x), expected)

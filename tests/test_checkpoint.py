@@ -13,6 +13,7 @@ from torch import fx, nn
 import oftfx
 from oftfx import OFT, CheckpointError, PlanError
 from oftfx.checkpoint import MANIFEST, TENSORS
+from tests.small import rows, small
 
 SPEC = OFT(
     block_size=4,
@@ -404,3 +405,23 @@ def test_an_adapter_can_be_moved(saved, tmp_path, plan):
     shutil.move(saved, tmp_path / "elsewhere")
     loaded = oftfx.load(Net(), str(tmp_path / "elsewhere"))
     assert torch.equal(call(loaded), call(trained("module", plan)))
+
+
+def test_an_adapter_in_another_format_takes_the_place_of_the_one_before(tmp_path):
+    x = rows(torch.float32)
+    made = [
+        oftfx.adapt(small("mlp", torch.float32), OFT(block_size=4, init_std=std), example_inputs=x)
+        for std in (0.1, 0.3)
+    ]
+    oftfx.save(made[0], tmp_path)
+    oftfx.save(made[1], tmp_path, format="peft")
+    loaded = oftfx.load(small("mlp", torch.float32), tmp_path)
+    assert torch.equal(loaded(x), made[1](x))
+
+
+def test_what_could_not_be_written_leaves_nothing_where_nothing_was(tmp_path):
+    model = oftfx.adapt(small("mlp", torch.float32), OFT(block_size=4), capture="modules")
+    (tmp_path / "adapter.json").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        oftfx.save(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.json"]

@@ -15,6 +15,7 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -539,3 +540,44 @@ def test_a_plan_is_json(plan):
 def test_an_unknown_capture_is_refused_and_said_what_there_is():
     with pytest.raises(ValueError, match="capture='tree': must be 'graph' or 'modules'"):
         oftfx.plan(nn.Linear(4, 4), OFT(block_size=2), capture="tree")
+
+
+class Named(nn.Module):
+    """Has a module of the name that rotations are held by."""
+
+    def __init__(self):
+        super().__init__()
+        self.oft = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.oft(x))
+
+
+def test_a_module_that_is_called_as_what_holds_rotations_is_one_like_any_other():
+    x, spec = torch.randn(3, 8), OFT(block_size=4)
+    model = oftfx.adapt(Named(), spec, example_inputs=x)
+    assert [site.fqn for site in oftfx.plan(Named(), spec, x).sites] == ["oft.0", "oft.2", "fc"]
+    assert len(oftfx.parameters(model)) == 3
+    assert [site.fqn for site in oftfx.plan(model, spec, x).sites] == ["oft.0", "oft.2", "fc"]
+
+
+def test_a_layer_as_wide_as_there_are_positions_is_no_output_head():
+    sizes = {"vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    found = oftfx.plan(GPT2Model(config), OFT(block_size=8))
+    assert "h.1.mlp.c_proj" in {site.fqn for site in found.sites}
+
+
+def test_the_module_tree_leaves_out_what_attention_reads_without_calling_it():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    found = oftfx.plan(layer, OFT(block_size=4), capture="modules")
+    assert {site.fqn for site in found.sites} == {"linear1", "linear2"}
+    with pytest.raises(PlanError, match="reads its weight, and never calls it"):
+        oftfx.plan(layer, OFT(block_size=4, targets="self_attn.out_proj"), capture="modules")
+
+
+@pytest.mark.parametrize("verb", [oftfx.parameters, oftfx.health, oftfx.merge, oftfx.remove])
+def test_what_is_no_model_is_said_to_be_none(verb):
+    with pytest.raises(PlanError, match=r"model is a NoneType: it must be an nn\.Module"):
+        verb(None)

@@ -73,8 +73,12 @@ def test_computes_what_each_layer_would(spec, reentrant):
         testing.assert_same_function(model, twin, tokens())
 
 
+def read(layer, x, context):
+    return x + torch.tanh(layer["k"](context)) * layer["v"](context)
+
+
 class Across(nn.Module):
-    """Layers that all read one context, each in a checkpointed region of its own, as decoders do."""
+    """Layers that read one context, each in a checkpointed region of its own, as decoders do."""
 
     def __init__(self):
         super().__init__()
@@ -86,8 +90,8 @@ class Across(nn.Module):
     def forward(self, x):
         context = torch.tanh(x)
         for layer in self.layers:
-            read = lambda x, layer=layer: x + torch.tanh(layer["k"](context)) * layer["v"](context)
-            x = checkpoint(read, x, use_reentrant=False) if self.checkpoints else read(x)
+            given = (layer, x, context)
+            x = checkpoint(read, *given, use_reentrant=False) if self.checkpoints else read(*given)
         return x
 
 

@@ -168,7 +168,7 @@ def _bytes(held: Held) -> int:
 
 
 def _base_bytes(model: nn.Module | ExportedProgram) -> int:
-    base = {id(p): p for name, p in parameters_of(model).items() if not is_rotation(name)}
+    base = {id(p): p for name, p in parameters_of(model).items() if not is_rotation(model, name)}
     return sum(parameter.numel() * parameter.element_size() for parameter in base.values())
 
 

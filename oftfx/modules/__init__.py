@@ -10,12 +10,13 @@ Only the class changes: the object, its names, its parameters and its place in t
 everything that holds on to the module keeps working, compiled graphs included.
 """
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import fx, nn
 
 from oftfx.copied import RECORD, check_apart, of, settle
 from oftfx.errors import PlanError, no_adapter
@@ -74,10 +75,13 @@ def parameter_path(weight: str, name: str, functional: bool = False) -> str:
     return ".".join(filter(None, (owner, CHILD, name, leaf if functional else "")))
 
 
-def is_rotation(parameter: str, name: str | None = None) -> bool:
-    """Whether a parameter of this name is a rotation's, of one adapter or of any."""
-    which = r"\w+" if name is None else name
-    return re.fullmatch(rf"(.+\.)?{CHILD}\.{which}\.(\w+\.)?\w+", parameter) is not None
+def is_rotation(model: Any, parameter: str, name: str | None = None) -> bool:
+    """Whether a model's parameter of this name is a rotation's, of one adapter or of any."""
+    which = r"\w+" if name is None else re.escape(name)
+    found = re.fullmatch(rf"(?:(.+)\.)?{CHILD}\.{which}\.(?:\w+\.)?\w+", parameter)
+    if found is None or isinstance(model, fx.GraphModule) or not isinstance(model, nn.Module):
+        return found is not None
+    return isinstance(model.get_submodule(found[1] or ""), Adapted)  # else a module of that name
 
 
 def site_name(owner: str, parameter: str) -> str:
@@ -121,14 +125,27 @@ def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, 
 
 def in_order(model: nn.Module) -> dict[str, bool]:
     """Whether each of a model's adapters is in use; in the order x meets them."""
-    modules = list(model.modules())
-    adapted = [module for module in modules if isinstance(module, Adapted)]
-    chosen = (name for module in adapted for name in module.oft_order)
-    added = (name for module in modules for name in vars(module).get(RECORD, ()))
+    adapted = _adapted(model)
+    added = (name for module in model.modules() for name in vars(module).get(RECORD, ()))
     found = [(adapter, state) for m in adapted for adapter, _, state in _held(m)]
     used = {adapter for adapter, state in found if state.enabled}
-    names = dict.fromkeys((*chosen, *added, *(adapter for adapter, _ in found)))
-    return {name: name in used for name in names}
+    names = dict.fromkeys((*added, *(adapter for adapter, _ in found)))
+    return {name: name in used for name in _merged([*names], {_order(m) for m in adapted})}
+
+
+def _order(module: Adapted) -> tuple[str, ...]:
+    """The adapters of one module, in the order x meets them."""
+    first = tuple(name for name in module.oft_order if name in module.oft)
+    return (*first, *(name for name in module.oft if name not in first))
+
+
+def _merged(names: list[str], orders: Collection[tuple[str, ...]]) -> Iterator[str]:
+    """Names as they stand, but for what several orders of some of them say."""
+    while names:
+        late = {b for order in orders for a, b in itertools.combinations(order, 2) if a in names}
+        name = next((name for name in names if name not in late), names[0])
+        names.remove(name)
+        yield name
 
 
 def in_use(model: nn.Module) -> list[str]:

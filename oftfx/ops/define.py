@@ -17,6 +17,7 @@ from torch._C import (
 )
 from torch._C._autograd import _profiler_enabled
 from torch._C._dynamo import eval_frame
+from torch.autograd.forward_ad import unpack_dual
 
 LIBRARY = torch.library.Library("oftfx", "FRAGMENT")
 
@@ -61,12 +62,28 @@ def differentiate(op: Any, apply: Callable[..., Any]) -> None:
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             return apply(*args)
+        if _are_functorch_transforms_active() and _has_tangent(args):
+            raise RuntimeError(
+                f"{op._schema.name} has no forward-mode derivative (torch.func.jvp, jacfwd, "
+                "linearize): use the backward one, torch.autograd.grad or .backward()."
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     _hide(run)
     LIBRARY.impl(op._schema.name.partition("::")[2], run, "Autograd")
     _APPLY[id(op)] = apply
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    """Whether a forward-mode derivative is being taken with respect to one of the tensors."""
+    for arg in args:
+        if type(arg) in (list, tuple):
+            if _has_tangent(arg):
+                return True
+        elif isinstance(arg, Tensor) and unpack_dual(arg, level=0).tangent is not None:
+            return True
+    return False
 
 
 def call(op: Any, *args: Any) -> Any:

@@ -194,14 +194,19 @@ def _check(x: Tensor, core: Tensor, stride: int) -> None:
 
 def _together(x: Tensor, core: Tensor, stride: int) -> Tensor:
     """Moves the two halves of every block side by side, a stride of them at a time."""
-    halves = x.reshape(*x.shape[:-1], -1, 2, stride, core.shape[-1] // 2)
+    halves = x.reshape(*x.shape[:-1], _groups(x, core, stride), 2, stride, core.shape[-1] // 2)
     return halves.transpose(-3, -2).reshape(x.shape)
 
 
 def _apart(x: Tensor, core: Tensor, stride: int) -> Tensor:
     """Undoes `_together`."""
-    halves = x.reshape(*x.shape[:-1], -1, stride, 2, core.shape[-1] // 2)
+    halves = x.reshape(*x.shape[:-1], _groups(x, core, stride), stride, 2, core.shape[-1] // 2)
     return halves.transpose(-3, -2).reshape(x.shape)
+
+
+def _groups(x: Tensor, core: Tensor, stride: int) -> int:
+    """How many runs of so many blocks there are; said, since of no rows nobody could tell."""
+    return x.shape[-1] // (stride * core.shape[-1])
 
 
 def _blocks(x: Tensor, core: Tensor) -> Tensor:

@@ -42,7 +42,10 @@ def plan(
         ValueError: ``capture`` is neither.
     """
     model = unwrap(model)
-    _check_types(model, spec)
+    if not isinstance(spec, Spec):
+        raise SpecError(
+            f"spec is a {type(spec).__name__}: it must be a spec such as oftfx.OFT(block_size=32)."
+        )
     if capture not in ("graph", "modules"):
         raise ValueError(f"capture={capture!r}: must be 'graph' or 'modules'.")
     if capture == "modules":
@@ -50,15 +53,3 @@ def plan(
             raise PlanError('capture="modules" walks a module tree; an ExportedProgram has none.')
         return choose(of_modules(model, spec), spec, copied(model, spec), "modules")
     return choose(of_graph(model, example_inputs), spec, copied(model, spec), "graph")
-
-
-def _check_types(model: Any, spec: Any) -> None:
-    if not isinstance(spec, Spec):
-        raise SpecError(
-            f"spec is a {type(spec).__name__}: it must be a spec such as oftfx.OFT(block_size=32)."
-        )
-    if not isinstance(model, Model):
-        raise PlanError(
-            f"model is a {type(model).__name__}: it must be an nn.Module, a torch.fx.GraphModule "
-            "or a torch.export.ExportedProgram."
-        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from oftfx import match, modules, sites
 from oftfx.capture import Capture, Model, capture
@@ -34,7 +35,8 @@ def of_graph(model: Model, example_inputs: Any) -> list[Candidate]:
     """Off the graph of a model's forward, in its order; then the weights that it never reads."""
     found = capture(model, example_inputs)
     all_uses = match.uses(found)
-    heads = match.output_heads(found, all_uses) | _known_heads(model, all_uses)
+    heads = match.output_heads(found, all_uses, _vocabularies(model))
+    heads |= _known_heads(model, all_uses)
     routers = match.routers(all_uses)
     by_weight: dict[str, list[Use]] = {}
     for use in all_uses:
@@ -44,7 +46,7 @@ def of_graph(model: Model, example_inputs: Any) -> list[Candidate]:
     candidates = []
     for weight, reads in by_weight.items():
         tensor = found.tensors[weight]
-        if tensor.dim() < 2 or modules.is_rotation(weight):
+        if tensor.dim() < 2 or modules.is_rotation(model, weight):
             continue
         fitting = [use for use in reads if use.x is not None]
         fault = _fault(model, weight)
@@ -76,7 +78,7 @@ def of_graph(model: Model, example_inputs: Any) -> list[Candidate]:
         candidates.append(Candidate(site, role, why_not, broken=bool(fault)))
     used = {name for use in all_uses for name in found.aliases[use.weight]}
     for name, tensor in found.tensors.items():
-        if name not in used and tensor.dim() >= 2 and not modules.is_rotation(name):
+        if name not in used and tensor.dim() >= 2 and not modules.is_rotation(model, name):
             out, width = tensor.shape[-2:]
             fqn = name.removesuffix(".weight")
             site = Site(fqn, "unused", name, width, out, "out_in", len(groups), fqn, 0)
@@ -152,6 +154,19 @@ def _is_owner(model: Model, owner: str, fqn: str) -> bool:
     return owner in names and names[owner] is names.get(fqn)
 
 
+def _vocabularies(model: Model) -> set[int] | None:
+    """The rows of the embedding of tokens that a transformers model names, if it names what it has.
+
+    Others, such as that of positions, often have as many rows as a layer has outputs.
+    """
+    try:
+        table = model.get_input_embeddings()  # type: ignore[union-attr, operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    weight = getattr(table, "weight", None)
+    return {len(weight)} if weight is not None and weight.dim() == 2 else set()
+
+
 def _known_heads(model: Model, found: Iterable[Use]) -> set[Any]:
     """Heads that a transformers model names itself, which a graph alone would not show."""
     base = getattr(model, "base_model", None)
@@ -196,6 +211,8 @@ def of_modules(model: nn.Module, spec: Spec) -> list[Candidate]:
         fault = _fault_of(module)
         if isinstance(provider, Quantiser):
             why_not = fault
+        elif isinstance(module, NonDynamicallyQuantizableLinear):
+            why_not = "nn.MultiheadAttention reads its weight, and never calls it"
         elif provider is not None and weight is not None:
             layout = provider.LAYOUT
             why_not = "" if weight.is_floating_point() else f"its weight is {weight.dtype}"

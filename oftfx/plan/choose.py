@@ -137,7 +137,7 @@ def copied(model: Model, spec: Spec) -> tuple[Copied, ...]:
         for leaf, parameter in module._parameters.items()
         if parameter is not None
     }
-    held = {name: value for name, value in held.items() if not modules.is_rotation(name)}
+    held = {name: value for name, value in held.items() if not modules.is_rotation(model, name)}
     packed = sites.quantised_layers(model)
     chosen: dict[str, Copied] = {}
     for rule in rules:

@@ -89,6 +89,8 @@ class Job:
             raise SpecError(f"checkpoint_every={self.checkpoint_every}: must be an integer ≥ 1.")
         if not 0 < self.lr < math.inf:
             raise SpecError(f"lr={self.lr}: must be a positive number.")
+        if not 0 <= self.seed < 2**32:
+            raise SpecError(f"seed={self.seed}: must be an integer from 0 to 2³² − 1.")
         if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
             raise SpecError(f"held_out={self.held_out}: a fraction must lie between 0 and 1.")
 

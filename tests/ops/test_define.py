@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from oftfx import ops
+import oftfx
+from oftfx import GOFT, HRA, OFT, ops
 from oftfx.lower import ATEN
 from oftfx.ops import define
 from oftfx.ops.givens import GIVENS
@@ -143,3 +145,14 @@ def test_a_subclass_among_the_operands_is_told(case, which):
     assert torch.equal(ops.rotate(*operands), expected)
     assert torch.equal(ops.rotate_group(operands[0], operands[1:])[0], expected)
     assert told == ["oftfx.rotate.default", "oftfx.rotate_group.default"]
+
+
+@pytest.mark.parametrize("spec", [OFT(block_size=4), GOFT(), HRA(rank=2)])
+def test_forward_mode_derivatives_are_refused_and_not_zero(spec):
+    x = torch.randn(3, 8)
+    model = oftfx.adapt(nn.Sequential(nn.Linear(8, 8)), spec, example_inputs=x)
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(model, (x,), (x,))
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jacfwd(model)(x)
+    assert torch.equal(torch.vmap(model)(x), model(x))

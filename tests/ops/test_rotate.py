@@ -323,3 +323,10 @@ def test_an_adapted_linear_keeps_x_core_and_weight(dtype, bias):
     weight = model[0].weight
     expected = {x.data_ptr(), cores[0].data_ptr(), weight.data_ptr(), theta.data_ptr()}
     assert saved.places() == expected
+
+
+def test_no_rows_are_turned_by_strided_blocks_too():
+    core = torch.randn(2, 4, 4)
+    assert ops.rotate(torch.randn(0, 8), core, 2).shape == (0, 8)
+    grads = ops.rotate_grad(torch.randn(0, 8), torch.randn(0, 8), core, True, True, 2)
+    assert [tuple(grad.shape) for grad in grads] == [(0, 8), (2, 4, 4)]

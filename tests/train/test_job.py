@@ -204,6 +204,8 @@ def test_too_little_text(job, tmp_path):
     "changes",
     [
         {"steps": 0},
+        {"seed": -1},
+        {"seed": 2**32},
         {"batch_size": 0},
         {"seq_len": 1},
         {"lr": 0.0},
