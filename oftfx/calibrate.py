@@ -27,7 +27,7 @@ from oftfx.regions import differentiable
 from oftfx.rotations import num_trainable, supports
 from oftfx.rotations.sketches import PASSES, PROBES, Gradient, Sketch, Skew
 from oftfx.spec import LOFT, Spec
-from oftfx.table import table
+from oftfx.table import listed, table
 from oftfx.weights import Weights
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -261,10 +261,9 @@ def _check_images(sketches: Mapping[str, Sketch]) -> None:
     broken = [fqn for fqn, s in sketches.items() if not all(i.isfinite().all() for i in s.images())]
     for fqns, fault in ((broken, "a gradient that is not finite"), (silent, "no gradient")):
         if fqns:
-            names = ", ".join(fqns[:8]) + (", …" if len(fqns) > 8 else "")
             raise PlanError(
-                f"calibration: {fault} came to {len(fqns)} of {len(sketches)} rotations ({names}): "
-                "pass batches and a loss that reach them, or exclude them."
+                f"calibration: {fault} came to {len(fqns)} of {len(sketches)} rotations "
+                f"({listed(fqns)}): pass batches and a loss that reach them, or exclude them."
             )
 
 

@@ -18,7 +18,7 @@ from oftfx.ops.factor import SCALE
 from oftfx.rotations import method_of, scaled
 from oftfx.spec import Spec
 from oftfx.spread import whole
-from oftfx.table import table
+from oftfx.table import listed, table
 
 _WARNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -66,7 +66,7 @@ class Health:
             return
         for i in new:
             _WARNED[self.thetas[i]] = True
-        names = ", ".join(self.fqns[i] for i in new[:8]) + (", …" if len(new) > 8 else "")
+        names = listed([self.fqns[i] for i in new])
         warnings.warn(
             f"‖Q‖ ≥ 1 at {len(new)} sites ({names}): the Cayley–Neumann series diverges there and "
             'the maps are no rotations. Lower the learning rate, or use guard="rescale", '

@@ -33,6 +33,11 @@ def compact(names: Sequence[str]) -> str:
     return "".join(out)
 
 
+def listed(names: Sequence[str]) -> str:
+    """The first eight names, and whether there are more."""
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun, in the plural but for 1."""
     return f"{number} {noun}" + ("s" if number != 1 else "")

@@ -11,7 +11,7 @@ from oftfx.explain.explanation import RIGHT, WHOLE, ExplainedSite, Explanation, 
 from oftfx.explain.heat import METRICS, SCROLLS, heat_maps
 from oftfx.explain.layer import LayerGraph
 from oftfx.explain.svg import picture
-from oftfx.table import counted
+from oftfx.table import counted, listed
 
 LOWERINGS = {
     "rotate": "rotates its input",
@@ -69,11 +69,10 @@ def _warnings(sites: Sequence[ExplainedSite]) -> str:
     bad = [site.fqn for site in sites if site.diverged]
     if not bad:
         return ""
-    named = ", ".join(bad[:8]) + (", …" if len(bad) > 8 else "")
     return (
         f'<p class="warning" role="alert"><b>{counted(len(bad), "site")} diverged</b> '
-        f"({escape(named)}): not finite, or a series at ‖Q‖ ≥ 1, where it gives no rotation. Lower "
-        "the learning rate, or use <code>guard</code> or <code>exact=True</code>.</p>"
+        f"({escape(listed(bad))}): not finite, or a series at ‖Q‖ ≥ 1, where it gives no rotation. "
+        "Lower the learning rate, or use <code>guard</code> or <code>exact=True</code>.</p>"
     )
 
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import BOFTConfig, HRAConfig, OFTConfig, PeftModel, PsoftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import oftfx
@@ -142,3 +143,15 @@ def test_an_adapter_for_each_row(tmp_path):
     with oftfx.rows(ours, ["default", None]):
         assert apart(ours(X), expected) < 1e-5
     assert torch.equal(theirs(X, adapter_names=["default", "__base__"]), theirs(X))
+
+
+@torch.no_grad()
+def test_a_layer_that_the_config_names_and_the_file_lacks(tmp_path):
+    """PEFT says so as well; ours must not pass it over."""
+    written(tmp_path, base(), OFTConfig(target_modules=["0", "2"], **OFT))
+    file = tmp_path / "adapter_model.safetensors"
+    held = load_file(file)
+    save_file({key: value for key, value in held.items() if ".0." not in key}, file)
+    with pytest.warns(oftfx.OftfxWarning, match="has no tensor of 0, which target_modules"):
+        ours = oftfx.load(base(), tmp_path)
+    assert [name for name, part in ours.named_modules() if hasattr(part, "oft")] == ["2"]

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from oftfx.capture import Model
 from oftfx.errors import CaptureError, CheckpointError, OftfxError, OftfxWarning
 from oftfx.fingerprint import Fingerprint
+from oftfx.host import parameters_of
 from oftfx.interop.peft.copied import read_copied, rules
 from oftfx.interop.peft.directory import COMMON, CONFIG, TENSORS, Directory, read_directory
 from oftfx.interop.peft.formats import FORMATS, Format
@@ -22,6 +23,7 @@ from oftfx.plan import Plan, plan
 from oftfx.rotations import method_of, output_shapes
 from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.spec import Spec
+from oftfx.table import listed
 from oftfx.weights import Weights
 
 
@@ -54,6 +56,7 @@ def read(model: Model, path: Path) -> tuple[Plan, dict[str, Tensor]]:
     layers, embedded, rest = _layers(found, form)
     specs = _specs(found, form, layers)
     _check_base(model, found, layers)
+    _warn_of_missing(model, found, layers)
     values = read_copied(found, rest, layers, model)
     try:
         chosen = _planned(model, _together(specs, rules(values)))
@@ -88,6 +91,24 @@ def _warn_of_unknown(found: Directory, form: Format) -> None:
         warnings.warn(
             f"{found.path / CONFIG}: {', '.join(asked)} is of a later PEFT than this version of "
             "oftfx knows, and is not heeded: compare the outputs with PEFT's.",
+            OftfxWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_missing(model: Model, found: Directory, layers: Collection[str]) -> None:
+    """Tells of the base's layers that the config names, and of which the file has no tensor."""
+    named = found.config.get("target_modules")
+    narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if not isinstance(named, list) or any(found.config.get(field) for field in narrowing):
+        return  # names that a regex makes, or that hold for a part of the layers
+    endings = tuple(f".{name}" for name in named)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters_of(model))
+    missing = [fqn for fqn in owners if f".{fqn}".endswith(endings) and fqn not in layers]
+    if missing:
+        warnings.warn(
+            f"{found.path / TENSORS} has no tensor of {listed(missing)}, which target_modules in "
+            f"{CONFIG} names: these layers stay as they are in the base.",
             OftfxWarning,
             stacklevel=2,
         )
