@@ -123,7 +123,7 @@ def _fault_of(module: nn.Module) -> str:
         return ""
     if fault := quantiser.fault(module):
         return fault
-    if quantiser.blocks(module):
+    if quantiser.ends_gradient(module):
         name = type(module).__name__
         return f"the backward of this {quantiser.KIND} {name} gives no gradient to its input"
     return ""

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import fx, nn
 
-from oftfx.sites import bitsandbytes, conv1d, embedding, hqq, linear, packed, torchao
+from oftfx.sites import bitsandbytes, conv1d, embedding, gptq, hqq, linear, torchao
 from oftfx.sites.matmul import Layout
 from oftfx.sites.naming import forward_in
 from oftfx.sites.quantised import Fusing, Quantiser
@@ -45,8 +45,8 @@ PROVIDERS: tuple[Provider, ...] = (
     bitsandbytes.LINEAR4BIT,
     bitsandbytes.LINEAR8BIT,
     hqq,
-    packed.AWQ,  # before GPTQ, whose library has such layers, too
-    packed.GPTQ,
+    gptq.AWQ,  # before GPTQ, whose library has such layers, too
+    gptq.GPTQ,
 )
 
 

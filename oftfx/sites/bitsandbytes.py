@@ -33,7 +33,7 @@ class _Layer:
         """Shape of W: (out, in)."""
         return module.out_features, module.in_features
 
-    def blocks(self, module: nn.Module) -> bool:
+    def ends_gradient(self, module: nn.Module) -> bool:
         """Never: its autograd function has a gradient for its input."""
         return False
 

@@ -29,7 +29,7 @@ def fault(module: Any) -> str:
     return "" if module.ready else "it is not quantised yet: call its initialize()"
 
 
-def blocks(module: nn.Module) -> bool:
+def ends_gradient(module: nn.Module) -> bool:
     """Whether the backend it is set to gives its input no gradient."""
     return no_gradient(module, shape(module)[1])
 

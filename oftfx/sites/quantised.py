@@ -33,7 +33,7 @@ class Quantiser(Hashable, Protocol):
     def fault(self, module: nn.Module) -> str:
         """Why nothing can be trained through this layer as it is; empty when it can."""
 
-    def blocks(self, module: nn.Module) -> bool:
+    def ends_gradient(self, module: nn.Module) -> bool:
         """Whether its backward gives its input no gradient, so that nothing before it trains."""
 
     def pin(self, module: nn.Module) -> None:

@@ -32,7 +32,7 @@ def fault(module: nn.Module) -> str:
     return ""
 
 
-def blocks(module: nn.Module) -> bool:
+def ends_gradient(module: nn.Module) -> bool:
     """Whether its backward gives its input no gradient, as with quantised activations."""
     return no_gradient(module, shape(module)[1])
 

@@ -14,7 +14,7 @@ from oftfx.sites.naming import class_of
 from oftfx.sites.quantised import no_gradient
 
 
-class Packed:
+class Words:
     """Layers of some libraries that hold `qweight` in place of `weight`.
 
     Args:
@@ -45,7 +45,7 @@ class Packed:
         """Nothing to find: the words tell nothing."""
         return ""
 
-    def blocks(self, module: nn.Module) -> bool:
+    def ends_gradient(self, module: nn.Module) -> bool:
         """Whether its kernel gives its input no gradient."""
         return no_gradient(module, self.shape(module)[1])
 
@@ -67,5 +67,5 @@ class Packed:
         self.dequantise(module)
 
 
-GPTQ = Packed("gptq", ("gptqmodel.nn_modules.qlinear", "auto_gptq.nn_modules.qlinear"))
-AWQ = Packed("awq", ("awq.modules.linear", "gptqmodel.nn_modules.qlinear.awq"))
+GPTQ = Words("gptq", ("gptqmodel.nn_modules.qlinear", "auto_gptq.nn_modules.qlinear"))
+AWQ = Words("awq", ("awq.modules.linear", "gptqmodel.nn_modules.qlinear.awq"))
