@@ -635,3 +635,15 @@ def test_a_part_that_was_adapted_first_is_met_first():
     oftfx.use(model, list(oftfx.adapters(model)))
     assert torch.equal(model(x), expected)
     torch.testing.assert_close(oftfx.merge(model)(x), expected)
+
+
+@pytest.mark.parametrize("name", [None, 5])
+def test_a_name_that_is_no_text_is_refused(name):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(
+        PlanError, match=f"name={name}: an adapter's name must be a plain identifier"
+    ):
+        oftfx.adapt(model, OFT(block_size=4), name, capture="modules")
+    oftfx.adapt(model, OFT(block_size=4), capture="modules")
+    with pytest.raises(PlanError, match=f"{name} names no adapter"):
+        oftfx.use(model, name)

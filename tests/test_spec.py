@@ -307,3 +307,14 @@ def test_every_method_survives_json(spec):
 
 def test_one_factor_may_have_odd_blocks():
     assert BOFT(factors=1, block_size=5).block_size == 5
+
+
+def test_what_is_no_rule_no_field_and_no_method_is_said_to_be_none():
+    with pytest.raises(SpecError, match=r"targets holds .*: every rule must be a name or a regex"):
+        OFT(targets=re.compile(b"q"))
+    with pytest.raises(SpecError, match="sets 5, which is not a field of OFT"):
+        OFT(overrides={"q": {5: 4}})
+    with pytest.raises(SpecError, match=r"Spec is of no method: use one of \['BOFT', "):
+        Spec()
+    with pytest.raises(SpecError, match="None is no spec: it must be a mapping"):
+        Spec.from_json(None)

@@ -12,7 +12,7 @@ everything that holds on to the module keeps working, compiled graphs included.
 
 import itertools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -170,6 +170,8 @@ def chosen(model: nn.Module, names: str | Sequence[str]) -> list[str]:
         PlanError: The model has no adapter of a name, one is named twice, or two of them train the
             same tensor as it is.
     """
+    if not isinstance(names, Iterable):
+        raise PlanError(f"{names!r} names no adapter: pass a name, or several in their order.")
     found = [names] if isinstance(names, str) else list(names)
     known = in_order(model)
     for name in found:

@@ -19,6 +19,9 @@ from oftfx.sites.matmul import Layout
 from oftfx.sites.quantised import Quantiser
 from oftfx.spec import Spec
 
+UNUSED = "never used in the captured forward, or where torch.compile skips the code"
+"""Of a weight that no graph reads; the module tree knows it if its layer is what is called."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -82,7 +85,7 @@ def of_graph(model: Model, example_inputs: Any) -> list[Candidate]:
             out, width = tensor.shape[-2:]
             fqn = name.removesuffix(".weight")
             site = Site(fqn, "unused", name, width, out, "out_in", len(groups), fqn, 0)
-            candidates.append(Candidate(site, why_not="never used in the captured forward"))
+            candidates.append(Candidate(site, why_not=UNUSED))
     return candidates
 
 

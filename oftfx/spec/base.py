@@ -59,6 +59,8 @@ class Spec:
     init_std: float = 0.0
 
     def __post_init__(self) -> None:
+        if type(self) is Spec:
+            raise SpecError(f"Spec is of no method: use one of {sorted(METHODS)}.")
         if self.targets != ALL_LINEAR and not callable(self.targets):
             object.__setattr__(self, "targets", checked_rules("targets", self.targets))
             if not self.targets:
@@ -89,7 +91,8 @@ class Spec:
                 if key not in allowed:
                     raise SpecError(
                         f"overrides[{pattern!r}] sets {key!r}, which is not a field of "
-                        f"{type(self).__name__} that can differ per layer{nearest(key, allowed)}. "
+                        f"{type(self).__name__} that can differ per layer"
+                        f"{nearest(str(key), allowed)}. "
                         f"Fields: {', '.join(sorted(allowed))}."
                     )
             # Constructing the overridden spec validates the values now, not at the first match.
@@ -142,6 +145,8 @@ class Spec:
         Raises:
             SpecError: Unknown method or field, or a value out of range.
         """
+        if not isinstance(data, Mapping):
+            raise SpecError(f"{data!r} is no spec: it must be a mapping of fields.")
         fields = dict(data)
         name = fields.pop("method", None)
         if name not in METHODS:

@@ -32,8 +32,11 @@ def checked_rules(field: str, value: Target | Sequence[Target]) -> tuple[Target,
     if not isinstance(rules, Sequence):
         raise SpecError(f"{field}={value!r}: must be a name, a regex, or a sequence of them.")
     for rule in rules:
-        if not isinstance(rule, (str, re.Pattern)):
-            raise SpecError(f"{field} holds {rule!r}: every rule must be a name or a regex.")
+        text = rule.pattern if isinstance(rule, re.Pattern) else rule
+        if not isinstance(text, str):
+            raise SpecError(
+                f"{field} holds {rule!r}: every rule must be a name or a regex of text."
+            )
         try:
             re.compile(rule)
         except re.error as error:
