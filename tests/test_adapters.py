@@ -647,3 +647,12 @@ def test_a_name_that_is_no_text_is_refused(name):
     oftfx.adapt(model, OFT(block_size=4), capture="modules")
     with pytest.raises(PlanError, match=f"{name} names no adapter"):
         oftfx.use(model, name)
+
+
+def test_adapters_of_different_layers_are_named_as_they_were_chosen():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for name, target in (("a", "0"), ("b", "1")):
+        oftfx.adapt(model, OFT(block_size=4, targets=target), name, capture="modules")
+    assert list(oftfx.adapters(model)) == ["a", "b"]
+    oftfx.use(model, ["b", "a"])
+    assert list(oftfx.adapters(model)) == ["b", "a"]

@@ -126,10 +126,11 @@ def rotations(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, 
 def in_order(model: nn.Module) -> dict[str, bool]:
     """Whether each of a model's adapters is in use; in the order x meets them."""
     adapted = _adapted(model)
+    chosen = (name for module in adapted for name in module.oft_order)
     added = (name for module in model.modules() for name in vars(module).get(RECORD, ()))
     found = [(adapter, state) for m in adapted for adapter, _, state in _held(m)]
     used = {adapter for adapter, state in found if state.enabled}
-    names = dict.fromkeys((*added, *(adapter for adapter, _ in found)))
+    names = dict.fromkeys((*chosen, *added, *(adapter for adapter, _ in found)))
     return {name: name in used for name in _merged([*names], {_order(m) for m in adapted})}
 
 
