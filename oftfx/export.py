@@ -141,7 +141,8 @@ def export(
     Args:
         model: A transformers model, plain, merged or adapted. It is put in evaluation mode. An
             adapted one is written with its rotations as constants beside the weights.
-        file: Its name ends in ``.pt2``. It appears whole or not at all.
+        file: Its name ends in ``.pt2``. It appears whole or not at all; its folder is made
+            if missing.
         format: ``"pt2"`` for ``torch.export.load``; ``"aoti"`` for
             ``torch._inductor.aoti_load_package``, compiled for this machine's CPU (a C++ compiler
             is needed here, not where it runs).

@@ -411,3 +411,11 @@ def test_signature_takes_inputs_beside_the_spec():
         "example_inputs",
         "capture",
     ]
+
+
+def test_inputs_that_do_not_fit_are_told_with_the_reason():
+    model = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(
+        CaptureError, match=r"fake tensor call: RuntimeError\(.*\[3, 9\] X \[8, 4\]"
+    ):
+        oftfx.plan(model, SPEC, torch.randn(3, 9))

@@ -28,6 +28,7 @@ from oftfx.modules.classes import (
     become,
     folding,
     hooked,
+    order,
     ordered,
     own_forward,
     rotating,
@@ -131,13 +132,7 @@ def in_order(model: nn.Module) -> dict[str, bool]:
     found = [(adapter, state) for m in adapted for adapter, _, state in _held(m)]
     used = {adapter for adapter, state in found if state.enabled}
     names = dict.fromkeys((*chosen, *added, *(adapter for adapter, _ in found)))
-    return {name: name in used for name in _merged([*names], {_order(m) for m in adapted})}
-
-
-def _order(module: Adapted) -> tuple[str, ...]:
-    """The adapters of one module, in the order x meets them."""
-    first = tuple(name for name in module.oft_order if name in module.oft)
-    return (*first, *(name for name in module.oft if name not in first))
+    return {name: name in used for name in _merged([*names], set(map(order, adapted)))}
 
 
 def _merged(names: list[str], orders: Collection[tuple[str, ...]]) -> Iterator[str]:

@@ -38,8 +38,13 @@ def ordered(module: Any) -> list[Any]:
     held, first = module._modules[CHILD], module.oft_order
     if not first:
         return list(held._modules.values())
-    names = [name for name in first if name in held]
-    return [held[name] for name in (*names, *(name for name in held if name not in names))]
+    return [held[name] for name in order(module)]
+
+
+def order(module: Adapted) -> tuple[str, ...]:
+    """The adapters of a module, in the order x meets them."""
+    first = tuple(name for name in module.oft_order if name in module.oft)
+    return (*first, *(name for name in module.oft if name not in first))
 
 
 @functools.cache

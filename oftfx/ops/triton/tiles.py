@@ -64,11 +64,16 @@ def cut(
     columns = triton.cdiv(n, chosen.pack) * (chosen.wide // chosen.part)
     height = triton.cdiv(rows, chosen.tile)
     most_tiles = longest(chosen.tile, stride)
-    if not chosen.waves:
+    if chosen.waves:
+        run = _together(columns, height, chosen.waves * processors(device), most_tiles)
+    else:
         run = max(1, min(SHORT, most_tiles, columns * height // processors(device)))
-        splits = triton.cdiv(height, run)
-        return columns * splits, run, splits
-    at_once = chosen.waves * processors(device)
+    splits = max(1, triton.cdiv(height, run))
+    return columns * splits, run, splits
+
+
+def _together(columns: int, height: int, at_once: int, most_tiles: int) -> int:
+    """How many tiles are in a run, where as many programs as are at work begin and end together."""
 
     def time(run: int) -> float:
         """In tiles: programs begin together, those there is no room for when others have ended."""
@@ -76,9 +81,7 @@ def cut(
 
     most = max(1, 8 * at_once // max(1, columns))
     runs = {max(1, min(most_tiles, triton.cdiv(height, parts))) for parts in range(1, most + 1)}
-    run = min(sorted(runs), key=time)
-    splits = max(1, triton.cdiv(height, run))
-    return columns * splits, run, splits
+    return min(sorted(runs), key=time)
 
 
 def longest(tile: int, stride: int) -> int:
