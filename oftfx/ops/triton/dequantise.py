@@ -8,6 +8,9 @@ A tile is (lines, 32 columns): the rows of a pack's first 32 columns, then of it
 so on. Of a line, thread t of four loads bytes 4t … 4t+3, so it has columns 8t … 8t+7. Among the
 columns as a product numbers them, it has 2t and 2t+1 of each eight. Rows differ alike: in memory,
 warps take eight after each other, in a product sixteen.
+
+Nor does a thread ask memory for the code: each holds one of its 16 numbers, and they tell each
+other. Looking numbers up took as long as the product.
 """
 
 import functools
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from oftfx.ops.packed import Packed
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import PRECISION
+from oftfx.ops.triton.rotate import COMPILED, PRECISION
 from oftfx.ops.triton.tiles import processors
 
 WIDTHS = {16, 32, 64, 128}
@@ -58,6 +61,76 @@ def _memory(x: tl.tensor, RUNS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.cons
     """Columns from a product's order, (rows, 32·runs), to that of memory, (runs·rows, 32)."""
     x = tl.reshape(x, (TILE // (16 * WARPS), WARPS, 2, 8, RUNS, 4, 4, 2))
     return tl.reshape(tl.permute(x, (4, 0, 2, 1, 3, 6, 5, 7)), (RUNS * TILE, 32))
+
+
+def _tell() -> str:
+    """PTX that gives a thread the numbers of its four bytes, first those of their upper halves.
+
+    Lane l holds number l % 16: 0x101f keeps a number's upper half of the lanes among themselves.
+    """
+    asked = ((4 * half + byte, 8 * byte + 4 - 4 * half) for half in range(2) for byte in range(4))
+    steps = (
+        f"shr.u32 at, $8, {shift}; shfl.sync.idx.b32 ${number}, $9, at, 0x101f, -1;"
+        for number, shift in asked
+    )
+    return f"{{ .reg .b32 at; {' '.join(steps)} }}"
+
+
+_TELL = tl.constexpr(_tell())
+
+
+@triton.jit
+def _held(code: tl.tensor) -> tl.tensor:
+    """The number that a thread holds of the code; in the interpreter, which has none, the code."""
+    if COMPILED:
+        lane = tl.inline_asm_elementwise(
+            "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
+        )
+        code = tl.load(code + lane % 16)
+    return code
+
+
+@triton.jit
+def _numbers(held: tl.tensor, stored: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The numbers of the code that bytes stand for: of their upper halves and of their lower."""
+    if COMPILED:
+        even, odd = tl.inline_asm_elementwise(
+            _TELL,
+            "=f,=f,=f,=f,=f,=f,=f,=f,r,f,f,f,f",
+            [stored, held],
+            dtype=(tl.float32, tl.float32),
+            is_pure=False,  # it takes all threads of a warp, and so must stay where it is
+            pack=4,
+        )
+    else:
+        even, odd = tl.load(held + (stored >> 4)), tl.load(held + (stored & 15))
+    return even, odd
+
+
+@triton.jit
+def _diagonal(
+    core: tl.tensor,
+    first: tl.tensor,
+    core_block: tl.tensor,
+    core_row: tl.tensor,
+    core_col: tl.tensor,
+    B: tl.constexpr,
+    WIDE: tl.constexpr,
+    DTYPE: tl.constexpr,
+) -> tl.tensor:
+    """The transposed blocks from the ``first`` on, diagonal, columns as a product numbers them."""
+    k = tl.arange(0, WIDE)
+    column = k // 32 * 32 + k // 2 % 4 * 8 + k // 8 % 4 * 2 + k % 2
+    i, j = column[:, None], column[None, :]
+    block = (first + i // B).to(tl.int64) * core_block
+    entry = block + i % B * core_col + j % B * core_row
+    return tl.load(core + entry, i // B == j // B, 0.0).to(DTYPE)
+
+
+@triton.jit
+def _turned(weight: tl.tensor, turn: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """In the residual form: W itself never passes through a product."""
+    return weight.to(tl.float32) + tl.dot(weight, turn, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["rows", "n", "tiles"])
@@ -104,29 +177,36 @@ def _dequantise(
     stored = tl.load(data + within, (row < end)[:, None], 0)
     block = (byte + place) // (BLOCK // 2)  # of 32 columns all are in one
     scale = _scale(absmax, nested_absmax, nested_code, offset, block, row < end, NESTED)
+    held = _held(code)
+    WIDE: tl.constexpr = 32 if B < 32 else B  # of a product; a pack is one or two of them
     if TURN:
-        k = tl.arange(0, 32 * RUNS)
-        column = k // 32 * 32 + k // 2 % 4 * 8 + k // 8 % 4 * 2 + k % 2
-        i, j = column[:, None], column[None, :]
-        entry = i % B * core_col + j % B * core_row  # of Cᵀ
-        start = (pack * (32 * RUNS // B) + i // B).to(tl.int64) * core_block
-        turn = tl.load(core + start + entry, i // B == j // B, 0.0).to(dtype)
+        first = pack * (32 * RUNS // B)
+        turn = _diagonal(core, first, core_block, core_row, core_col, B, WIDE, dtype)
+        if WIDE < 32 * RUNS:
+            first += WIDE // B
+            other = _diagonal(core, first, core_block, core_row, core_col, B, WIDE, dtype)
 
     for _ in range(begin, end, TILE):
         there = (row < end)[:, None]
         row += TILE
         byte += TILE * half
         data += TILE * half
-        number = stored.to(tl.int32)
-        even = (tl.load(code + (number >> 4)) * scale[:, None]).to(dtype)
-        odd = (tl.load(code + (number & 15)) * scale[:, None]).to(dtype)
+        even, odd = _numbers(held, stored)
+        even = (even * scale[:, None]).to(dtype)
+        odd = (odd * scale[:, None]).to(dtype)
         stored = tl.load(data + within, (row < end)[:, None], 0)
         block = (byte + place) // (BLOCK // 2)
         scale = _scale(absmax, nested_absmax, nested_code, offset, block, row < end, NESTED)
-        if TURN:  # the residual form: W itself never passes through a product
+        if TURN:
             pairs = tl.join(_operand(even, RUNS, TILE, WARPS), _operand(odd, RUNS, TILE, WARPS))
             weight = tl.reshape(pairs, (TILE, 32 * RUNS))
-            turned = weight.to(tl.float32) + tl.dot(weight, turn, input_precision=PRECISION)
+            if WIDE < 32 * RUNS:  # each by itself: as one product they would be mostly zeros
+                halves = tl.permute(tl.reshape(weight, (TILE, 2, WIDE)), (0, 2, 1))
+                left, right = tl.split(halves)
+                both = tl.join(_turned(left, turn, PRECISION), _turned(right, other, PRECISION))
+                turned = tl.reshape(tl.permute(both, (0, 2, 1)), (TILE, 2 * WIDE))
+            else:
+                turned = _turned(weight, turn, PRECISION)
             value = _memory(turned.to(dtype), RUNS, TILE, WARPS)
         else:
             value = tl.reshape(tl.join(even, odd), (RUNS * TILE, 32))
@@ -198,11 +278,9 @@ class Tiles(NamedTuple):
 
 def tiles(width: int, b: int, turn: bool) -> Tiles:
     """Tile sizes by the weight's width and that of its blocks, as measured on one H100."""
-    if not turn:
-        return Tiles(1 if width % 64 else 2, 64, 4, 8)
     if b > 64:
         return Tiles(b // 32, 64, 4, 4)
-    return Tiles(2, 64, 4, 12) if b > 32 else Tiles(1, 128, 4, 12)
+    return Tiles(1 if width % 64 else 2, 64, 4, 12 if turn else 8)
 
 
 @functools.lru_cache(maxsize=4096)
