@@ -414,8 +414,8 @@ def _cut(
     return work, (grad_rows, x_rows, by_rows)
 
 
-def tiles(b: int, itemsize: int, gram: bool) -> Tiles:
-    """Tile sizes by block width, as measured on one H100."""
+def tiles(b: int, itemsize: int, gram: bool, turn: bool = True) -> Tiles:
+    """Tile sizes by block width and what is made, as measured on one H100."""
     pack = max(1, (64 if itemsize == 2 else 32) // b)
     wide = max(16, triton.next_power_of_2(pack * b))
     if itemsize == 4:  # three products of tf32 parts, held beside each other
@@ -424,7 +424,9 @@ def tiles(b: int, itemsize: int, gram: bool) -> Tiles:
     # different instructions, and Triton (3.6) refills a buffer that the Gram still reads.
     if wide > 64:
         return Tiles(pack, wide, 128 if gram else wide, 64, 8, 3, 1)
-    return Tiles(pack, wide, wide, 64, 4, 3, 2) if gram else Tiles(pack, wide, wide, 64, 4, 0, 0)
+    if not gram:
+        return Tiles(pack, wide, wide, 64, 4, 0, 0)
+    return Tiles(pack, wide, wide, 64, 4, 3, 2) if turn else Tiles(pack, wide, wide, 64, 8, 2, 3)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -443,7 +445,8 @@ def _work(
     ROTATE, GRAM and PRODUCT.
     """
     rows, n, b, stride = sizes
-    chosen = tiles(b, dtype.itemsize, needs[1])
+    turn, gram, _ = needs
+    chosen = tiles(b, dtype.itemsize, gram, turn)
     programs, run, splits = cut(rows, n, chosen, device, max(*row_strides, n * b))
     last: tuple[int | str, ...] = (*needs, PRECISION, chosen.stages == 0, stride)
     numbers = (rows, n, run, n * b, *row_strides, *core_strides)
