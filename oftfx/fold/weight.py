@@ -10,6 +10,8 @@ from torch import Tensor
 
 from oftfx.errors import MergeError
 from oftfx.ops.factor import Factor
+from oftfx.ops.fold import folded
+from oftfx.ops.rotate import ROTATE
 
 BLOCK = 2**26
 """How many elements are folded at once: 256 MiB in float32, however large the weight.
@@ -77,10 +79,20 @@ class Fold:
         """
         if into is None:
             into = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
-        dtype = torch.promote_types(self.wide(), self.dtype)
+        dtype, core = torch.promote_types(self.wide(), self.dtype), self._core()
         for old, new, which in self.blocks(into):
-            new.copy_(self.turned(old, dtype, which))
+            if core is None or torch.promote_types(old.dtype, core.dtype) != dtype:
+                new.copy_(self.turned(old, dtype, which))
+            else:
+                folded(old, core, new.dtype, into=new)
         return into
+
+    def _core(self) -> Tensor | None:
+        """Of the one block rotation that folds in one pass, if that is all there is to fold."""
+        if len(self.factors) != 1 or self.scales or self.factors[0].op is not ROTATE:
+            return None
+        core, *strides = self.factors[0].operands
+        return core if strides in ([], [1]) else None
 
     def blocks(self, stored: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """The weight's rows, (out, in), beside them a stored weight's, and which they are."""

@@ -55,7 +55,7 @@ def fold_from(
         return None
     if chosen == "1":
         return ALL
-    fast = kernels("fold", device) if device.type == "cpu" else None
+    fast = kernels("fold_grad", device) if device.type == "cpu" else None
     if fast is None or not fast.fits(dtype, block):
         return None
     return 2 * sum(outs) // len(outs)

@@ -11,23 +11,26 @@ from oftfx.ops.rotate import rotate, rotate_grad
 from oftfx.ops.rotate_product import rotate_product_grad
 
 
-def folded(weight: Tensor, core: Tensor, dtype: torch.dtype) -> Tensor:
+def folded(weight: Tensor, core: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
     """``W blockdiag(I + C_1 … I + C_n)ᵀ`` as merging computes it: in the wider dtype, then rounded.
 
     Args:
         weight: W, (out, n·b), floating.
         core: (n, b, b), the residual blocks; a single one, (1, b, b), turns every block.
         dtype: Of the result.
+        into: Where it goes, of that dtype; perhaps the weight itself. None for a new tensor.
 
     Returns:
-        (out, n·b), contiguous.
+        (out, n·b), a new one contiguous.
     """
-    wide = weight.to(torch.promote_types(weight.dtype, core.dtype))
     fast = kernels("fold", weight.device)
-    if fast is None or not fast.fits(wide.dtype, core.shape[-1]):
-        return rotate(wide, core.mT).to(dtype)
-    result: Tensor = fast.folded(wide, core)
-    return result.to(dtype)
+    if fast is not None and fast.fits(weight, core):
+        with on(weight.device):
+            result: Tensor = fast.folded(weight, core, dtype, into)
+        return result
+    wide = weight.to(torch.promote_types(weight.dtype, core.dtype))
+    turned = rotate(wide, core.mT)
+    return turned.to(dtype) if into is None else into.copy_(turned)
 
 
 def core_grad(grad: Tensor, x: Tensor, core: Tensor, by: Sequence[Tensor] = ()) -> Tensor:
@@ -45,7 +48,7 @@ def core_grad(grad: Tensor, x: Tensor, core: Tensor, by: Sequence[Tensor] = ()) 
         (n, b, b) in the core's dtype.
     """
     factors = [x, *by]
-    fast = kernels("fold", x.device)
+    fast = kernels("fold_grad", x.device)
     if fast is not None and fast.fits(x.dtype, core.shape[-1]):
         result: Tensor = fast.core_grad(grad, again(factors), core)
         return result

@@ -20,6 +20,7 @@ from oftfx.ops.native import (
     cayley,
     dequantise,
     fold,
+    fold_grad,
     glu_rotate,
     rms_rotate,
     rotate,
@@ -59,11 +60,12 @@ def check(x, cores, grads):
 
 def check_fold(weight, core, grad):
     """Folding has the bits of a rotation by the transposed core; and its gradient, float64's."""
-    assert torch.equal(fold.folded(weight, core), rotate.rotate(weight, core.mT, 1))
+    turned = fold.folded(weight, core, torch.float32, None)
+    assert torch.equal(turned, rotate.rotate(weight, core.mT, 1))
     gram = ops.block_gram(weight.double(), grad.double(), core.double())
     turn = torch.eye(core.shape[-1], dtype=torch.float64) + core.double()
     expected = gram @ torch.linalg.inv(turn).mT
-    got = fold.core_grad(grad, weight, core).double()
+    got = fold_grad.core_grad(grad, weight, core).double()
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -130,7 +132,7 @@ def test_4_bit_weights_of_any_size(out, n, b, quant_type, block_size, double, se
     exact = packed.dequantised(weight, torch.float32)
     assert torch.equal(dequantise.dequantised(weight, torch.float32), exact)
     folded = dequantise.folded(weight, core, torch.float32)
-    assert torch.equal(folded, fold.folded(exact, core))
+    assert torch.equal(folded, fold.folded(exact, core, torch.float32, None))
     assert torch.equal(dequantise.folded(weight, 0 * core, torch.float32), exact)
 
 

@@ -12,8 +12,8 @@ from types import ModuleType
 from oftfx.ops.native.binding import library
 
 FAMILIES = (
-    *("cayley", "cayley_each", "dequantise", "fold", "glu_rotate", "rms_rotate"),
-    *("rotate", "rotate_group", "rotate_product"),
+    *("cayley", "cayley_each", "dequantise", "fold", "fold_grad", "glu_rotate"),
+    *("rms_rotate", "rotate", "rotate_group", "rotate_product"),
 )
 
 
