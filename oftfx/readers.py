@@ -91,14 +91,14 @@ class Readers:
         return result
 
     def _read(self, reader: Any, x: Tensor, turn: Callable[..., Sequence[Any]]) -> Any:
-        place = self.places.get(reader)
+        place, dtype = self.places.get(reader), matmul_dtype(x)
         if place is None:  # a shallow copy, such as a data-parallel replica, of a reader
-            return turn(x, [reader.rotation])[0]
+            return turn(x, [reader.rotation], dtype)[0]
         own = self.turns[place]
         if not self.near and watched():
-            return turn(x, [own])[0]
+            return turn(x, [own], dtype)[0]
         version = None if x.is_inference() else x._version
-        state = (version, torch.is_grad_enabled(), autocast_dtype(x), turn)
+        state = (version, torch.is_grad_enabled(), dtype, turn)
         kept = self._kept
         if (
             kept is None
@@ -113,8 +113,8 @@ class Readers:
             self._kept = kept = None
             held = self._held(x)
             if held is None:
-                return turn(x, [own])[0]
-            self._kept = kept = Kept(x, state, held, turn(x, self.turns), set())
+                return turn(x, [own], dtype)[0]
+            self._kept = kept = Kept(x, state, held, turn(x, self.turns, dtype), set())
         kept.served.add(reader)
         if len(kept.served) == len(self.places):
             self._kept = None
@@ -158,19 +158,21 @@ def unchanged(held: Versions, tensors: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def together(x: Tensor, turns: list[Any]) -> Sequence[Tensor]:
+def together(x: Tensor, turns: list[Any], dtype: torch.dtype) -> Sequence[Tensor]:
     """``x·M`` for several M, in one op where each is one block rotation of the same blocks."""
     applied = [turn.applied() for turn in turns]
     cores = _alike(applied)
-    if cores and (outs := rotated_through(x, cores)) is not None:
+    if cores and (outs := rotated_through(x, cores, dtype)) is not None:
         return outs
-    x = cast(x)
-    return ops.rotate_group(x, cores) if len(cores) > 1 else [rotated(x, own) for own in applied]
+    x = x if x.dtype is dtype else x.to(dtype)
+    return _turned(x, cores) if cores else [_applied(x, own) for own in applied]
 
 
-def rotated_through(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...] | None:
+def rotated_through(
+    x: Tensor, cores: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, ...] | None:
     """``x·M`` of block rotations, with a backward that goes on through what made x, if it can."""
-    return through(x, cores, autocast_dtype(x) or x.dtype, _turned)
+    return through(x, cores, dtype, _turned)
 
 
 def _turned(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
@@ -190,16 +192,18 @@ def _alike(applied: list[tuple[Factor, ...]]) -> list[Tensor]:
     return cores
 
 
-def deferred(x: Tensor, turns: list[Any]) -> Sequence[tuple[Tensor, Tensor]]:
+def deferred(x: Tensor, turns: list[Any], dtype: torch.dtype) -> Sequence[tuple[Tensor, Tensor]]:
     """For each block rotation, x itself and the core by which its reader turns its own weight."""
     cores = [turn.applied()[0].operands[0] for turn in turns]
-    outs = deferred_through(x, cores) or ops.defer(cast(x), cores)
+    outs = deferred_through(x, cores, dtype) or ops.defer(x.to(dtype), cores)
     return list(zip(outs, (core.detach() for core in cores), strict=True))
 
 
-def deferred_through(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, ...] | None:
+def deferred_through(
+    x: Tensor, cores: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, ...] | None:
     """[`defer`][oftfx.ops.defer] with a backward that goes on through what made x, if it can."""
-    return through(x, cores, autocast_dtype(x) or x.dtype, _as_it_is)
+    return through(x, cores, dtype, _as_it_is)
 
 
 def _as_it_is(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
@@ -208,7 +212,10 @@ def _as_it_is(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
 
 def rotated(x: Tensor, factors: tuple[Factor, ...]) -> Tensor:
     """``x·F_1·F_2·…``, in autocast's dtype where that is on."""
-    x = cast(x)
+    return _applied(cast(x), factors)
+
+
+def _applied(x: Tensor, factors: tuple[Factor, ...]) -> Tensor:
     for factor in factors:
         x = factor(x)
     return x
@@ -218,6 +225,11 @@ def cast(x: Tensor) -> Tensor:
     """Casts as the matmul would anyway: rotating fewer bytes gives the same product."""
     dtype = autocast_dtype(x)
     return x if dtype is None else x.to(dtype)
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matmul reads x in: autocast's where that is on."""
+    return autocast_dtype(x) or x.dtype
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

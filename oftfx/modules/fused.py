@@ -9,7 +9,7 @@ from oftfx.modules.rotation import Rotation, SharedRotation
 from oftfx.ops.cost import folds_packed
 from oftfx.ops.define import unheard
 from oftfx.ops.frozen_linear import gains
-from oftfx.readers import autocast_dtype, cast, deferred_through, plain, rotated_through
+from oftfx.readers import autocast_dtype, deferred_through, matmul_dtype, plain, rotated_through
 from oftfx.sites.quantised import Fusing
 
 
@@ -20,8 +20,8 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
     turn = turns[0]
     if getattr(turn, "rotated", None) == x.shape or (found := foldable(turns)) is None:
         return None
-    block, outs = found
-    if not layers.fuses(module, x, autocast_dtype(x) or x.dtype, block, outs):
+    (block, outs), dtype = found, matmul_dtype(x)
+    if not layers.fuses(module, x, dtype, block, outs):
         vars(turn)["rotated"] = x.shape  # a module's own way of setting attributes is slow
         return None
     if turn.readers is not None and layers.DEFERS:
@@ -31,11 +31,11 @@ def fused(module: Any, layers: Fusing, turns: list[Any], x: Tensor) -> Tensor | 
     core: Tensor = factor.operands[0]
     if layers.DEFERS:
         folds = folds_packed(x.shape[:-1].numel(), turn.out, core.shape[-1], x.device)
-        given = deferred_through(x, [core]) if folds else rotated_through(x, [core])
+        given = (deferred_through if folds else rotated_through)(x, [core], dtype)
         if given is not None:
             left = core.detach() if folds else None
             return layers.rotated_linear(module, given[0], left, deferred=True)
-    return layers.rotated_linear(module, cast(x), core, deferred=False)
+    return layers.rotated_linear(module, x.to(dtype), core, deferred=False)
 
 
 def foldable(turns: list[Any]) -> tuple[int, tuple[int, ...]] | None:

@@ -13,7 +13,7 @@ from torch.fx import traceback
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
 from oftfx.outputs import Outputs
-from oftfx.readers import Readers, rotated, together, traceable
+from oftfx.readers import Readers, matmul_dtype, rotated, together, traceable
 from oftfx.rotations import Method, block_of, method_of, scaled
 from oftfx.rotations.oft import dropped
 from oftfx.spec import Spec
@@ -146,7 +146,7 @@ class Rotation(Outputs):
         if not torch.compiler.is_compiling():
             if self.readers is not None:
                 return self.readers.rotate(self, x)
-            return together(x, [self])[0]
+            return together(x, [self], matmul_dtype(x))[0]
         with self._noted():
             return rotated(x, self.applied())
 
