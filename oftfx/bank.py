@@ -38,11 +38,7 @@ class Bank:
         self.root = root
         self.rotations = list(rotations)
         self.useful = True
-        alike: dict[Any, list[Rotation]] = {}
-        for rotation in self.rotations:
-            trained = {n: s for n, s in rotation.shapes.items() if n not in rotation.method.FIXED}
-            alike.setdefault((rotation.spec, *trained.items()), []).append(rotation)
-        self.alike = list(alike.values())
+        self.alike = _alike(self.rotations)
         self.handed: list[Given] = []
         self.handles: tuple[RemovableHandle, ...] = (
             root.register_forward_pre_hook(self.fill),
@@ -59,11 +55,7 @@ class Bank:
         if root is not self.root or not (self.useful and torch.is_grad_enabled()):
             return
         for members in self.alike:
-            batches: dict[Any, dict[Rotation, dict[str, Tensor]]] = {}
-            for rotation in members:
-                if rotation.enabled and (kind := _kind(rotation, tensors := rotation.tensors())):
-                    batches.setdefault(kind, {})[rotation] = tensors
-            for batch in batches.values():
+            for batch in _batches(members):
                 self.handed += _build(batch)
 
     def close(self, root: nn.Module, args: Any, output: Any) -> None:
@@ -119,6 +111,21 @@ class Given:
         return self.cores
 
 
+@torch.no_grad()
+def build(rotations: Iterable[Rotation]) -> None:
+    """Builds the cores of many rotations at once, for calls without a gradient.
+
+    Of those alone whose cores have the same bits together as each by itself.
+    """
+    for members in _alike(rotations):
+        if members[0].method is not oft or oft.series(members[0].spec) is None:
+            continue
+        for batch in _batches(members):
+            joined = _cores(list(batch), list(batch.values()))
+            for rotation, cores in zip(batch, joined, strict=True):
+                rotation.keep(cores)
+
+
 def _running_again() -> bool:
     """Whether a checkpointed region is run again to find the tensors that its graph saved.
 
@@ -127,6 +134,24 @@ def _running_again() -> bool:
     """
     in_backward = torch._C._current_graph_task_id() != -1
     return in_backward and watched()
+
+
+def _alike(rotations: Iterable[Rotation]) -> list[list[Rotation]]:
+    """The rotations by spec and by the shapes of what they train."""
+    alike: dict[Any, list[Rotation]] = {}
+    for rotation in rotations:
+        trained = {n: s for n, s in rotation.shapes.items() if n not in rotation.method.FIXED}
+        alike.setdefault((rotation.spec, *trained.items()), []).append(rotation)
+    return list(alike.values())
+
+
+def _batches(members: list[Rotation]) -> Iterable[dict[Rotation, dict[str, Tensor]]]:
+    """Those in use that are built together, with their parameters."""
+    batches: dict[Any, dict[Rotation, dict[str, Tensor]]] = {}
+    for rotation in members:
+        if rotation.enabled and (kind := _kind(rotation, tensors := rotation.tensors())):
+            batches.setdefault(kind, {})[rotation] = tensors
+    return batches.values()
 
 
 def _kind(rotation: Rotation, tensors: dict[str, Tensor]) -> tuple[Any, ...]:

@@ -7,10 +7,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import oftfx
-from oftfx import LOFT, OFT, PSOFT, testing
+from oftfx import LOFT, OFT, PSOFT, bank, ops, testing
 from oftfx.modules import rotations
 from tests.small import llama, rows, small, tokens
-from tests.test_modules import ran
+from tests.test_modules import Count, ran
 
 SPEC = OFT(block_size=4, init_std=0.2)
 
@@ -56,6 +56,22 @@ def test_builds_one_core_for_every_rank():
     ids = tokens()["input_ids"]
     assert ran(model, ids)[0] == 1  # the widths of the supports do not matter
     assert ran(alone(model), ids)[0] == 14
+
+
+def test_without_a_gradient_many_are_built_at_once(model):
+    found = dict(rotations(model))
+    with torch.no_grad(), Count() as count:
+        bank.build(found.values())
+        assert count.cayley == 2
+        kept = {fqn: rotation.cores() for fqn, rotation in found.items()}
+        assert count.cayley == 2
+        oftfx.scale(model, 0.5)
+        halves = {fqn: rotation.cores() for fqn, rotation in found.items()}
+        assert count.cayley == 2 + len(found)  # those that were kept are of another angle
+    for fqn, rotation in found.items():
+        own = ops.cayley(rotation.theta.detach(), 4, SPEC.order)
+        assert torch.equal(kept[fqn][0], own)
+        assert not torch.equal(halves[fqn][0], own)
 
 
 def test_a_layer_called_by_itself_builds_its_own(model):

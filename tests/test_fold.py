@@ -357,6 +357,14 @@ def test_all_rotations_are_looked_at_in_one_call(kind):
     assert norms == {"aten._foreach_norm.Scalar": 1}
 
 
+def test_a_module_s_cores_are_built_together():
+    model, _ = adapted("module", "attention")
+    with Named() as named:
+        oftfx.merge(model)
+    cores = {name: times for name, times in named.ran.items() if "cayley" in name}
+    assert sum(cores.values()) == 1, cores
+
+
 # refusals
 
 

@@ -10,6 +10,7 @@ the size in×in ever exists. Two adapters x·R1·R2 fold in reverse, W·R2ᵀ·R
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -114,8 +115,9 @@ def merge(
         if not folded:
             raise MergeError(f"nothing to merge: {modules.absent(inner)}")
         dropped = sorted(known.keys() - set(folded))
-        with modules.kept(inner):
-            modules.select(inner, folded)
+        with nullcontext() if folded == used else modules.kept(inner):
+            if folded != used:
+                modules.select(inner, folded)
             merged, costs = merge_module(inner, report, options)
         if dropped:
             warnings.warn(

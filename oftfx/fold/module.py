@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftfx import copied, sites
+from oftfx import bank, copied, sites
 from oftfx.attach import detach
 from oftfx.errors import MergeError
 from oftfx.fold.cost import Cost, cost, settled
@@ -76,6 +76,7 @@ def merge_module(
                 f"{site.fqn}: {site.quantiser.KIND} layers are not quantised anew here: merge to "
                 "floats, oftfx.merge(model), and quantise the result with its own library."
             )
+    bank.build(dict.fromkeys(state.rotation for site in found for state in site.rotations))
     folds, turned = zip(*map(_checked, found), strict=True)
     names = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     check_finite(turned)
@@ -114,6 +115,8 @@ def _parts(model: nn.Module, found: list[_Site]) -> list[nn.Module]:
         MergeError: The model is itself a part of what was adapted.
     """
     parts = [module for module in model.modules() if RECORD in vars(module)]
+    if model in parts:
+        return parts
     inside = {id(module) for part in parts for module in part.modules()}
     for site in found:
         if id(site.module) not in inside:

@@ -120,17 +120,22 @@ class Rotation(Outputs):
             return given or built(self.spec, tensors, self.scaling)
         if not all(map(traceable, tensors.values())):
             return built(self.spec, tensors, self.scaling)
-        inference = torch.is_inference_mode_enabled()
-        key = (
-            inference,
-            self.scaling,
-            *((t.data_ptr(), t._version, t.dtype) for t in tensors.values()),
-        )
-        if self._cached is None or self._cached[0] != key:
-            # The storages are kept beside their addresses, which cannot be another's meanwhile.
-            held = [tensor.detach() for tensor in tensors.values()]
-            self._cached = (key, held, built(self.spec, tensors, self.scaling))
+        if self._cached is None or self._cached[0] != self._key(tensors):
+            self.keep(built(self.spec, tensors, self.scaling))
+        assert self._cached is not None
         return self._cached[2]
+
+    def keep(self, cores: tuple[Tensor, ...]) -> None:
+        """Keeps the cores of its parameters as they are now for calls without a gradient."""
+        tensors = self.tensors()
+        # The storages are kept beside their addresses, which cannot be another's meanwhile.
+        held = [tensor.detach() for tensor in tensors.values()]
+        self._cached = (self._key(tensors), held, cores)
+
+    def _key(self, tensors: dict[str, Tensor]) -> Any:
+        """What cores that are kept depend on."""
+        states = ((t.data_ptr(), t._version, t.dtype) for t in tensors.values())
+        return torch.is_inference_mode_enabled(), self.scaling, *states
 
     def factors(self) -> tuple[Factor, ...]:
         """``M = F_1·F_2·…``, in the order x meets them."""
