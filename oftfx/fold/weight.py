@@ -14,7 +14,7 @@ from oftfx.ops.fold import folded
 from oftfx.ops.rotate import ROTATE
 
 BLOCK = 2**26
-"""How many elements are folded at once: 256 MiB in float32, however large the weight.
+"""How many elements are folded at once: 256 MiB where they are cast to float32.
 
 Less would keep the host busier with launches than the device with bytes.
 """

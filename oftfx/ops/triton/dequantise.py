@@ -2,7 +2,7 @@
 
 The work is bound by the bytes of the float weight, if nothing but those moves. So the order of rows
 and columns is chosen such that a thread dequantises the very numbers that tensor cores take from it
-and writes the ones they give it back: no shared memory, no exchange between threads.
+and writes the ones they give it back: none of them goes through shared memory or to another thread.
 
 A tile is (lines, 32 columns): the rows of a pack's first 32 columns, then of its next ones, and
 so on. Of a line, thread t of four loads bytes 4t … 4t+3, so it has columns 8t … 8t+7. Among the
@@ -307,6 +307,6 @@ def _launch(
         (rows, width // b, run, width // 2, *strides),
         constants,
         num_warps=warps,
-        num_stages=1,  # Triton's pipeline would copy the code to shared memory, number by number
+        num_stages=1,  # Triton's pipeline would copy the scales' code to shared memory, number by number
         enable_fp_fusion=False,  # scales are rounded after the product and after the sum
     )
