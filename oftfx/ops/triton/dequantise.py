@@ -307,6 +307,6 @@ def _launch(
         (rows, width // b, run, width // 2, *strides),
         constants,
         num_warps=warps,
-        num_stages=1,  # Triton's pipeline would copy the scales' code to shared memory, number by number
+        num_stages=1,  # a pipeline would copy the scales' code, number by number
         enable_fp_fusion=False,  # scales are rounded after the product and after the sum
     )
