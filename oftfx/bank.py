@@ -25,6 +25,10 @@ from oftfx.ops.kept import watched
 from oftfx.readers import plain, unchanged, versions
 from oftfx.rotations import oft
 
+AT_ONCE = 2**24
+"""How many numbers of cores are built together without a gradient: what wide blocks take besides
+grows with them, and would be there for all of a model."""
+
 
 class Bank:
     """Hands every rotation of a model its cores while the model's forward runs.
@@ -120,10 +124,17 @@ def build(rotations: Iterable[Rotation]) -> None:
     for members in _alike(rotations):
         if members[0].method is not oft or oft.series(members[0].spec) is None:
             continue
-        for batch in _batches(members):
-            joined = _cores(list(batch), list(batch.values()))
-            for rotation, cores in zip(batch, joined, strict=True):
-                rotation.keep(cores)
+        for batch in map(list, _batches(members)):
+            step = max(1, AT_ONCE // _numbers(batch[0]))
+            for some in (batch[i : i + step] for i in range(0, len(batch), step)):
+                joined = _cores(some, [rotation.tensors() for rotation in some])
+                for rotation, cores in zip(some, joined, strict=True):
+                    rotation.keep(cores)
+
+
+def _numbers(rotation: Rotation) -> int:
+    """How many numbers its cores have."""
+    return rotation.width * (rotation.block or 1)
 
 
 def _running_again() -> bool:

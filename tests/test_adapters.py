@@ -120,6 +120,34 @@ def test_merging_folds_what_is_in_use_in_its_order(name, names, s):
     assert ("in the order x met them" in str(report)) == (len(names) > 1)
 
 
+def in_parts() -> nn.Module:
+    """Two parts of a model that were adapted apart, each by a and b."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)))
+    for part in model.double():
+        for name, spec in (("a", A), ("b", B)):
+            oftfx.adapt(part, spec, name, capture="modules")
+    return model
+
+
+def test_named_adapters_fold_in_their_order_in_every_part():
+    model = in_parts()
+    oftfx.use(model[0], ["a", "b"])
+    oftfx.use(model[1], ["b"])
+    oftfx.use(model[1], ["b", "a"])
+    expected = output(copy.deepcopy(model), ["a", "b"])
+    assert not torch.allclose(output(model), expected, atol=1e-3)
+    testing.assert_close(output(oftfx.merge(model, names=["a", "b"])), expected, "a, b")
+
+
+def test_what_one_part_does_not_use_is_neither_folded_there_nor_lost_silently():
+    model = in_parts()
+    oftfx.use(model[1], "a")
+    expected = output(model)
+    with pytest.warns(oftfx.OftfxWarning, match=r"\['b'\] is gone from the model"):
+        merged = oftfx.merge(model)
+    testing.assert_close(output(merged), expected, "as they are in use")
+
+
 _READY: dict[str, nn.Module] = {}
 
 

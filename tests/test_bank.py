@@ -74,6 +74,17 @@ def test_without_a_gradient_many_are_built_at_once(model):
         assert not torch.equal(halves[fqn][0], own)
 
 
+def test_no_more_are_built_at_once_than_is_said(model, monkeypatch):
+    found = dict(rotations(model)).values()
+    monkeypatch.setattr(bank, "AT_ONCE", 2 * 64 * 4)  # two rotations of 64 features, one of 96
+    with torch.no_grad(), Count() as count:
+        bank.build(found)
+    assert count.cayley == 12 // 2 + 2
+    with torch.no_grad(), Count() as count:
+        assert [rotation.cores() for rotation in found]
+    assert count.cayley == 0
+
+
 def test_a_layer_called_by_itself_builds_its_own(model):
     layer = model.model.layers[0].mlp
     x = torch.randn(3, 64, dtype=torch.float64)

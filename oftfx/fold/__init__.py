@@ -114,20 +114,27 @@ def merge(
         folded = used if names is None else modules.chosen(inner, names)
         if not folded:
             raise MergeError(f"nothing to merge: {modules.absent(inner)}")
-        dropped = sorted(known.keys() - set(folded))
-        with nullcontext() if folded == used else modules.kept(inner):
-            if folded != used:
+        dropped = known.keys() - set(folded)
+        if names is None:
+            dropped |= _idle(inner)
+        with nullcontext() if names is None else modules.kept(inner):
+            if names is not None:
                 modules.select(inner, folded)
             merged, costs = merge_module(inner, report, options)
         if dropped:
             warnings.warn(
-                f"merge: {folded} is folded and {dropped} is gone from the model: oftfx.save what "
-                "is to be kept before merging, and oftfx.remove the rest.",
+                f"merge: {folded} is folded where it is in use, and {sorted(dropped)} is gone from "
+                "the model: oftfx.save what is to be kept before merging, and oftfx.remove the rest.",
                 OftfxWarning,
                 stacklevel=2,
             )
     result = merged if isinstance(model, ExportedProgram) else model
     return (result, MergeReport(tuple(costs), tuple(folded))) if report else result
+
+
+def _idle(model: nn.Module) -> set[str]:
+    """The adapters that are not in use, in a part of the model or all of it."""
+    return {adapter for adapter, _, state in modules.holders(model) if not state.enabled}
 
 
 def _check(model: nn.Module | ExportedProgram, adapted: Mapping[str, object]) -> None:

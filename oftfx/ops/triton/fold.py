@@ -67,7 +67,7 @@ def _fold(
 
 
 def fits(weight: Tensor, core: Tensor) -> bool:
-    """Whether the kernel takes these: 16 bits in rows, a core of float32 for each block."""
+    """Whether the kernel takes these: rows of 16 bits of their own, a float32 core a block."""
     n, b, _ = core.shape
     return (
         weight.dtype.itemsize == 2
@@ -75,6 +75,7 @@ def fits(weight: Tensor, core: Tensor) -> bool:
         and b <= LARGEST
         and weight.shape[1] == n * b
         and weight.stride(1) == 1
+        and (len(weight) < 2 or weight.stride(0) >= weight.shape[1])
     )
 
 
@@ -88,7 +89,13 @@ def folded(weight: Tensor, core: Tensor, dtype: torch.dtype, into: Tensor | None
     strides = (weight.stride(0), out.stride(0), *core.mT.stride())
     dtypes = (weight.dtype, out.dtype)
     _launch(rows, n, b, strides, dtypes, weight.device)(weight, core, out)
-    return out if into is None or into is out else into.copy_(out)
+    if into is None:
+        return out
+    if into is not out:
+        return into.copy_(out)
+    if not into.is_inference():  # a graph that read the weight before must not go on unawares
+        torch.autograd.graph.increment_version(into)
+    return into
 
 
 @functools.lru_cache(maxsize=1024)

@@ -48,6 +48,15 @@ def test_in_its_own_memory(b, dtype, device):
     assert_rounded(weight, exact, dtype)
 
 
+def test_a_graph_that_read_the_weight_knows(device):
+    weight, core, _ = case(40, 3, 16, HALF, device)
+    x = torch.randn(5, 48, device=device, dtype=HALF, requires_grad=True)
+    y = (x @ weight.T).sum()
+    kernel.folded(weight[:8], core, HALF, weight[:8])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_rows_apart_and_a_place_with_rows_of_its_own(device):
     weight, core, exact = case(40, 3, 16, HALF, device)
     wide = torch.zeros(40, 60, dtype=HALF, device=device)
@@ -67,4 +76,5 @@ def test_what_it_leaves_to_others(device):
     assert not kernel.fits(weight, core.bfloat16())  # computed in 16 bits
     assert not kernel.fits(weight, core[:1])  # one core for all blocks
     assert not kernel.fits(torch.empty(48, 48, dtype=weight.dtype, device=device).mT, core)
+    assert not kernel.fits(weight[:1].expand(40, 48), core)  # one row, which all would turn
     assert not kernel.fits(*case(4, 1, 128, HALF, device)[:2])
