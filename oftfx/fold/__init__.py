@@ -123,8 +123,9 @@ def merge(
             merged, costs = merge_module(inner, report, options)
         if dropped:
             warnings.warn(
-                f"merge: {folded} is folded where it is in use, and {sorted(dropped)} is gone from "
-                "the model: oftfx.save what is to be kept before merging, and oftfx.remove the rest.",
+                f"merge: {folded} is folded where it is in use, and {sorted(dropped)} is gone "
+                "from the model: oftfx.save what is to be kept before merging, and oftfx.remove "
+                "the rest.",
                 OftfxWarning,
                 stacklevel=2,
             )
