@@ -60,7 +60,7 @@ class Bank:
             return
         for members in self.alike:
             for batch in _batches(members):
-                self.handed += _build(batch)
+                self.handed += _hand_out(batch)
 
     def close(self, root: nn.Module, args: Any, output: Any) -> None:
         """Ends the forward; a forward hook. Gives up where compiled layers build their own."""
@@ -133,7 +133,7 @@ def build(rotations: Iterable[Rotation]) -> None:
 
 
 def _numbers(rotation: Rotation) -> int:
-    """How many numbers its cores have."""
+    """How many numbers its cores have, where no blocks are shared."""
     return rotation.width * (rotation.block or 1)
 
 
@@ -181,7 +181,7 @@ def _kind(rotation: Rotation, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
     return tuple(kind) if trained else ()
 
 
-def _build(batch: dict[Rotation, dict[str, Tensor]]) -> list[Given]:
+def _hand_out(batch: dict[Rotation, dict[str, Tensor]]) -> list[Given]:
     """Builds the cores of rotations of one spec, shape and kind, and gives each its share."""
     given = list(map(Given, batch.values(), _cores(list(batch), list(batch.values()))))
     for rotation, own in zip(batch, given, strict=True):

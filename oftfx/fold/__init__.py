@@ -93,8 +93,8 @@ def merge(
             untouched.
 
     Warns:
-        OftfxWarning: The model held adapters that were not folded, and are gone; or requantising
-            rounded most of the adaptation away.
+        OftfxWarning: The model, or a part of it, held adapters that were not folded, and are
+            gone; or requantising rounded most of the adaptation away.
     """
     inner, options = unwrap(model), Options(dtype, requantize)
     merged: Any
