@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oftfx.ops.triton.launch import Launch
+from oftfx.ops.triton.tiles import like
 
 
 @triton.jit(do_not_specialize=["runs", "entries"])
@@ -52,9 +53,9 @@ def total(source: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def totals(source: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The sums of source (runs, len(like), …), float32, each like one of up to three tensors."""
-    outs = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in like]
+def totals(source: Tensor, those: list[Tensor]) -> list[Tensor]:
+    """The sums of source (runs, len(those), …), float32, each like one of up to three tensors."""
+    outs = [like(one) for one in those]
     added(source, *outs)
     return outs
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from oftfx.ops.triton import wide_cayley
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.parts import EXACT, FAST, ROUNDED, parts, product
+from oftfx.ops.triton.tiles import like
 
 LARGEST = 64
 """The widest block: a few of its matrices still fit a program's registers."""
@@ -186,7 +187,7 @@ def cayley_grad(
     n, b = theta.shape[:-1].numel(), block_size
     if n and b > LARGEST:
         return wide_cayley.cayley_grad(grad, theta, b, order, dtype)
-    out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
+    out = like(theta)
     if n:
         launch = _launch(_cayley_grad, n, b, order, dtype, theta.dtype, theta.device)
         launch(grad.to(dtype).contiguous(), theta.contiguous(), out)

@@ -16,6 +16,7 @@ from torch import Tensor
 from oftfx.ops.cayley_each import MOST
 from oftfx.ops.triton.cayley import DTYPES, LARGEST, build, differentiate, fits, tile
 from oftfx.ops.triton.launch import Launch
+from oftfx.ops.triton.tiles import like
 
 __all__ = ["cayley_each", "cayley_each_grad", "cayley_joined", "fits", "fits_each"]
 
@@ -206,7 +207,7 @@ def cayley_each_grad(
 
     Or the gradient in shares of runs, (runs, n, b, b), which are added as they are read.
     """
-    outs = [torch.empty(theta.shape, dtype=theta.dtype, device=theta.device) for theta in thetas]
+    outs = [like(theta) for theta in thetas]
     first = grads[0].dtype
     if first not in DTYPES or any(grad.dtype != first for grad in grads):
         grads = [grad.float() for grad in grads]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import columns_of, diagonal, load_rows, locate
-from oftfx.ops.triton.tiles import Tiles, layout, longest, options
+from oftfx.ops.triton.tiles import Tiles, layout, like, longest, options
 
 LARGEST = 64
 """The widest block whose rows and columns one program has whole: in place, none may be late."""
@@ -83,7 +83,7 @@ def folded(weight: Tensor, core: Tensor, dtype: torch.dtype, into: Tensor | None
     """``W blockdiag(I + C_1 … I + C_n)ᵀ`` in a dtype, perhaps into the weight's own memory."""
     out = into
     if out is None or out.stride(1) != 1:
-        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        out = like(weight, dtype)
     rows, _ = weight.shape
     n, b, _ = core.shape
     strides = (weight.stride(0), out.stride(0), *core.mT.stride())

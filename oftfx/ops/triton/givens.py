@@ -20,7 +20,7 @@ from torch import Tensor
 
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.rotate import PRECISION
-from oftfx.ops.triton.tiles import processors, rows_of
+from oftfx.ops.triton.tiles import like, processors, rows_of
 
 CHUNK = 64
 """Columns of a chunk, where there are as many."""
@@ -233,7 +233,7 @@ def givens(x: Tensor, core: Tensor, transposed: bool) -> Tensor:
     """`oftfx::givens`: x (..., d) of any strides and core (d − 1, 2, 2) to a contiguous result."""
     if transposed:
         return _back(x, None, core, True)[0]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = like(x)
     _through(x, core.contiguous(), out, True)
     return out
 

@@ -29,7 +29,7 @@ from oftfx.ops.triton.rotate import (
     locate,
     store_gram,
 )
-from oftfx.ops.triton.tiles import Tiles, Work, cut, layout, options, rows_of
+from oftfx.ops.triton.tiles import Tiles, Work, cut, layout, like, options, rows_of
 
 WIDEST = 128
 """The widest block: beside the core of a wider one, there is no room for two operands more."""
@@ -236,7 +236,7 @@ def fits(gate: Tensor, core: Tensor, activation: str) -> bool:
 
 def glu_rotate(gate: Tensor, up: Tensor | None, core: Tensor, activation: str) -> Tensor:
     """`oftfx::glu_rotate`: gate and up of any strides to a contiguous result."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = like(gate)
     gate_rows, gate_stride = rows_of(gate)
     up_rows, up_stride = (gate_rows, 0) if up is None else rows_of(up)
     work = _work(
@@ -278,8 +278,8 @@ def shares(
 
     That is (runs, n, b, b), float32.
     """
-    grad_gate = gate.new_empty(gate.shape if need_x else 0)
-    grad_up = gate.new_empty(gate.shape if need_x and up is not None else 0)
+    grad_gate = like(gate, wanted=need_x)
+    grad_up = like(gate, wanted=need_x and up is not None)
     if not (need_x or need_core):
         return grad_gate, grad_up, core.new_empty(0)
     work, rows = _cut(grad, gate, up, core, activation, (need_x, need_core))

@@ -37,6 +37,7 @@ from oftfx.ops.triton.tiles import (
     alike,
     cut,
     layout,
+    like,
     options,
     rows_alike,
     rows_of,
@@ -335,7 +336,7 @@ def fits(
 
 def norm_rotate(x: Tensor, norm: Norm, cores: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """`oftfx::norm_rotate`: x (..., n·b) of any strides and cores (n, b, b), in one reading."""
-    outs = [torch.empty(x.shape, dtype=dtype, device=x.device) for _ in cores]
+    outs = [like(x, dtype) for _ in cores]
     rows, stride = rows_of(x)
     cores, strides = alike(cores)
     work = _work(_problem(rows, stride, norm, cores, dtype), 0, strides, 0, ())
@@ -393,7 +394,7 @@ def gradients(
 
     Where there is a mean, (2, packs, rows): rstd's and the mean's.
     """
-    grad_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
+    grad_x = like(x, wanted=need_x)
     if not (need_x or need_cores):
         return grad_x, x.new_empty(0), x.new_empty(0)
     work, operands = _cut(grads, x, norm, cores, (need_x, need_cores))

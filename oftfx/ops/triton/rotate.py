@@ -21,7 +21,7 @@ from torch import Tensor
 from oftfx.ops.triton import wide
 from oftfx.ops.triton.add import total
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.tiles import Tiles, Work, cut, layout, options, rows_of
+from oftfx.ops.triton.tiles import Tiles, Work, cut, layout, like, options, rows_of
 
 LARGEST = 256
 """The widest block, where a program has as much shared memory as Hopper gives it."""
@@ -316,7 +316,7 @@ def rotate(x: Tensor, core: Tensor, stride: int = 1) -> Tensor:
         return wide.turned(x, core)
     if core.shape[-1] > HELD and x.dtype.itemsize == 2:
         core = core.to(x.dtype)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = like(x)
     rows, step = rows_of(x)
     n, b, _ = core.shape
     count = x.numel() // (n * b) if n else 0
@@ -362,7 +362,7 @@ def shares(
     if _widest(x, core, stride):
         grad_x, whole = _in_parts(grad, x, core, need_x, need_core)
         return grad_x, whole[None].float()
-    grad_x = torch.empty(x.shape if need_x else 0, dtype=grad.dtype, device=grad.device)
+    grad_x = like(x, grad.dtype, need_x)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
     work, rows = _cut(grad, x, core, (need_x, need_core), stride, by)

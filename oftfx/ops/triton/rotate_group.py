@@ -31,6 +31,7 @@ from oftfx.ops.triton.tiles import (
     alike,
     cut,
     layout,
+    like,
     options,
     rows_alike,
     rows_of,
@@ -219,7 +220,7 @@ def rotate_group(x: Tensor, cores: list[Tensor]) -> list[Tensor]:
     """`oftfx::rotate_group`: x (..., n·b) of any strides and cores (n, b, b), from one reading."""
     if not _held(x, cores[0]):
         return [rotate.rotate(x, core) for core in cores]
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in cores]
+    outs = [like(x) for _ in cores]
     rows, stride = rows_of(x)
     n, b, _ = cores[0].shape
     count = x.numel() // (n * b) if n else 0
@@ -233,11 +234,8 @@ def rotate_group_grad(
     grads: list[Tensor], x: Tensor, cores: list[Tensor], need_x: bool, need_cores: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """`oftfx::rotate_group_grad`: all gradients from one reading of ``grads`` and ``x``."""
-    grad_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
-    grad_cores = [
-        torch.empty(core.shape if need_cores else 0, dtype=core.dtype, device=x.device)
-        for core in cores
-    ]
+    grad_x = like(x, wanted=need_x)
+    grad_cores = [like(core, wanted=need_cores) for core in cores]
     if not (need_x or need_cores):
         return grad_x, grad_cores
     if not _held(x, cores[0]):

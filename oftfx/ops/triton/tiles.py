@@ -111,6 +111,16 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(0)
 
 
+def like(x: Tensor, dtype: torch.dtype | None = None, wanted: bool = True) -> Tensor:
+    """An empty tensor of x's shape and device, contiguous; of no elements where none is wanted.
+
+    In half the time of `torch.empty`, which reads the shape and the device from Python.
+    """
+    if not wanted:
+        return x.new_empty(0, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def processors(device: torch.device) -> int:
     """How many work side by side."""
     if device.type != "cuda":  # the interpreter

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from oftfx.ops.triton.add import added
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.tiles import Work, alike, longest, processors, rows_alike, rows_of, three
+from oftfx.ops.triton.tiles import (
+    Work,
+    alike,
+    like,
+    longest,
+    processors,
+    rows_alike,
+    rows_of,
+    three,
+)
 
 NARROWEST = 128
 """From here on a program may not hold a core."""
@@ -174,7 +183,7 @@ def returned(grads: list[Tensor], cores: list[Tensor]) -> Tensor:
 
 
 def _summed(sources: list[Tensor], cores: list[Tensor]) -> Tensor:
-    out = torch.empty(sources[0].shape, dtype=sources[0].dtype, device=sources[0].device)
+    out = like(sources[0])
     rows, stride = rows_alike(sources)
     cores, core_strides = alike(cores)
     n, b, _ = cores[0].shape
@@ -187,7 +196,7 @@ def _summed(sources: list[Tensor], cores: list[Tensor]) -> Tensor:
 
 def grams(x: Tensor, grads: list[Tensor], cores: list[Tensor]) -> list[Tensor]:
     """The gradients of up to three cores."""
-    outs = [torch.empty(core.shape, dtype=core.dtype, device=x.device) for core in cores]
+    outs = [like(core) for core in cores]
     rows, stride = rows_of(x)
     flat, grad_stride = rows_alike(grads)
     n, b, _ = cores[0].shape

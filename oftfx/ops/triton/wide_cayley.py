@@ -16,6 +16,7 @@ from torch import Tensor
 
 from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.parts import FAST, parts, product
+from oftfx.ops.triton.tiles import like
 
 
 @triton.jit
@@ -247,6 +248,6 @@ def cayley_grad(
             left = _combined([(square, left, "+")], [(1, inner)])
         right = _combined([(right, square, "+"), (square, left, "+")], [(1, rest)])
     q_grad = _combined([(right, q, "+")], [(2, grad)])
-    out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
+    out = like(theta)
     _passing(_pack, len(q), b, (theta.dtype, dtype), theta.device)(q_grad, out)
     return out
