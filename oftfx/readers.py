@@ -236,7 +236,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast x to before a matmul; None where it is off."""
     if not torch._C._is_any_autocast_enabled():
         return None
-    device = x.device.type
+    device = "cuda" if x.is_cuda else x.device.type  # which takes as long as all that follows
     if device == "meta":  # which has no autocast, not even to ask about
         return None
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:

@@ -127,7 +127,7 @@ class _Through(torch.autograd.Function):
         ctx.save_for_backward(*cores, *held)
         ctx.between, ctx.count, ctx.dtypes = between, count, (x.dtype, dtype)
         ctx.kind, ctx.rest = type(producer), rest
-        return tuple(turn(x.to(dtype), list(cores)))
+        return tuple(turn(x if x.dtype is dtype else x.to(dtype), list(cores)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -62,11 +62,11 @@ def fold_from(
 
 
 def folds_packed(rows: int, out: int, block: int, device: torch.device) -> bool:
-    """Whether to turn a 4-bit weight, and not x: what there are fewer bytes of.
+    """Whether to turn a 4-bit weight, and not x: what costs less.
 
-    On a GPU, those of W are read and written anyway; but not by blocks whose Gram matrices are
-    divided there by factoring the cores, in many launches.
+    On a GPU, W is read and written anyway, and turning it on the way takes next to nothing; but not
+    by blocks whose Gram matrices are divided there by factoring the cores, in many launches.
     """
     if device.type == "cuda":
-        return block <= DIVIDED and rows * 4 >= out
+        return block <= DIVIDED and rows * 16 >= out
     return rows >= out

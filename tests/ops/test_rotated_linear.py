@@ -76,8 +76,8 @@ def test_the_gradient_is_exact_for_a_series_that_is_no_rotation(order, rows):
 
 def test_a_gpu_turns_no_weight_by_blocks_whose_grams_it_cannot_divide_at_once():
     gpu = torch.device("cuda")
-    assert folds_packed(6, 24, 64, gpu)  # of fewer rows than a CPU would
-    assert not folds_packed(5, 24, 64, gpu)
+    assert folds_packed(6, 96, 64, gpu)  # of fewer rows than a CPU would
+    assert not folds_packed(5, 96, 64, gpu)
     assert not folds_packed(600, 24, 128, gpu)
     assert folds_packed(600, 24, 128, CPU)
 

@@ -47,7 +47,8 @@ def added(source: Tensor, *outs: Tensor) -> None:
 def total(source: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of source (runs, …), float32, in a dtype."""
     if len(source) == 1:
-        return source[0].to(dtype)
+        only = source[0]
+        return only if only.dtype is dtype else only.to(dtype)
     out = torch.empty(source.shape[1:], dtype=dtype, device=source.device)
     added(source, out)
     return out

@@ -42,6 +42,7 @@ from oftfx.ops.triton.tiles import (
     rows_alike,
     rows_of,
     three,
+    uniform,
 )
 
 WIDEST = 128
@@ -329,8 +330,8 @@ def fits(
         and rotate.fits(x, first)
         and first.shape[-1] <= (WIDEST if most == 1 else rotate_group.WIDEST)
         and largest(x.device) == LARGEST
-        and all(core.shape == first.shape and core.dtype == first.dtype for core in cores)
-        and all(grad.dtype == dtype for grad in grads)
+        and uniform(cores, first.dtype, first.shape)
+        and uniform(grads, dtype)
     )
 
 
@@ -415,7 +416,8 @@ def runs(grads: list[Tensor], x: Tensor, norm: Norm, cores: list[Tensor], need_x
 
 def _vectors(norm: Norm) -> list[Tensor]:
     """The norm's four operands, each one number after another; any tensor for what is absent."""
-    return [(norm.rstd if t is None else t).reshape(-1).contiguous() for t in norm]
+    rstd = norm.rstd.reshape(-1).contiguous()
+    return [rstd if t is None or t is norm.rstd else t.reshape(-1).contiguous() for t in norm]
 
 
 class Problem(NamedTuple):

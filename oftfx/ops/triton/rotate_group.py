@@ -36,6 +36,7 @@ from oftfx.ops.triton.tiles import (
     rows_alike,
     rows_of,
     three,
+    uniform,
 )
 
 WIDEST = 64
@@ -206,8 +207,8 @@ def fits(x: Tensor, cores: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> bo
         2 <= len(cores) <= 3
         and rotate.fits(x, first)
         and (wide.serves(x, first) or _held(x, first))
-        and all(core.shape == first.shape and core.dtype == first.dtype for core in cores)
-        and all(grad.dtype == x.dtype and x.dtype.itemsize == 2 for grad in grads)
+        and uniform(cores, first.dtype, first.shape)
+        and (not grads or (x.dtype.itemsize == 2 and uniform(grads, x.dtype)))
     )
 
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from oftfx.ops.triton import rotate
+from oftfx.ops.triton.tiles import uniform
 
 WIDEST = 256
 """A row of the widest block, in bytes: beside the core of a wider one, no operand more has room."""
@@ -14,7 +15,7 @@ def fits(grads: list[Tensor], factors: list[Tensor], cores: list[Tensor]) -> boo
     return (
         len(cores) == 1
         and len(factors) == 2
-        and all(factor.shape == grad.shape and factor.dtype == grad.dtype for factor in factors)
+        and uniform(factors, grad.dtype, grad.shape)
         and core.shape[-1] * grad.dtype.itemsize <= WIDEST
         and core.shape[-1] <= rotate.largest(grad.device)
         and rotate.fits(grad, core)

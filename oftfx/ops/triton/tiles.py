@@ -1,5 +1,6 @@
 """How a problem is cut into programs: what every kernel over rows of activations shares."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,6 +110,17 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     if x.stride(1) != 1:
         x = x.contiguous()
     return x, x.stride(0)
+
+
+def uniform(tensors: Sequence[Tensor], dtype: torch.dtype, shape: torch.Size | None = None) -> bool:
+    """Whether all have this dtype, and this shape if one is given.
+
+    A loop, since a generator costs more than all it would look at.
+    """
+    for tensor in tensors:
+        if tensor.dtype is not dtype or (shape is not None and tensor.shape != shape):
+            return False
+    return True
 
 
 def like(x: Tensor, dtype: torch.dtype | None = None, wanted: bool = True) -> Tensor:
