@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from oftfx.ops.packed import Packed
+from oftfx.ops.triton.blocks import COMPILED, PRECISION
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import COMPILED, PRECISION
 from oftfx.ops.triton.tiles import processors
 
 WIDTHS = {16, 32, 64, 128}

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.triton.blocks import PRECISION
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import PRECISION
 
 WIDTHS = {16, 32, 64}
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.triton.blocks import columns_of, diagonal, load_rows, locate
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import columns_of, diagonal, load_rows, locate
 from oftfx.ops.triton.tiles import Tiles, layout, like, longest, options
 
 LARGEST = 64

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oftfx.ops.triton.blocks import PRECISION
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import PRECISION
 from oftfx.ops.triton.tiles import like, processors, rows_of
 
 CHUNK = 64

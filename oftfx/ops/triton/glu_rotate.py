@@ -18,8 +18,7 @@ from torch import Tensor
 from oftfx.ops.glu_rotate import ACTIVATIONS
 from oftfx.ops.triton import rotate
 from oftfx.ops.triton.add import total
-from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import (
+from oftfx.ops.triton.blocks import (
     COMPILED,
     PRECISION,
     beside,
@@ -29,6 +28,7 @@ from oftfx.ops.triton.rotate import (
     locate,
     store_gram,
 )
+from oftfx.ops.triton.launch import Launch
 from oftfx.ops.triton.tiles import Tiles, Work, cut, layout, like, options, rows_of
 
 WIDEST = 128

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from oftfx.ops.triton.rotate import COMPILED
+from oftfx.ops.triton.blocks import COMPILED
 
 EXACT = "tf32x3"
 """The parts whose products are as exact as float32's own."""

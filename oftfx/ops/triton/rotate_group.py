@@ -14,17 +14,9 @@ from torch import Tensor
 
 from oftfx.ops.triton import rotate, wide
 from oftfx.ops.triton.add import added
+from oftfx.ops.triton.blocks import PRECISION, columns_of, diagonal, load_rows, locate, store_gram
 from oftfx.ops.triton.launch import Launch
-from oftfx.ops.triton.rotate import (
-    LARGEST,
-    PRECISION,
-    columns_of,
-    diagonal,
-    largest,
-    load_rows,
-    locate,
-    store_gram,
-)
+from oftfx.ops.triton.rotate import LARGEST, largest
 from oftfx.ops.triton.tiles import (
     Tiles,
     Work,
