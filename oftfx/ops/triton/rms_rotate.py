@@ -70,14 +70,22 @@ def rms_rotate_grad(
     rows, stride = rows_of(x)
     width, packs = x.shape[-1], sums.shape[1]
     if grad.numel():
-        _launch(x.numel() // width, width, packs, stride)(
+        dtypes = (x.dtype, rstd.dtype)
+        _launch(x.numel() // width, width, packs, stride, dtypes, x.device)(
             grad, rows, rstd.reshape(-1).contiguous(), sums
         )
     return grad, grad_cores
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(rows: int, width: int, packs: int, stride: int) -> Launch:
+def _launch(
+    rows: int,
+    width: int,
+    packs: int,
+    stride: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> Launch:
     size = min(MOST, triton.next_power_of_2(width))
     constants = (triton.next_power_of_2(packs), size)
     numbers = (rows, width, packs, stride)

@@ -1,5 +1,9 @@
 """Launches: the first by Triton, all others by PyTorch's launcher, with the same arguments."""
 
+import importlib
+import inspect
+import pkgutil
+import typing
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+import oftfx.ops.triton as kernels
 from oftfx.ops.triton import launch
 from oftfx.ops.triton.launch import Launch
 
@@ -114,6 +119,36 @@ def test_without_pytorchs_launcher_triton_launches(monkeypatch):
     monkeypatch.setattr(launch, "_C", SimpleNamespace())
     launch._direct(code := compiled(), 5, TENSORS, (300, 1, HUGE, SIZE))([16, 32])
     assert code.ran
+
+
+def kept_launches() -> list:
+    """The functions that keep a launch for each problem they were asked for."""
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(kernels.__path__)
+    ]
+    functions = [f for module in modules for f in vars(module).values() if hasattr(f, "cache_info")]
+    return [f for f in functions if returns(f) & {"Launch", "Work"}]
+
+
+def returns(function) -> set[str]:
+    return {getattr(inspect.signature(function).return_annotation, "__name__", "")}
+
+
+def told(annotation) -> set:
+    """The types that an argument holds, those of a tuple or a tuple's fields among them."""
+    inside = [*typing.get_args(annotation), *getattr(annotation, "__annotations__", {}).values()]
+    return {annotation}.union(*map(told, inside))
+
+
+def test_a_launch_is_kept_for_one_device_and_dtype():
+    """Triton looks at neither after the first, and other code would read other bytes."""
+    found = kept_launches()
+    assert len({f.__module__ for f in found}) >= 12
+    for function in found:
+        parameters = inspect.signature(function).parameters.values()
+        types = set().union(*(told(parameter.annotation) for parameter in parameters))
+        assert {torch.device, torch.dtype} <= types, f"{function.__module__}.{function.__name__}"
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -47,6 +47,15 @@ def test_is_the_reference(count, rows, n, b, device):
         assert error(value, wanted) < 3e-4
 
 
+def test_a_problem_of_the_same_sizes_in_another_dtype_is_another(device):
+    for dtype, bound in ((HALF, 5e-4), (torch.float32, 2e-6), (HALF, 5e-4)):
+        given = case(2, 48, 4, 16, device, dtype)
+        for _ in range(2):  # the second launch takes the code of the first
+            grad_x, _ = kernel.rms_rotate_grad(*given, True)
+            assert grad_x.dtype == dtype
+            assert error(grad_x, exact(*given)[0]) < bound
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 def test_of_a_wider_residual(weighted, device):
     given = case(2, 70, 5, 16, device, torch.float32, weighted)
