@@ -184,6 +184,7 @@ def _glu_rotate_grad(
     fast = _kernels(gate, core, activation, shares)
     if fast is None:
         return _in_parts(grad, gate, up, core, activation, need_x, need_core, shares)
+    grad = grad if grad.dtype is gate.dtype else grad.to(gate.dtype)  # as kernels take it to be
     run = fast.shares if shares else fast.glu_rotate_grad
     with on(gate.device):
         result: tuple[Tensor, Tensor, Tensor] = run(

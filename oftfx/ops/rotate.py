@@ -131,6 +131,7 @@ def _rotate_grad_anywhere(
     fast = _kernels(x, core, stride, shares)
     if fast is None:
         return _rotate_grad(grad, x, core, need_x, need_core, stride, shares)
+    grad = grad if grad.dtype is x.dtype else grad.to(x.dtype)  # which kernels take for granted
     run = fast.shares if shares else fast.rotate_grad
     with on(x.device):
         result: tuple[Tensor, Tensor] = run(grad, x, core, need_x, need_core, stride)

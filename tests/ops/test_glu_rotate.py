@@ -36,6 +36,14 @@ def parts(gate, up, core, activation):
     return ops.rotate(value if up is None else value * up, core)
 
 
+def test_a_gradient_of_another_dtype_is_read_as_what_it_is():
+    gate, up, grad = torch.randn(3, 70, 64).unbind()
+    rest = gate, up, 0.1 * torch.randn(2, 32, 32), "silu", True, True
+    found = ops.glu_rotate_grad(grad.double(), *rest)
+    for value, wanted in zip(found, ops.glu_rotate_grad(grad, *rest), strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
 @pytest.mark.parametrize(
     ("activation", "gated", "dtype"),
     [("silu", True, torch.float32), ("gelu_tanh", False, torch.bfloat16)],

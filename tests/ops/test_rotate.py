@@ -61,6 +61,13 @@ def test_opcheck_of_the_gradient(name):
     torch.library.opcheck(ROTATE_GRAD, (*args, True, True))
 
 
+def test_a_gradient_of_another_dtype_is_read_as_what_it_is():
+    x, grad, core = torch.randn(70, 64), torch.randn(70, 64), random_core(2, 32, torch.float32)
+    found = ops.rotate_grad(grad.double(), x, core, True, True)
+    for value, wanted in zip(found, ops.rotate_grad(grad, x, core, True, True), strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
 @pytest.mark.parametrize(("need_x", "need_core"), [(True, False), (False, True), (False, False)])
 def test_opcheck_of_half_the_gradient(need_x, need_core):
     x, core = case("rows")

@@ -105,6 +105,7 @@ def test_older_code_has_no_scratch_space_for_an_argument(monkeypatch):
         {"launch_cooperative_grid": True},
         {"global_scratch_size": 64},
         {"profile_scratch_size": 64},
+        {"instrumentation_mode": "gsan"},
     ],
 )
 def test_code_that_needs_more_is_launched_by_triton(needs, monkeypatch):
@@ -112,6 +113,24 @@ def test_code_that_needs_more_is_launched_by_triton(needs, monkeypatch):
     code = compiled(**needs)
     launch._direct(code, 5, TENSORS, (300, 1, HUGE, SIZE))([16, 32])
     assert code.ran == [((5, 1, 1), 16, 32, 300, 1, HUGE, SIZE)]
+    assert not recorder.calls
+
+
+def test_numbers_of_a_type_that_pytorchs_launcher_may_not_take_are_left_to_triton(monkeypatch):
+    monkeypatch.setattr(launch, "_C", recorder := Recorder())
+    code = compiled()
+    code.src.signature["huge"] = "fp64"
+    launch._direct(code, 5, TENSORS, (300, 1, 2.5, SIZE))([16, 32])
+    assert code.ran == [((5, 1, 1), 16, 32, 300, 1, 2.5, SIZE)]
+    assert not recorder.calls
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_asked_triton_to_tell_of_launches_is_told(hook, monkeypatch):
+    monkeypatch.setattr(launch, "_C", recorder := Recorder())
+    monkeypatch.setattr(launch.knobs.runtime, hook, SimpleNamespace(calls=[print]))
+    launch._direct(code := compiled(), 5, TENSORS, (300, 1, HUGE, SIZE))([16, 32])
+    assert code.ran
     assert not recorder.calls
 
 
@@ -168,12 +187,15 @@ def test_every_launch_gives_what_the_first_gives(step, device, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_launches_are_on_the_current_stream_and_in_a_graph_that_is_captured():
+def test_launches_are_on_the_current_stream_and_in_a_graph_that_is_captured(monkeypatch):
+    monkeypatch.setattr(launch, "_C", recorder := Recorder())
+    recorder._cuda_getCurrentRawStream = torch._C._cuda_getCurrentRawStream
     run = strided(1000, 1)
     source, out = torch.arange(1000, device="cuda:0"), torch.zeros(1000, device="cuda:0").long()
     run(source, out)  # compiles
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         run(source, out)
+    assert len(recorder.calls) == 1
     out.zero_()
     source += 1
     graph.replay()
