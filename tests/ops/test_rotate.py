@@ -1,5 +1,8 @@
 """`oftfx::rotate` and `oftfx::rotate_grad`: schema, fake, autograd, memory and values."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -59,6 +62,20 @@ def test_opcheck_of_the_gradient(name):
     grad = torch.randn_like(x).requires_grad_()
     args = (grad, x.requires_grad_(), core.requires_grad_())
     torch.library.opcheck(ROTATE_GRAD, (*args, True, True))
+
+
+def test_a_gradient_reaches_kernels_in_the_dtype_of_what_was_rotated(monkeypatch):
+    seen = []
+
+    def rotate_grad(grad, x, core, *_):
+        seen.append(grad.dtype)
+        return x, core
+
+    served = SimpleNamespace(fits=lambda *_: True, rotate_grad=rotate_grad)
+    monkeypatch.setattr(sys.modules[ops.rotate.__module__], "kernels", lambda *_: served)
+    x, core = torch.randn(5, 8), random_core(2, 4, torch.float32)
+    ops.rotate_grad(torch.randn(5, 8).double(), x, core, True, True)
+    assert seen == [torch.float32]
 
 
 def test_a_gradient_of_another_dtype_is_read_as_what_it_is():

@@ -274,7 +274,7 @@ def _through(x: Tensor, core: Tensor, out: Tensor, write: bool) -> list[Tensor]:
 
 def _back(grad: Tensor, x: Tensor | None, core: Tensor, write: bool) -> tuple[Tensor, Tensor]:
     """The transposed map of ``grad``, and the core's gradient where x is given."""
-    out = torch.empty(grad.shape if write else 0, dtype=grad.dtype, device=grad.device)
+    out = like(grad, wanted=write)
     rows, grad_stride = rows_of(grad)
     core, count, width = core.contiguous(), _count(grad), grad.shape[-1]
     levels = _levels(width)

@@ -69,7 +69,8 @@ def _direct(
 ) -> Callable[[list[int]], None]:
     """What runs compiled code, given the addresses of tensors like these.
 
-    Triton's own way where the code needs more than its arguments, or a hook asks to see launches.
+    Triton's own way where the code needs more than its arguments, or a hook asks by now to see
+    launches; one that is set later does not see those of this code.
     """
     meta, source = code.metadata, code.src
     launch = getattr(getattr(_C, "_StaticCudaLauncher", None), "_launch_kernel", None)

@@ -244,7 +244,7 @@ def shares(
     if _widest(x, core, stride):
         grad_x, whole = _in_parts(grad, x, core, need_x, need_core)
         return grad_x, whole[None].float()
-    grad_x = like(x, grad.dtype, need_x)
+    grad_x = like(x, wanted=need_x)
     if not (need_x or need_core):
         return grad_x, core.new_empty(0)
     work, rows = _cut(grad, x, core, (need_x, need_core), stride, by)
