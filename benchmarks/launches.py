@@ -103,6 +103,7 @@ def norm(count: int, tokens: int, width: int, b: int) -> dict[str, float]:
     rstd = 0.5 + torch.rand(tokens, 1, device="cuda")
     cores = list(compiled_cores(count, width, b).unbind())
     norm = ops.Norm(None, rstd, weight)
+    torch._dynamo.reset()  # else what is compiled for a second shape would be so for any
 
     @torch.compile
     def alone(x: Tensor) -> Tensor:
@@ -126,6 +127,7 @@ def product(tokens: int, width: int, b: int) -> dict[str, float]:
     """A gated product, compiled, and its rotation: in one op, and one after the other."""
     grad, gate, up = torch.randn(3, tokens, width, device="cuda").bfloat16().unbind()
     (core,) = compiled_cores(1, width, b)
+    torch._dynamo.reset()
 
     @torch.compile
     def silu(gate: Tensor, up: Tensor) -> Tensor:

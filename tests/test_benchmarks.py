@@ -1,6 +1,7 @@
 """What `benchmarks/` claims is read off its measurements by rules that hold."""
 
 import importlib
+import json
 import math
 import random
 from pathlib import Path
@@ -143,6 +144,39 @@ def test_the_report_has_pictures_and_every_method(
     printed = capsys.readouterr().out
     assert "| oftfx OFT b32 | 0.00M | 100 | 3.0 | 0.700 |" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"methods.png", "oft-beside-peft.png"}
+
+
+@pytest.fixture
+def bar(arms: ModuleType) -> ModuleType:
+    return importlib.import_module("bar")
+
+
+def test_what_was_measured_holds_every_promise_of_speed(bar: ModuleType) -> None:
+    found = bar.shown(bar.RESULTS)
+    lines = found.splitlines()[2:]
+    assert len(lines) == len(bar.PROMISES)
+    assert all(line.endswith("  yes") for line in lines)
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    assert f"```text\n{found}\n```" in page
+
+
+def test_a_promise_that_was_not_held_is_said_so(bar: ModuleType, tmp_path: Path) -> None:
+    seconds = {bar.BASE: [1.0, 1.0, 9.0], bar.OWN: [1.2, 1.1, 1.1], bar.PEFT_OFT: [1.3]}
+    (tmp_path / "cpu.json").write_text(json.dumps({"seconds": seconds}))
+    lines = bar.shown(tmp_path).splitlines()[2:]
+    of_cpu = [promise.file for promise in bar.PROMISES].index("cpu")
+    assert lines.pop(of_cpu).split()[-3:] == ["1.100", "1.03", "no"]
+    assert lines.pop(of_cpu).split()[-3:] == ["0.846", "1", "yes"]
+    assert all(line.endswith("not measured") for line in lines)
+
+
+def test_a_measurement_that_fails_is_named(
+    bar: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(bar.ON_CPU, "cpu", ("step.py", "--rows", "no such row"))
+    monkeypatch.setattr("sys.argv", ["bar.py", "--only", "cpu", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="failed: cpu"):
+        bar.main()
 
 
 def fixed_text(pattern: str) -> torch.Tensor:
