@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oftfx
 from oftfx import OFT, MergeError, testing
+from oftfx.fold.weight import Fold
 from oftfx.modules import Adapted
 from tests.small import SMALL, Attention, Functional, Tied, TwiceUsed, llama, rows, small, tokens
 
@@ -202,6 +204,94 @@ def test_of_two_tied_layers_one_is_adapted():
     oftfx.merge(model)
     testing.assert_close(testing.run(model, rows())[0], expected, "output")
     assert torch.equal(model.a.weight, weight)
+
+
+def program_of(model: nn.Module) -> nn.Module:
+    return export(model, (rows(),)).module()
+
+
+def sharing_storage(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        theirs.data = mine.data
+    return other
+
+
+@pytest.mark.parametrize("made", [program_of, sharing_storage])
+@pytest.mark.parametrize("name", ["mlp", "functional"])
+def test_whoever_else_reads_the_weights_reads_the_old_ones(made, name):
+    model, x = adapted("module", name)
+    other = made(model)
+    expected = testing.run(other, x)[0]
+    oftfx.merge(model)
+    assert torch.equal(testing.run(other, x)[0], expected)
+    testing.assert_close(testing.run(model, x)[0], expected, "output")
+
+
+def test_a_head_outside_of_the_part_that_is_merged_stays_and_is_saved_as_it_is(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = llama(torch.float64)
+    spec = OFT(block_size=8, init_std=0.2, targets="embed_tokens", dtype=torch.float64)
+    oftfx.adapt(model.model, spec)
+    with torch.no_grad():
+        expected = model(**tokens()).logits
+    oftfx.merge(model.model)
+    testing.assert_close(model(**tokens()).logits.detach(), expected, "logits")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    testing.assert_close(again(**tokens()).logits.detach(), expected, "logits")
+
+
+def test_a_model_in_a_wrapper_forgets_its_tie_as_well():
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+    wrapper = Wrapper(tied_llama())
+    oftfx.merge(wrapper)
+    assert not wrapper.inner.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("name", "folded"), [("mlp", 1), ("attention", 1), ("attention", 3), ("functional", 1)]
+)
+def test_a_merge_that_is_stopped_leaves_a_model_that_computes_the_same(name, folded, monkeypatch):
+    model, x = adapted("module", name)
+    expected = testing.run(model, x)[0]
+    run, seen = Fold.run, []
+
+    def stopping(self):
+        seen.append(self.fqn)
+        if len(seen) > folded:
+            raise KeyboardInterrupt
+        return run(self)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Fold, "run", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            oftfx.merge(model)
+    testing.assert_close(testing.run(model, x)[0], expected, "output")
+    oftfx.merge(model)
+    testing.assert_close(testing.run(model, x)[0], expected, "output")
+    assert not any(isinstance(module, Adapted) for module in model.modules())
+
+
+def test_old_weights_go_as_they_are_folded(monkeypatch):
+    model = oftfx.adapt(
+        nn.Sequential(*(nn.Linear(8, 8).double() for _ in range(4))), SPEC, example_inputs=rows()
+    )
+    old, alive = [weakref.ref(layer.weight) for layer in model], []
+    run = Fold.run
+
+    def counting(self):
+        alive.append(sum(weight() is not None for weight in old))
+        return run(self)
+
+    monkeypatch.setattr(Fold, "run", counting)
+    oftfx.merge(model)
+    assert alive == [4, 3, 2, 1]
 
 
 def test_a_layer_under_two_names_is_folded_once():

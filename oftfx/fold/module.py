@@ -1,8 +1,9 @@
 """Merging an nn.Module: its layers get their folded weights and their own classes back."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ class _Site:
     def replace(self, value: Tensor) -> None:
         weight = self.module._parameters[self.name]
         assert weight is not None
-        self.module._parameters[self.name] = nn.Parameter(value, weight.requires_grad)
+        folded = nn.Parameter(value, weight.requires_grad)
+        folded.__dict__.update(weight.__dict__)  # what libraries note on a parameter
+        self.module._parameters[self.name] = folded
 
 
 @torch.no_grad()
@@ -57,7 +60,10 @@ def merge_module(
 ) -> tuple[nn.Module, list[MergedSite]]:
     """Folds every rotation of a module into its weight; one layer's floats at a time.
 
-    The weights are folded one after the other without waiting for the device in between.
+    The weights are folded one after the other without waiting for the device in between. A folded
+    weight is a tensor of its own, since others may read the old one: layers that are tied to it, a
+    graph that was exported. A layer takes its weights and loses its rotations at once, so that
+    whatever stops a merge leaves a model that computes what it did, and that can be merged again.
 
     Raises:
         MergeError: The options do not fit, or a weight cannot be folded. The model is untouched.
@@ -85,22 +91,27 @@ def merge_module(
             _dequantised(fqn, module, quantiser)
     measured: list[Cost | None] = []
     any_untied = False
-    for site, kept in tracked([*zip(found, folds, strict=True)], "folding"):
-        if kept is None:
-            assert site.quantiser is not None
+    pairs = zip(found, folds, strict=True)
+    layers = [list(group) for _, group in groupby(pairs, lambda pair: id(pair[0].module))]
+    del folds, pairs
+    for layer in tracked(layers, "folding"):
+        site = layer[0][0]
+        if site.quantiser is not None:
             measured.append(_store_quantised(site, site.quantiser, report, dtype, requantize))
-        else:
-            untied = names[id(kept.weight)] > 1
-            any_untied |= untied
-            if untied:
-                names[id(kept.weight)] -= 1
-            measured.append(_store(site, kept, untied, report))
+            continue
+        untied = [names[id(fold.weight)] > 1 for _, fold in layer]
+        names.subtract(id(fold.weight) for _, fold in layer)
+        # What is tied to an embedding may lie outside of the part that is merged.
+        any_untied |= any(untied) or sites.is_embedding(site.module)
+        measured += _store(layer, untied, report)
+        layer.clear()  # and with it its old weights
     costs = settled([each for each in measured if each is not None])
     any_untied |= any(copies.own and copies.in_place for _, _, copies in copied.of(model))
     for part in parts:
         detach(part, merged=True)
     if any_untied:
-        _forget_tie(model)
+        for each in pretrained.models_in(model):
+            _forget_tie(each)
     if requantize:
         warn_of_loss(costs)
     if to_floats:
@@ -134,17 +145,20 @@ def _checked(site: _Site) -> tuple[Fold | None, tuple[str, list[Tensor]]]:
     return None if site.quantiser else fold, (site.fqn, fold.tensors())
 
 
-def _store(site: _Site, fold: Fold, untied: bool, report: bool) -> Cost | None:
-    """Folds one float weight: in place, or into a tensor of its own where it is tied."""
-    if not (untied or report):
-        fold.run(into=fold.weight.detach())
-        return None
-    stored = fold.run()
-    measured = cost(fold, stored, untied) if report else None
-    if untied:
-        site.replace(stored)
-    else:
-        fold.weight.copy_(stored)
+def _store(
+    layer: Sequence[tuple[_Site, Fold]], untied: Sequence[bool], report: bool
+) -> list[Cost | None]:
+    """Gives one layer its folded float weights and its own class."""
+    stored = [fold.run() for _, fold in layer]
+    measured = [
+        cost(fold, value, alone) if report else None
+        for (_, fold), value, alone in zip(layer, stored, untied, strict=True)
+    ]
+    module = layer[0][0].module
+    assert isinstance(module, Adapted)
+    for (site, _), value in zip(layer, stored, strict=True):
+        site.replace(value)
+    bare(module)
     return measured
 
 
@@ -153,12 +167,13 @@ def _store_quantised(
 ) -> Cost | None:
     """Folds one quantised weight; its floats are gone when this returns."""
     fold = site.fold(dtype)
+    assert isinstance(site.module, Adapted)
     if requantize:
         quantiser.requantise(site.module, fold.folded(torch.float32))
+        bare(site.module)
         stored = quantiser.dequantise(site.module)
         return cost(fold, stored, requantised=True)
     stored = fold.run()
-    assert isinstance(site.module, Adapted)
     bare(site.module)
     to_linear(site.module, stored)
     return cost(fold, stored) if report else None
@@ -197,7 +212,8 @@ def _finish_floats(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    pretrained.forget_quantisation(model)
+    for each in pretrained.models_in(model):
+        pretrained.forget_quantisation(each)
 
 
 def _module_sites(model: nn.Module) -> Iterator[_Site]:
@@ -222,15 +238,14 @@ def _module_sites(model: nn.Module) -> Iterator[_Site]:
             yield _Site(site_name(fqn, name), module, name, layout, held, quantiser)
 
 
-def _forget_tie(model: nn.Module) -> None:
+def _forget_tie(model: Any) -> None:
     """A transformers config that still says the embeddings are tied would tie them on loading."""
     embeddings = [
-        getattr(getattr(model, name)(), "weight", None)
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(model, name)
+        getattr(embedding, "weight", None)
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings())
     ]
-    config: Any = getattr(model, "config", None)
-    if len(embeddings) == 2 and embeddings[0] is not embeddings[1] and config is not None:
-        for part in (config, config.get_text_config()):
-            if getattr(part, "tie_word_embeddings", False):
-                part.tie_word_embeddings = False
+    if embeddings[0] is embeddings[1]:
+        return
+    for part in (model.config, model.config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False

@@ -67,18 +67,13 @@ class Fold:
             outputs = scale.op(outputs, magnitude[which], *rest)
         return outputs
 
-    def run(self, into: Tensor | None = None) -> Tensor:
+    def run(self) -> Tensor:
         """Folds, block by block, without waiting for the device.
 
-        Args:
-            into: Where the weight to store goes, the weight's own memory perhaps; None for a
-                tensor of its own.
-
         Returns:
-            The weight to store, in its own layout and dtype.
+            The weight to store, a tensor of its own, in the weight's layout.
         """
-        if into is None:
-            into = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+        into = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
         dtype, core = torch.promote_types(self.wide(), self.dtype), self._core()
         for old, new, which in self.blocks(into):
             if core is None or torch.promote_types(old.dtype, core.dtype) != dtype:

@@ -49,5 +49,10 @@ def dequantise(module: Any) -> Tensor:
 
 def requantise(module: Any, weight: Tensor) -> None:
     """Stores another W, (out, in), in the layer's own format."""
+    held = module.W_q
     del module.W_q  # it sets a tensor first, which no parameter's name takes
-    module.quantize(weight.to(module.compute_dtype), **module.quant_config)
+    try:
+        module.quantize(weight.to(module.compute_dtype), **module.quant_config)
+    except BaseException:
+        module.W_q = held
+        raise

@@ -1,6 +1,7 @@
 """What a transformers model remembers of its quantisation."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ def quantise(model: Any, double: bool = True) -> Any:
     if model.can_generate():
         quantised.generation_config = model.generation_config
     return quantised
+
+
+def models_in(module: nn.Module) -> Iterator[Any]:
+    """The transformers models that a module is or holds, less those that they are made of."""
+    if "config" in vars(module) and hasattr(type(module), "get_output_embeddings"):
+        yield module
+        return
+    for child in module.children():
+        yield from models_in(child)
 
 
 def allow_training(model: nn.Module) -> None:

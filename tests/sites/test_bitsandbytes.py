@@ -352,6 +352,30 @@ def test_requantised_it_keeps_its_format_and_says_what_survived(make):
     assert "survived" in str(report)
 
 
+@every_layer
+def test_a_merge_that_is_stopped_turns_no_weight_twice(make, monkeypatch):
+    model = oftfx.adapt(quantised_llama(make), OFT(block_size=8, init_std=0.1)).train()
+    straight = oftfx.merge(copy.deepcopy(model), requantize=True)
+    seen = []
+    kind = next(q for q in map(sites.quantiser_of, model.modules()) if q is not None)
+
+    with monkeypatch.context() as stopping:
+        requantise = kind.requantise
+
+        def stopped(module, weight):
+            seen.append(module)
+            if len(seen) > 2:
+                raise torch.OutOfMemoryError
+            requantise(module, weight)
+
+        stopping.setattr(kind, "requantise", stopped)
+        with pytest.raises(torch.OutOfMemoryError):
+            oftfx.merge(model, requantize=True)
+    oftfx.merge(model, requantize=True)
+    given = tokens()
+    assert torch.equal(model(**given).logits, straight(**given).logits)
+
+
 def test_what_survived_is_what_the_definition_says():
     layer = nn.Sequential(linear4bit(nn.Linear(64, 32, bias=False)))
     before = provider.LINEAR4BIT.dequantise(layer[0]).double()

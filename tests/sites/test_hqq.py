@@ -57,6 +57,20 @@ def test_requantised():
     assert_rounded(report, model, folded, dequantised(base()), make)
 
 
+def test_a_merge_that_is_stopped_leaves_a_model_that_computes_the_same(monkeypatch):
+    model = oftfx.adapt(base(), SPEC, example_inputs=X)
+    expected = model(X)
+
+    def stopped(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(HQQLinear, "quantize", stopped)
+        with pytest.raises(torch.OutOfMemoryError):
+            oftfx.merge(model, requantize=True)
+    assert torch.equal(model(X), expected)
+
+
 def test_saved_and_loaded(tmp_path):
     model = oftfx.adapt(base(), SPEC, example_inputs=X)
     oftfx.save(model, tmp_path)
