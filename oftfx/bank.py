@@ -22,7 +22,7 @@ from oftfx import ops
 from oftfx.modules import Rotation, built
 from oftfx.ops.cayley_each import served
 from oftfx.ops.kept import watched
-from oftfx.readers import plain, unchanged, versions
+from oftfx.readers import Passes, plain, unchanged, versions
 from oftfx.rotations import oft
 
 AT_ONCE = 2**24
@@ -42,6 +42,10 @@ class Bank:
         self.root = root
         self.rotations = list(rotations)
         self.useful = True
+        self.passes = Passes()
+        self.readers = {each.readers for each in self.rotations if each.readers is not None}
+        for readers in self.readers:
+            readers.passes = self.passes
         self.alike = _alike(self.rotations)
         self.handed: list[Given] = []
         self.handles: tuple[RemovableHandle, ...] = (
@@ -51,21 +55,25 @@ class Bank:
 
     def fill(self, root: nn.Module, args: Any) -> None:
         """Builds the cores of every rotation that is in use; a forward pre-hook."""
-        if torch.compiler.is_compiling():
-            return
-        if self.handed:
-            self.clear()
         # A data-parallel replica calls the same hook with rotations of its own.
-        if root is not self.root or not (self.useful and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or root is not self.root:
             return
+        self.passes.begin()
+        if not (self.useful and torch.is_grad_enabled()):
+            return  # the cores of an earlier forward stay: a region of it may be run again
+        handed: list[Given] = []
         for members in self.alike:
             for batch in _batches(members):
-                self.handed += _hand_out(batch)
+                handed += _hand_out(batch)
+        self.handed = handed or self.handed
 
     def close(self, root: nn.Module, args: Any, output: Any) -> None:
         """Ends the forward; a forward hook. Gives up where compiled layers build their own."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or root is not self.root:
             return
+        self.passes.end()
+        for readers in self.readers:
+            readers.clear() if output is None else readers.end()  # None of a forward that failed
         for given in self.handed:
             given.open = False
         if self.handed:

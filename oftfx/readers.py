@@ -9,6 +9,7 @@ and layers that share a rotation use one rotated tensor. A compiled graph gets t
 pass `group`. Where each turns its own weight instead, they have the gradients in common alone.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -21,7 +22,7 @@ from oftfx.ops.kept import watched
 from oftfx.ops.rotate import ROTATE
 from oftfx.through import through
 
-Versions: TypeAlias = dict[str, tuple[Tensor, int]]
+Versions: TypeAlias = dict[str, tuple[Tensor, int, bool]]
 
 
 class Turns(Protocol):
@@ -29,6 +30,8 @@ class Turns(Protocol):
 
     enabled: bool
     block: int | None
+    scaling: float
+    training: bool
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parameters."""
@@ -37,12 +40,34 @@ class Turns(Protocol):
         """The factors that this forward applies, in the order x meets them."""
 
 
+class Passes:
+    """The forwards of a model.
+
+    Attributes:
+        running: Whether one runs.
+        number: Of the last one.
+    """
+
+    def __init__(self) -> None:
+        self.running = False
+        self.number = 0
+
+    def begin(self) -> None:
+        """Another one runs from here on."""
+        self.running = True
+        self.number += 1
+
+    def end(self) -> None:
+        """It is over."""
+        self.running = False
+
+
 class Kept(NamedTuple):
     """What the first reader of a tensor left for the others.
 
     Attributes:
         x: The tensor they read.
-        state: Its version, the modes it was read in, and how it was turned.
+        state: Its version, the modes and the forward it was read in, and how it was turned.
         held: For each rotation, the parameters it had, with their versions.
         turned: For each rotation, what its readers get.
         served: The readers that have had theirs.
@@ -68,6 +93,7 @@ class Readers:
         places: By reader, that of its rotation among them.
         blocks: Whether each turns blocks.
         outs: How many outputs each reader has; none where they share a rotation.
+        passes: The forwards of the model that they are in.
     """
 
     def __init__(self, rotations: dict[Any, Turns], near: bool = True) -> None:
@@ -78,6 +104,7 @@ class Readers:
         own = len(self.turns) == len(rotations)
         self.outs = tuple(reader.out for reader in rotations) if own else ()
         self.useful = True
+        self.passes = Passes()
         self._kept: Kept | None = None
 
     def rotate(self, reader: Any, x: Tensor) -> Tensor:
@@ -98,7 +125,10 @@ class Readers:
         if not self.near and watched():
             return turn(x, [own], dtype)[0]
         version = None if x.is_inference() else x._version
-        state = (version, torch.is_grad_enabled(), dtype, turn)
+        running = self.passes.running
+        # What is left in one forward is nothing to another: its graph may be gone by then.
+        during = self.passes.number if running else self._modes()
+        state = (version, x.requires_grad, torch.is_grad_enabled(), dtype, turn, running, during)
         kept = self._kept
         if (
             kept is None
@@ -108,22 +138,40 @@ class Readers:
             or not unchanged(kept.held[place], own.tensors())
         ):
             # A reader that asks again is in another forward, whose graph must be its own.
-            if kept is not None and torch._C._current_graph_task_id() == -1:
-                self.useful = False  # the others did not come for theirs: they read something else
-            self._kept = kept = None
+            self.end()
             held = self._held(x)
             if held is None:
                 return turn(x, [own], dtype)[0]
             self._kept = kept = Kept(x, state, held, turn(x, self.turns, dtype), set())
+            if not running:
+                self._until_backward(kept.turned)
         kept.served.add(reader)
         if len(kept.served) == len(self.places):
             self._kept = None
         return kept.turned[place]
 
+    def _modes(self) -> tuple[Any, ...]:
+        """What else the rotations depend on."""
+        return tuple((turn.scaling, turn.training) for turn in self.turns)
+
+    def _until_backward(self, turned: Sequence[Any]) -> None:
+        """Where no forward's end tells, what was kept goes when its graph is used up."""
+        mine = weakref.ref(self)
+
+        def clear(grads: Any) -> None:
+            if (readers := mine()) is not None:
+                readers.clear()
+
+        for each in turned:
+            out = each if isinstance(each, Tensor) else each[0]
+            if out.grad_fn is not None:
+                out.grad_fn.register_prehook(clear)
+
     def _held(self, x: Tensor) -> list[Versions] | None:
         """The parameters of each rotation; None where no more is computed than is asked for."""
         several = len(self.turns) > 1
-        if (several and not self.useful) or not traceable(x):
+        # A checkpointed region that runs again must do what it did, whatever came of it meanwhile.
+        if (several and not self.useful and not watched()) or not traceable(x):
             return None
         held = []
         for turn in self.turns:
@@ -136,6 +184,13 @@ class Readers:
             held.append(versions(tensors))
         return held
 
+    def end(self) -> None:
+        """Whoever has not come by now for what was kept reads something else."""
+        if self._kept is not None:
+            if torch._C._current_graph_task_id() == -1 and not watched():
+                self.useful = False
+            self._kept = None
+
     def clear(self) -> None:
         """Lets go of what was kept."""
         self._kept = None
@@ -145,15 +200,15 @@ class Readers:
 
 
 def versions(tensors: Mapping[str, Tensor]) -> Versions:
-    """A rotation's parameters with their versions."""
-    return {name: (tensor, tensor._version) for name, tensor in tensors.items()}
+    """A rotation's parameters with their versions, and whether they are trained."""
+    return {name: (each, each._version, each.requires_grad) for name, each in tensors.items()}
 
 
 def unchanged(held: Versions, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a rotation has the parameters that it had, and nothing was written to them."""
     for name, now in tensors.items():
-        tensor, version = held[name]
-        if now is not tensor or now._version != version:
+        tensor, version, trained = held[name]
+        if now is not tensor or now._version != version or now.requires_grad != trained:
             return False
     return True
 

@@ -1,5 +1,6 @@
 """Cores built together are those that each layer would build, wherever a layer is called."""
 
+import contextlib
 import copy
 
 import pytest
@@ -123,6 +124,29 @@ def test_every_checkpointed_layer_in_either_way(model):
         twin.enable_input_require_grads()
         testing.assert_same_function(twin, model, tokens())
         testing.assert_same_function(twin, model, tokens())
+
+
+@pytest.mark.parametrize("between", ["no_grad", "inference_mode", "disabled", "generate"])
+def test_other_forwards_may_run_before_a_checkpointed_one_goes_back(model, between):
+    given = tokens()
+    expected = torch.autograd.grad(model(**given).logits.sin().sum(), oftfx.parameters(model))
+    model.train()
+    kwargs = {"use_reentrant": False}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    model.enable_input_require_grads()
+    loss = model(**given).logits.sin().sum()
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    with modes.get(between, contextlib.nullcontext)():
+        if between == "disabled":
+            with oftfx.disabled(model):
+                model(**given)
+        elif between == "generate":
+            model.generate(given["input_ids"], max_new_tokens=2)
+        else:
+            model(**given)
+    found = torch.autograd.grad(loss, oftfx.parameters(model))
+    for ours, theirs in zip(found, expected, strict=True):
+        testing.assert_close(ours, theirs, "gradient")
 
 
 def test_two_forwards_before_one_backward(model):

@@ -73,6 +73,21 @@ def optimizer_step(model):
     optimizer.step()
 
 
+def fused_step(model):
+    """PyTorch's fused steps leave no trace in a parameter's version."""
+    optimizer = torch.optim.AdamW(oftfx.parameters(model), lr=0.1, fused=True)
+    for theta in oftfx.parameters(model):
+        theta.grad = torch.ones_like(theta)
+    optimizer.step()
+
+
+def swap(model):
+    """As averaged weights often are, without a trace, before they are evaluated."""
+    for theta in oftfx.parameters(model):
+        theta.data.mul_(2)
+    model.eval()
+
+
 def load(model):
     twin = oftfx.adapt(small("attention"), OFT(block_size=4, init_std=0.3), example_inputs=rows())
     model.load_state_dict(twin.state_dict())
@@ -109,6 +124,8 @@ def write_data_before_a_training_forward(model):
     "change",
     [
         optimizer_step,
+        fused_step,
+        swap,
         load,
         assign,
         replace_data,

@@ -1,6 +1,9 @@
 """Layers that read one tensor rotate it together, with rotations of their own or a shared one."""
 
+import contextlib
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -169,6 +172,85 @@ def test_nothing_is_kept_after_a_forward():
     model = oftfx.adapt(small("attention"), SPEC, example_inputs=rows())
     model(rows())
     assert all(r.readers is None or r.readers._kept is None for _, r in rotations(model))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_of_forwards_that_each_read_a_part_every_one_has_a_graph_of_its_own(share):
+    spec = OFT(block_size=4, init_std=0.2, share_inputs=share)
+    model, x = oftfx.adapt(Chooses(), spec, example_inputs=rows()), rows()
+    for use in ("a", "b", "ac"):
+        model.use = use
+        model(x).sum().backward()
+    for layer in (model.a, model.b, model.c):  # and outside of the model's forward
+        layer(x).sum().backward()
+
+
+def test_what_one_forward_left_is_nothing_to_the_next():
+    model, x = oftfx.adapt(Chooses(), SPEC, example_inputs=rows()), rows()
+    with torch.no_grad():
+        model.use = "a"
+        model(x)
+        oftfx.scale(model, 0.0)
+        model.use = "b"
+        off = model(x)
+        with oftfx.disabled(model):
+            assert torch.equal(model(x), off)
+    model.use = "a"
+    model(x)
+    x.requires_grad_()
+    model.use = "b"
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_outside_of_a_forward_what_changed_is_seen():
+    model, x = oftfx.adapt(Chooses(), SPEC, example_inputs=rows()), rows()
+    with torch.no_grad():
+        model.a(x)
+        oftfx.scale(model, 0.0)
+        off = model.b(x)
+        with oftfx.disabled(model):
+            assert torch.equal(model.b(x), off)
+    oftfx.scale(model, 1.0)
+    model.b.requires_grad_(False)
+    model.a(x)
+    model.b.oft.requires_grad_(True)
+    model.b(x).sum().backward()
+    assert model.b.oft.default.theta.grad.any()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_forward_read_goes_with_it(fails):
+    class Fails(Chooses):
+        def forward(self, x):
+            y = super().forward(x)
+            if fails:
+                raise ValueError("on the way")
+            return y
+
+    plan = oftfx.plan(Chooses(), SPEC, rows())
+    model = oftfx.adapt(Fails(), plan)
+    model.use, h = "a", rows().requires_grad_() * 1
+    seen = weakref.ref(h)
+    with pytest.raises(ValueError, match="on the way") if fails else contextlib.nullcontext():
+        model(h)
+    assert all(rotation.readers._kept is None for _, rotation in rotations(model))
+    assert all(rotation.readers.useful is fails for _, rotation in rotations(model))
+    del h
+    gc.collect()
+    assert seen() is None
+
+
+def test_a_region_of_which_a_part_is_read_is_run_again_as_it_was():
+    model = oftfx.adapt(Chooses(), SPEC, example_inputs=rows())
+    twin = apart(model)
+    model.use = twin.use = "a"
+    found = []
+    for each in (model, twin):
+        h = rows().requires_grad_() * 1
+        y = checkpoint(each, h, use_reentrant=False) + checkpoint(each, 2 * h, use_reentrant=False)
+        found.append(torch.autograd.grad(y.sin().sum(), each.a.oft.default.theta))
+    testing.assert_close(*[grad for (grad,) in found], "gradient")
 
 
 def test_a_replica_of_a_reader_rotates_alone():

@@ -1,5 +1,6 @@
 """The trainable state of one adapter at one site."""
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 from torch.fx import traceback
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from oftfx.ops.factor import Factor
 from oftfx.ops.precision import exactly
@@ -127,6 +129,7 @@ class Rotation(Outputs):
 
     def keep(self, cores: tuple[Tensor, ...]) -> None:
         """Keeps the cores of its parameters as they are now for calls without a gradient."""
+        _count_steps()
         tensors = self.tensors()
         # The storages are kept beside their addresses, which cannot be another's meanwhile.
         held = [tensor.detach() for tensor in tensors.values()]
@@ -135,7 +138,7 @@ class Rotation(Outputs):
     def _key(self, tensors: dict[str, Tensor]) -> Any:
         """What cores that are kept depend on."""
         states = ((t.data_ptr(), t._version, t.dtype) for t in tensors.values())
-        return torch.is_inference_mode_enabled(), self.scaling, *states
+        return torch.is_inference_mode_enabled(), self.scaling, _Steps.taken, *states
 
     def factors(self) -> tuple[Factor, ...]:
         """``M = F_1·F_2·…``, in the order x meets them."""
@@ -186,6 +189,11 @@ class Rotation(Outputs):
         fields = ", ".join(f"{k}={v}" for k, v in self.spec.to_json().items() if k != "method")
         return ", ".join(filter(None, (f"width={self.width}", fields)))
 
+    def train(self, mode: bool = True) -> Self:
+        """As any module; what is kept goes, since averaged weights are often swapped in before."""
+        self._cached = None
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.given = self._cached = None
         if self.readers is not None:
@@ -198,6 +206,23 @@ class Rotation(Outputs):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._make_known()
+
+
+class _Steps:
+    """How many steps optimizers took; a fused one's leaves no trace in a parameter's version."""
+
+    taken = 0
+
+
+@functools.cache
+def _count_steps() -> None:
+    """From here on; once is enough."""
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(*given: Any) -> None:
+    if not torch.compiler.is_compiling():  # which would guard the number
+        _Steps.taken += 1
 
 
 def built(spec: Spec, tensors: Mapping[str, Tensor], scale: float = 1.0) -> tuple[Tensor, ...]:
