@@ -84,6 +84,8 @@ def insert(
         PlanError: The plan does not fit the graph, or an adapter of this name is there already.
             The graph is untouched then.
     """
+    from oftfx.passes.effects import epochs  # the passes bring the compiler, `import oftfx` may not
+
     if name in records(model):
         raise PlanError(
             f"the graph has an adapter {name!r} already: remove it, or pass another name."
@@ -111,7 +113,8 @@ def insert(
                 value.requires_grad_(False)
 
     factors: dict[str, tuple[Factor, ...]] = {}
-    rotated: dict[tuple[str, fx.Node], fx.Node] = {}
+    rotated: dict[tuple[str, fx.Node, int], fx.Node] = {}
+    epoch = epochs(host.module.graph)  # of two of them, x may be two tensors
     first: fx.Node | None = None
     for site, found in located:
         if site.rotation not in factors:
@@ -119,16 +122,18 @@ def insert(
         for use in found:
             assert use.x is not None
             graph = host.module.graph
-            key = (site.rotation, use.x)
+            key = (site.rotation, use.x, epoch[use.node])
             if key not in rotated:
                 x = use.x
                 with graph.inserting_before(use.node):
                     for factor in factors[site.rotation]:
                         x = call(graph, factor.op, x, *factor.operands)
-                        x.meta["stack_trace"] = use.node.meta.get("stack_trace")
+                        if "stack_trace" in use.node.meta:
+                            x.meta["stack_trace"] = use.node.meta["stack_trace"]
                         first = first or x
                 rotated[key] = x
             use.feed(rotated[key])
+    for site, found in located:  # once all are fed: what is scaled here may be another's x
         for magnitude in _add_outputs(host, plan, site, name):
             for use in found:
                 _scale(host, use.node, magnitude)

@@ -80,6 +80,55 @@ def test_only_rotations_are_trainable(form):
     assert {id(p) for p in trainable} == {id(p) for p in oftfx.parameters(graph)}
 
 
+@pytest.mark.parametrize("form", ["symbolic", "program", "unlifted"])
+def test_magnitudes_of_a_layer_that_feeds_the_next_directly(form):
+    def layers():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+
+    spec = OFT(block_size=4, init_std=0.2, dtype=torch.float64, magnitude=True)
+    module = oftfx.adapt(layers(), spec, example_inputs=x)
+    graph = oftfx.adapt(as_form(layers(), form), spec)
+    for model in (module, graph):
+        for parameter in oftfx.parameters(model):
+            parameter.data.add_(0.1)
+    testing.assert_same_function(graph, module, x)
+    testing.assert_same_function(oftfx.merge(graph), module, x, grad=False)
+
+
+class Written(nn.Module):
+    """Two matmuls read one tensor, which is written to in between."""
+
+    def __init__(self, write):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k = nn.Linear(8, 8).double(), nn.Linear(8, 8).double()
+        self.relu = nn.ReLU(inplace=True)
+        self.write = write
+
+    def forward(self, x):
+        h = x.clone()
+        first = self.q(h)
+        self.write(self, h)
+        return first + self.q(h) + self.k(h)
+
+
+WRITES = {
+    "an item": lambda model, h: h.__setitem__((slice(None), 0), 0),
+    "through a view": lambda model, h: h.view(-1).mul_(2),
+    "by a layer": lambda model, h: model.relu(h),
+}
+
+
+@pytest.mark.parametrize("form", ["symbolic", "program"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_is_written_to_between_two_matmuls_is_turned_again(write, form):
+    plan = oftfx.plan(Written(write), OFT(block_size=4, init_std=0.2, share_inputs=True), x)
+    module = oftfx.adapt(Written(write), plan, example_inputs=x)
+    graph = oftfx.adapt(as_form(Written(write), form), plan)
+    testing.assert_same_function(graph, module, x, grad=False)
+
+
 def test_a_module_graph_is_adapted_in_place_and_a_program_is_not():
     graph = fx.symbolic_trace(small("mlp"))
     assert oftfx.adapt(graph, SPEC) is graph

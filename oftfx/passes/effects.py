@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from oftfx.nodes import body_of
+from oftfx.sites import provider_of
 
 _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i")} - {
     operator.index,
@@ -43,7 +44,7 @@ def epochs(graph: fx.Graph) -> dict[Any, int]:
 def writes(node: fx.Node) -> bool:
     """Whether a node may do so; of one that holds graphs, whether anything in them may.
 
-    What hides others, such as a module, counts as if it did.
+    What hides others, such as a module that is no layer of those we know, counts as if it did.
     """
     target = node.target
     match node.op:
@@ -52,7 +53,8 @@ def writes(node: fx.Node) -> bool:
         case "call_method":
             return str(target).endswith("_") and str(target) != "__getitem__"
         case "call_module":
-            return True
+            root = node.graph.owning_module
+            return root is None or provider_of(root.get_submodule(str(target))) is None
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     if isinstance(target, torch._ops.HigherOrderOperator):

@@ -5,6 +5,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from oftfx.passes.effects import barrier, epochs, writes
 
@@ -71,6 +72,13 @@ def test_what_holds_graphs_writes_what_they_write():
     made = torch.ops.aten.mul.Tensor
     assert not writes(holder(lambda x: made(x, 2).add_(1)))
     assert writes(holder(lambda x: torch.ops.aten.view.default(x, [-1]).add_(1)))
+
+
+def test_a_layer_that_is_known_only_reads():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True)))
+    linear, relu = (node for node in traced.graph.nodes if node.op == "call_module")
+    assert not writes(linear)
+    assert writes(relu)
 
 
 def test_epochs_begin_with_what_others_may_not_be_moved_across():
