@@ -227,6 +227,12 @@ def test_a_weight_read_inside_a_nested_graph_is_refused_by_name():
     refused(program, "fc.weight is read inside a nested graph")
 
 
+@pytest.mark.parametrize("form", ["symbolic", "unlifted"])
+def test_an_adapted_graph_can_be_trained_compiled(form, fresh_compiler):
+    graph = oftfx.adapt(as_form(small("attention"), form), SPEC)
+    testing.assert_same_function(torch.compile(graph, backend="aot_eager"), graph, x)
+
+
 def test_a_graph_keeps_its_notes_through_a_copy():
     import copy
 

@@ -1,7 +1,8 @@
 """Which nodes of a torch-level graph others must not be moved across."""
 
+import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def writes(node: fx.Node) -> bool:
             return root is None or provider_of(root.get_submodule(str(target))) is None
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):  # which of them is called, arguments tell
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if isinstance(target, torch._ops.HigherOrderOperator):
         bodies = list(_bodies(node))
         nodes = [inner for body in bodies for inner in body.graph.nodes]
@@ -64,8 +67,19 @@ def writes(node: fx.Node) -> bool:
     if target in _PLAIN:
         return False
     named = getattr(target, "__name__", "_").endswith("_")
-    flagged = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    given = _given(node)
+    flagged = bool(given.get("inplace")) or given.get("out") is not None
     return named or flagged or target in _IN_PLACE or target is operator.setitem
+
+
+def _given(node: fx.Node) -> Mapping[str, Any]:
+    """What a function is given, by name where it says how its parameters are called."""
+    assert callable(node.target)
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (ValueError, TypeError):  # a builtin says nothing, and takes no such flag by position
+        return node.kwargs
+    return {**given.arguments, **node.kwargs}
 
 
 def _bodies(node: fx.Node) -> Iterator[fx.GraphModule]:

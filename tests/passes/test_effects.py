@@ -16,14 +16,25 @@ def node(op, target, *args, **kwargs):
     return graph.create_node(op, target, (x, *args), kwargs)
 
 
+@torch.library.custom_op("oftfx_tests::double", mutates_args={"x"})
+def double(x: torch.Tensor) -> None:
+    """A user's own op, which a model calls by no overload's name."""
+    x.mul_(2)
+
+
 WRITING = [
     node("call_method", "mul_", 2),
     node("call_function", operator.iadd, 2),
     node("call_function", operator.setitem, 0, 1.0),
     node("call_function", torch.relu_),
     node("call_function", F.relu, inplace=True),
+    node("call_function", F.relu, True),
+    node("call_function", F.elu, 1.0, True),
+    node("call_function", F.normalize, 2.0, -1, 1e-12, node("call_method", "clone")),
+    node("call_function", lambda x, **flags: x, inplace=True),
     node("call_function", torch.add, 1, out=node("call_method", "clone")),
     node("call_function", torch.ops.aten.add_.Tensor, 1),
+    node("call_function", torch.ops.oftfx_tests.double),
     node("call_function", torch.ops.higher_order.cond, 1),
     node("call_module", "layer"),
 ]
@@ -35,6 +46,9 @@ READING = [
     node("call_function", operator.invert),
     node("call_function", operator.and_, True),
     node("call_function", F.relu, inplace=False),
+    node("call_function", F.relu, False),
+    node("call_function", F.normalize, 2.0, -1),
+    node("call_function", torch.ops.oftfx.rotate, 1),
     node("call_function", torch.ops.aten.add.Tensor, 1),
     node("call_function", torch.ops.oftfx.rotate.default, 1),
     torch.fx.Graph().placeholder("x"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -81,7 +82,12 @@ def test_casts_of_one_tensor_are_one_tensor():
         testing.assert_close(compiled(x).detach(), model(x).detach(), "output", within=0.02)
 
 
-def test_a_tensor_written_to_between_two_rotations():
+@pytest.mark.parametrize(
+    "write",
+    [lambda x: x.mul_(2), nn.ELU(inplace=True), lambda x: F.normalize(x, 2.0, -1, 1e-12, x)],
+    ids=["a method", "a flag", "an output"],
+)
+def test_a_tensor_written_to_between_two_rotations(write):
     class Writes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -90,7 +96,7 @@ def test_a_tensor_written_to_between_two_rotations():
         def forward(self, x):
             x = x.clone()
             first = self.a(x)
-            x.mul_(2)
+            write(x)
             return first + self.b(x)
 
     x = rows(torch.float32)
