@@ -69,7 +69,12 @@ def pack(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", seq_len: in
     Raises:
         DataError: The documents are messages, and the tokenizer has no chat template for them.
     """
+    from datasets import Features, Sequence, Value
+
     end = tokenizer.eos_token_id
+    # What is too little for a block waits for the next batch of documents.
+    stream: list[int] = []
+    labels: list[int] = []
 
     def tokens(text: str) -> list[int]:
         # verbose=False: a book is longer than the model's context, which is why it is cut here.
@@ -83,22 +88,29 @@ def pack(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", seq_len: in
             raise DataError(f"the tokenizer makes no text of messages: {error}") from error
 
     def blocks(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        stream: list[int] = []
-        labels: list[int] = []
         texts = [chat(each) for each in batch["messages"]] if "messages" in batch else None
         prompts = batch.get("prompt")
         for i, text in enumerate(texts or batch.get("text") or batch["completion"]):
             before, ids = tokens(prompts[i]) if prompts else [], tokens(text)
             if end is not None and ids[-1:] != [end]:
                 ids.append(end)
-            stream += before + ids
-            labels += [IGNORED] * len(before) + ids
-        cuts = [slice(i - seq_len, i) for i in range(seq_len, len(stream) + 1, seq_len)]
+            stream.extend(before + ids)
+            labels.extend([IGNORED] * len(before) + ids)
+        whole = len(stream) // seq_len * seq_len
+        cuts = [slice(i - seq_len, i) for i in range(seq_len, whole + 1, seq_len)]
         # The first label of a block is never asked for.
         cuts = [cut for cut in cuts if any(label != IGNORED for label in labels[cut][1:])]
-        return {"input_ids": [stream[c] for c in cuts], "labels": [labels[c] for c in cuts]}
+        found = {"input_ids": [stream[c] for c in cuts], "labels": [labels[c] for c in cuts]}
+        del stream[:whole], labels[:whole]
+        return found
 
-    packed = documents.map(blocks, batched=True, remove_columns=documents.column_names)
+    row = Sequence(Value("int64"))
+    packed = documents.map(
+        blocks,
+        batched=True,
+        remove_columns=documents.column_names,
+        features=Features({"input_ids": row, "labels": row}),  # a batch may make no block
+    )
     return packed.with_format("torch")
 
 
@@ -116,11 +128,12 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def split(blocks: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
-    """Splits off the last blocks, at least one, as held-out text.
+    """Splits off the last of two or more blocks as held-out text, at least one on each side.
 
     The tail of a text, not blocks drawn from between: a neighbour gives too much away.
     """
-    kept = len(blocks) - max(1, round(fraction * len(blocks)))
+    held_out = round(fraction * len(blocks))
+    kept = len(blocks) - min(max(1, held_out), len(blocks) - 1)
     return blocks.select(range(kept)), blocks.select(range(kept, len(blocks)))
 
 
@@ -132,7 +145,10 @@ def spread(blocks: "Dataset", count: int) -> "Dataset":
 
 
 def _decode(path: Path) -> str:
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     if b"\0" in raw:
         raise DataError(f"{path} is not text: it has a NUL byte at offset {raw.index(0)}.")
     try:
@@ -157,6 +173,8 @@ def _jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
             row: Any = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where} is not JSON: {error.msg}.") from error
+        except (ValueError, RecursionError) as error:  # a number too long, or brackets too deep
+            raise DataError(f"{where} is not JSON that can be read: {error}.") from error
         if not isinstance(row, dict):
             raise DataError(f"{where} is not a JSON object with a 'text' field.")
         fields = fields or _kind(row, where)
@@ -167,7 +185,9 @@ def _jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
                 _check_messages(row[field], where)
             elif not isinstance(row[field], str):
                 raise DataError(f"{where} has no {field!r} field with a string.")
-        yield {field: row[field] for field in fields}
+        found = {field: row[field] for field in fields}
+        _check_characters(found, where)
+        yield found
 
 
 def _kind(row: Iterable[str], where: str) -> tuple[str, ...]:
@@ -198,6 +218,18 @@ def _check_messages(messages: Any, where: str) -> None:
             f"{where}: 'messages' must be a list of objects with a 'role' and a 'content', both "
             "strings, and nothing else."
         )
+
+
+def _check_characters(row: dict[str, Any], where: str) -> None:
+    """That no half of a pair of surrogates is left, which JSON can write and no text has."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(
+            f"{where} is not text: it has {half}, which is half a character: cut text between "
+            "characters, not between UTF-16 units."
+        ) from error
 
 
 def _from_hub(source: str) -> "Dataset":

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +47,14 @@ def test_jsonl_is_one_document_a_line(tmp_path):
         ("a.jsonl", b"[1, 2]", "line 1 is not a JSON object"),
         ("a.jsonl", b'{"prompt": "x", "reply": "y"}', "its fields: 'prompt', 'reply'"),
         ("a.jsonl", b'{"text": 3}', "no 'text' field with a string"),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "line 1 is not JSON that can be"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON that can be read"),
+        ("a.jsonl", rb'{"text": "a\ud83d"}', r"line 1 is not text: it has \\ud83d, which is half"),
+        (
+            "a.jsonl",
+            rb'{"messages": [{"role": "user", "content": "\ude00"}]}',
+            r"line 1 is not text: it has \\ude00",
+        ),
         ("a.jsonl", b'{"prompt": "x", "completion": null}', "no 'completion' field with a string"),
         (
             "a.jsonl",
@@ -61,6 +72,17 @@ def test_bad_files_are_explained(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as caught:
         data.read(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"a\.txt cannot be read: Permission denied"):
+        data.read(str(path))
 
 
 @pytest.mark.parametrize("source", ["nowhere.txt", "./nowhere", "/no/where", "a/b/c.jsonl"])
@@ -121,12 +143,23 @@ def test_messages_become_text_by_the_tokenizers_template(tokenizer, tmp_path):
     assert torch.equal(block["labels"], block["input_ids"])
 
 
+def test_pack_drops_the_last_tokens_of_all_and_no_others(tokenizer):
+    """However many batches the documents are read in."""
+    documents = Dataset.from_dict({"text": [f"{n:05}" for n in range(2500)]})
+    blocks = data.pack(documents, tokenizer, 7000)
+    assert len(blocks) == 2500 * 6 // 7000
+    stream = torch.cat([row["input_ids"] for row in blocks])
+    text = tokenizer.decode(stream).replace(tokenizer.eos_token, " ")
+    assert text == "".join(f"{n:05} " for n in range(2500))[: len(text)]
+    assert torch.equal(stream, torch.cat([row["labels"] for row in blocks]))
+
+
 def test_pack_of_too_little_text_is_empty(tokenizer):
     assert len(data.pack(Dataset.from_dict({"text": ["abc"]}), tokenizer, 64)) == 0
 
 
-@pytest.mark.parametrize(("fraction", "held"), [(0.01, 1), (0.3, 3), (0.99, 10)])
-def test_split_holds_out_the_end(fraction, held):
+@pytest.mark.parametrize(("fraction", "held"), [(0.01, 1), (0.3, 3), (0.99, 9)])
+def test_split_holds_out_the_end_and_leaves_a_block_to_train_on(fraction, held):
     blocks = Dataset.from_dict({"input_ids": [[i] for i in range(10)]})
     train, held_out = data.split(blocks, fraction)
     assert [row[0] for row in train["input_ids"]] == list(range(10 - held))
