@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM
 
 import oftfx
 from oftfx.train import data, measure
-from oftfx.train.measure import Change
+from oftfx.train.measure import Change, Losses
 
 BASE = "frozen base"
 WARM_UP, TIMED = 5, 20
@@ -78,11 +78,11 @@ class Bench:
         self.base = base.to(self.device).train()
 
     @functools.cached_property
-    def before(self) -> tuple[Tensor, Tensor]:
+    def before(self) -> tuple[Losses, Losses]:
         return self.losses(self.base)
 
-    def losses(self, model: Any) -> tuple[Tensor, Tensor]:
-        """Of the held-out and of the unrelated blocks, (blocks,) each."""
+    def losses(self, model: Any) -> tuple[Losses, Losses]:
+        """Of the held-out and of the unrelated blocks."""
         with self.autocast():
             held_out, unrelated = (
                 measure.losses(model, [{"input_ids": ids} for ids in blocks], EVALUATED)
@@ -122,7 +122,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0, fused=fused)
         steps = bench.setting.steps
         self.schedule = transformers.get_cosine_schedule_with_warmup(
-            self.optimizer, math.ceil(0.1 * steps), steps
+            self.optimizer, steps // 10, steps
         )
         ours = isinstance(arm.make, oftfx.Spec)
         self.penalised = ours and oftfx.penalty(model).requires_grad

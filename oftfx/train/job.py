@@ -14,7 +14,7 @@ import oftfx
 from oftfx.errors import SpecError
 from oftfx.train import data, measure, models, plot, publish
 from oftfx.train.errors import DataError
-from oftfx.train.measure import Change
+from oftfx.train.measure import Change, Losses
 from oftfx.train.output import MARKER, staged
 from oftfx.train.progress import stage
 from oftfx.train.report import Reload, Report, Samples, SiteHealth
@@ -106,10 +106,10 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What one state of the model scores and says; the losses are one a block."""
+    """What one state of the model scores and says."""
 
-    held_out: Tensor
-    unrelated: Tensor | None
+    held_out: Losses
+    unrelated: Losses | None
     sample: str
 
 
@@ -169,8 +169,8 @@ def _run(
         curves = train(model, texts.train, texts.held_out, job, kept, line)
     seconds = time.perf_counter() - start
     after = _take(model, tokenizer, texts, job, "Measuring after", console)
-    curves.held_out.insert(0, (0, before.held_out.mean().item()))
-    curves.held_out.append((job.steps, after.held_out.mean().item()))
+    curves.held_out.insert(0, (0, before.held_out.mean))
+    curves.held_out.append((job.steps, after.held_out.mean))
 
     with stage(console, "Saving the adapter"):
         oftfx.save(model, out / "adapter")
@@ -243,7 +243,7 @@ def _take(
     total = len(texts.held_out) + len(texts.unrelated or ())
     with stage(console, title, total) as line:
         held_out = measure.losses(model, texts.held_out, job.batch_size, line.advance)
-        line.note(f"loss {held_out.mean():.3f}")
+        line.note(f"loss {held_out.mean:.3f}")
         unrelated = None
         if texts.unrelated:
             unrelated = measure.losses(model, texts.unrelated, job.batch_size, line.advance)

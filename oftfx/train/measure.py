@@ -3,31 +3,56 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from oftfx.train.data import IGNORED, collate
+from oftfx.train.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class Losses(NamedTuple):
+    """Next-token losses of blocks of text, which may ask for different numbers of tokens.
+
+    Attributes:
+        sums: (blocks,) nats over the tokens that a block asks for; float64 on the CPU.
+        counts: (blocks,) how many tokens those are.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats per token: every token counts the same, whichever block it is in."""
+        return (self.sums.sum() / self.counts.sum()).item()
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over blocks of text, with the standard error of that mean."""
+    """A mean over the tokens of a text, with the standard error of that mean."""
 
     mean: float
     stderr: float
 
     @classmethod
-    def of(cls, values: Tensor) -> "Estimate":
-        """Estimates the mean of ``values``, of shape ``(blocks,)``."""
-        spread = values.double().std().item() if len(values) > 1 else math.nan
-        return cls(values.double().mean().item(), spread / math.sqrt(len(values)))
+    def of(cls, losses: Losses) -> "Estimate":
+        """Estimates nats per token from blocks, each drawn with the tokens that it asks for.
+
+        The error is that of a ratio of two sums over blocks; for equal counts, that of a mean.
+        """
+        blocks = len(losses.sums)
+        if blocks == 1:
+            return cls(losses.mean, math.nan)
+        residuals = losses.sums - losses.mean * losses.counts
+        spread = (residuals.square().sum() * blocks / (blocks - 1)).sqrt()
+        return cls(losses.mean, (spread / losses.counts.sum()).item())
 
     def __str__(self) -> str:
         return f"{self}"
@@ -52,9 +77,10 @@ class Change:
     change: Estimate
 
     @classmethod
-    def between(cls, before: Tensor, after: Tensor) -> "Change":
-        """Compares losses of shape ``(blocks,)``, block by block."""
-        return cls(Estimate.of(before), Estimate.of(after), Estimate.of(after - before))
+    def between(cls, before: Losses, after: Losses) -> "Change":
+        """Compares the losses of the same blocks, block by block."""
+        paired = Losses(after.sums - before.sums, after.counts)
+        return cls(Estimate.of(before), Estimate.of(after), Estimate.of(paired))
 
 
 @torch.no_grad()
@@ -63,31 +89,29 @@ def losses(
     blocks: "Dataset",
     batch_size: int,
     tick: Callable[[int], None] = lambda rows: None,
-) -> Tensor:
-    """The mean next-token loss of every block over what is to be learned, in evaluation mode.
+) -> Losses:
+    """The next-token losses of every block over what is to be learned, in evaluation mode.
 
     Args:
         model: A causal language model; left in the mode it was in.
         blocks: Packed tokens.
         batch_size: Blocks in a forward pass.
         tick: Called after each pass with the number of blocks it took.
-
-    Returns:
-        Losses in nats per token, float32 on the CPU, of shape ``(blocks,)``.
     """
     training = model.training
     model.eval()
-    found = []
+    sums, counts = [], []
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
         batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
         labels = batch["labels"][:, 1:]
         each = F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=IGNORED)
-        found.append((each.sum(1) / (labels != IGNORED).sum(1)).cpu())
+        sums.append(each.sum(1).cpu().double())
+        counts.append((labels != IGNORED).sum(1).cpu())
         tick(len(rows))
     model.train(training)
-    return torch.cat(found)
+    return Losses(torch.cat(sums), torch.cat(counts))
 
 
 @torch.no_grad()
@@ -111,9 +135,14 @@ def sample(
 
     Returns:
         The continuation without the prompt.
+
+    Raises:
+        DataError: The tokenizer makes no tokens of the prompt.
     """
     model.eval()
     batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    if not batch["input_ids"].numel():
+        raise DataError(f"the tokenizer makes no tokens of the prompt {prompt!r}: give another.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         out = model.generate(

@@ -113,7 +113,7 @@ class _Tracker(TrainerCallback):
         self.line.advance()
         if self.every and step % self.every == 0 and step < self.job.steps:
             found = measure.losses(model, self.held_out, self.job.batch_size)
-            state.log_history.append({"step": step, HELD_OUT: found.mean().item()})
+            state.log_history.append({"step": step, HELD_OUT: found.mean})
 
     def on_log(
         self,
