@@ -13,3 +13,7 @@ class ModelError(OftfxError):
 
 class OutputError(OftfxError):
     """The place to write to is taken."""
+
+
+class TrainingError(OftfxError):
+    """Training came to nothing: a loss is no longer a finite number."""

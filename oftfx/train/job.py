@@ -1,7 +1,6 @@
 """The finetuning job: measure, adapt, train, measure again, fold, and check from outside."""
 
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from oftfx.train.output import MARKER, staged
 from oftfx.train.progress import stage
 from oftfx.train.report import Reload, Report, Samples, SiteHealth
 from oftfx.train.resume import Checkpoints, checkpoints
-from oftfx.train.trainer import train
+from oftfx.train.trainer import check_finite, train
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -164,11 +163,12 @@ def _run(
     # Not before adapting: in evaluation, quantised layers may rewrite themselves until they are.
     with oftfx.disabled(model):
         before = _take(model, tokenizer, texts, job, "Measuring before", console)
-    start = time.perf_counter()
+    if kept is not None:
+        kept.begin()
     with stage(console, "Training", job.steps) as line:
-        curves = train(model, texts.train, texts.held_out, job, kept, line)
-    seconds = time.perf_counter() - start
+        curves, tokens, seconds = train(model, texts.train, texts.held_out, job, kept, line)
     after = _take(model, tokenizer, texts, job, "Measuring after", console)
+    check_finite(after.held_out.mean, "after training", job.lr)
     curves.held_out.insert(0, (0, before.held_out.mean))
     curves.held_out.append((job.steps, after.held_out.mean))
 
@@ -183,7 +183,7 @@ def _run(
         job={**vars(job), "spec": job.spec.to_json()},
         parameters=parameters,
         trainable=trainable,
-        tokens=job.steps * job.batch_size * job.seq_len,
+        tokens=tokens,
         seconds=seconds,
         task=Change.between(before.held_out, after.held_out),
         unrelated=(

@@ -1,28 +1,51 @@
 """One run of transformers' Trainer on an adapted model."""
 
+import math
 import tempfile
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from oftfx.train import measure
-from oftfx.train.callback import watch
+from oftfx.train.callback import PENALTY, watch
 from oftfx.train.data import collate
+from oftfx.train.errors import TrainingError
 from oftfx.train.progress import Stage
 from oftfx.train.report import Curves
-from oftfx.train.resume import Checkpoints
+from oftfx.train.resume import LAST, Checkpoints
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, TrainerControl, TrainerState
+    from transformers import PreTrainedModel, TrainerControl
 
     from oftfx.train.job import Job
 
 WAYPOINTS = 3
 """How often the held-out loss is measured between the first and the last step."""
 
-HELD_OUT = "held_out_loss"
+HELD_OUT, SECONDS = "held_out_loss", "seconds"
+
+
+class Trained(NamedTuple):
+    """What training took and gave, over all the processes that it took turns in.
+
+    Attributes:
+        curves: The training loss at every step, and the held-out loss at some.
+        tokens: How many were trained on.
+        seconds: How long the steps took.
+    """
+
+    curves: Curves
+    tokens: int
+    seconds: float
 
 
 def train(
@@ -32,7 +55,7 @@ def train(
     job: "Job",
     kept: Checkpoints | None,
     line: Stage,
-) -> Curves:
+) -> Trained:
     """Trains the rotations in place, with AdamW, a warm-up and a cosine to zero.
 
     Args:
@@ -43,8 +66,8 @@ def train(
         kept: Where to write checkpoints, and to go on from the newest; None for nowhere.
         line: The progress line to move.
 
-    Returns:
-        The training loss at every step, and the held-out loss at some.
+    Raises:
+        TrainingError: The loss is not finite.
     """
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
@@ -55,11 +78,13 @@ def train(
                 per_device_train_batch_size=job.batch_size,
                 learning_rate=job.lr,
                 lr_scheduler_type="cosine",
-                warmup_steps=0.1,
+                warmup_steps=job.steps // 10,
                 # Decay would pull the rotations towards the identity, which is the prior already.
                 weight_decay=0.0,
                 seed=job.seed,
                 logging_steps=1,
+                logging_nan_inf_filter=False,  # which shows NaN as 0
+                include_num_input_tokens_seen="all",
                 save_strategy="steps" if kept else "no",
                 save_steps=kept.every if kept else 1,
                 save_total_limit=2,
@@ -75,12 +100,42 @@ def train(
         trainer.remove_callback(PrinterCallback)  # the progress line shows what it would print
         watch(trainer)
         newest = kept.newest() if kept else None
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    history = trainer.state.log_history
-    return Curves(
-        train=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+        state = TrainerState.load_from_json(str(newest / LAST)) if newest else TrainerState()
+        if state.global_step < job.steps:
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+            state = trainer.state
+        else:  # stopped after its last step: the Trainer would take one more
+            trainer._load_from_checkpoint(str(newest))
+            line.advance(state.global_step)
+    history = state.log_history
+    curves = Curves(
+        train=[(entry["step"], _own_loss(entry)) for entry in history if "loss" in entry],
         held_out=[(entry["step"], entry[HELD_OUT]) for entry in history if HELD_OUT in entry],
     )
+    return Trained(curves, state.num_input_tokens_seen, _seconds(history))
+
+
+def check_finite(loss: float, when: str, lr: float) -> None:
+    """Refuses a loss that is no number, after which nothing more is learned.
+
+    Raises:
+        TrainingError: The loss is not finite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The loss is {loss} {when}: use a lower lr than {lr:g}; if it is so from the first "
+            "step on, the model itself is at fault: try another dtype."
+        )
+
+
+def _own_loss(entry: dict[str, float]) -> float:
+    """The model's loss, without the regularisers that were added to it."""
+    return entry["loss"] - entry.get(PENALTY, 0.0)
+
+
+def _seconds(history: list[dict[str, float]]) -> float:
+    """How long the steps of a Trainer's history took."""
+    return next((entry[SECONDS] for entry in reversed(history) if SECONDS in entry), 0.0)
 
 
 class _Tracker(TrainerCallback):
@@ -99,7 +154,9 @@ class _Tracker(TrainerCallback):
         control: "TrainerControl",
         **kwargs: Any,
     ) -> None:
-        self.line.advance(state.global_step)  # what an earlier run did
+        # What an earlier run did.
+        self.line.advance(state.global_step)
+        self.start = time.perf_counter() - _seconds(state.log_history)
 
     def on_step_end(
         self,
@@ -124,4 +181,7 @@ class _Tracker(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "loss" in logs:
-            self.line.note(f"loss {logs['loss']:.3f}")
+            state.log_history[-1][SECONDS] = time.perf_counter() - self.start
+            loss = _own_loss(logs)
+            check_finite(loss, f"at step {state.global_step}", self.job.lr)
+            self.line.note(f"loss {loss:.3f}")

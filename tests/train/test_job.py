@@ -10,8 +10,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import oftfx
-from oftfx.errors import SpecError
+from oftfx.errors import OftfxError, SpecError
 from oftfx.train import DataError, Job, OutputError, run, show, trainer
+from oftfx.train.errors import TrainingError
 from oftfx.train.output import MARKER
 from oftfx.train.publish import TOLERANCE
 
@@ -158,22 +159,37 @@ class _Interrupt(trainer._Tracker):
     """Ctrl-C in the third step."""
 
     def on_log(self, args, state, control, **kwargs):
+        super().on_log(args, state, control, **kwargs)
         if state.global_step == 3:
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_job_goes_on_as_if_it_had_not_been(job, tmp_path, monkeypatch):
-    small = dataclasses.replace(
-        job, out=tmp_path / "whole", steps=4, merge=False, prompt=None, unrelated=None
+@pytest.fixture(scope="module")
+def small(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("small") / "out"
+    return dataclasses.replace(
+        job, out=out, steps=4, merge=False, prompt=None, unrelated=None, checkpoint_every=2
     )
-    whole = run(small, Console(quiet=True))
-    parts = dataclasses.replace(small, out=tmp_path / "out", checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def whole(small):
+    """What it reports when nothing stops it."""
+    return run(small, Console(quiet=True))
+
+
+def interrupt(job, monkeypatch):
     with monkeypatch.context() as interrupted:
         interrupted.setattr(trainer, "_Tracker", _Interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(parts, Console(quiet=True))
+            run(job, Console(quiet=True))
+
+
+def test_an_interrupted_job_goes_on_as_if_it_had_not_been(small, whole, tmp_path, monkeypatch):
+    parts = dataclasses.replace(small, out=tmp_path / "out")
+    interrupt(parts, monkeypatch)
     kept = tmp_path / "out.checkpoints"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.checkpoints", "whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.checkpoints"]
     (kept / "checkpoint-3").mkdir()  # cut off while it was written
     (kept / "checkpoint-3" / "adapter.safetensors").write_bytes(b"")
 
@@ -188,9 +204,118 @@ def test_an_interrupted_job_goes_on_as_if_it_had_not_been(job, tmp_path, monkeyp
     )
     assert resumed.curves == whole.curves
     assert resumed.task == whole.task
+    assert resumed.tokens == whole.tokens
     assert not kept.exists()
     with pytest.raises(OutputError, match="holds nothing to resume"):
         run(dataclasses.replace(parts, out=tmp_path / "new", resume=True), Console(quiet=True))
+
+
+def test_a_job_stopped_after_its_last_step_takes_no_more(small, whole, tmp_path, monkeypatch):
+    parts = dataclasses.replace(small, out=tmp_path / "out")
+    save = oftfx.save
+
+    def interrupted_at_last(model, path, *args):
+        if path.name == "adapter":
+            raise KeyboardInterrupt
+        save(model, path, *args)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("oftfx.save", interrupted_at_last)
+        with pytest.raises(KeyboardInterrupt):
+            run(parts, Console(quiet=True))
+    assert (tmp_path / "out.checkpoints" / "checkpoint-4").is_dir()
+    resumed = run(dataclasses.replace(parts, resume=True), Console(quiet=True))
+    assert resumed.curves == whole.curves
+    assert resumed.task == whole.task
+    assert (resumed.tokens, resumed.sites) == (whole.tokens, whole.sites)
+    assert resumed.seconds > 0
+
+
+def test_seconds_are_those_of_all_processes(small, tmp_path, monkeypatch):
+    parts = dataclasses.replace(small, out=tmp_path / "out")
+    interrupt(parts, monkeypatch)
+    state = tmp_path / "out.checkpoints" / "checkpoint-2" / "trainer_state.json"
+    stored = json.loads(state.read_text())
+    stored["log_history"][-1]["seconds"] += 1000
+    state.write_text(json.dumps(stored))
+    resumed = run(dataclasses.replace(parts, resume=True), Console(quiet=True))
+    assert 1000 < resumed.seconds < 1100
+
+
+def test_tokens_are_those_that_were_trained_on(small, text_file, tmp_path):
+    """Three blocks make one batch of two and one of one."""
+    text = tmp_path / "three.txt"
+    text.write_text(text_file.read_text()[:105])
+    own = dataclasses.replace(
+        small, out=tmp_path / "out", data=str(text), held_out=str(text_file), batch_size=2
+    )
+    assert run(own, Console(quiet=True)).tokens == 4 * 3 * 32 // 2
+
+
+def test_bad_input_leaves_no_checkpoints(small, tmp_path):
+    for changes in ({"seq_len": 4096}, {"spec": oftfx.OFT(block_size=7)}):
+        with pytest.raises(OftfxError):
+            run(dataclasses.replace(small, out=tmp_path / "out", **changes), Console(quiet=True))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_force_keeps_an_earlier_run_until_the_new_one_trains(small, tmp_path, monkeypatch):
+    parts = dataclasses.replace(small, out=tmp_path / "out")
+    interrupt(parts, monkeypatch)
+    newest = tmp_path / "out.checkpoints" / "checkpoint-2"
+    again = dataclasses.replace(parts, force=True)
+    with pytest.raises(OftfxError):
+        run(dataclasses.replace(again, seq_len=4096), Console(quiet=True))
+    assert newest.is_dir()
+    run(again, Console(quiet=True))
+    assert not newest.exists()
+
+
+def test_what_cannot_be_resumed(small, text_file, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    parts = dataclasses.replace(small, out=tmp_path / "out", data=str(text))
+    interrupt(parts, monkeypatch)
+    resumed = dataclasses.replace(parts, resume=True)
+    text.write_text(text_file.read_text().replace("boats", "ships"))
+    with pytest.raises(OutputError, match=r"text\.txt has changed since .*out\.checkpoints was"):
+        run(resumed, Console(quiet=True))
+    record = tmp_path / "out.checkpoints" / "job.json"
+    for damaged in ('{"model": "', "[]", "{}"):
+        record.write_text(damaged)
+        with pytest.raises(OutputError, match=r"job\.json is damaged .* begin anew with --force"):
+            run(resumed, Console(quiet=True))
+
+
+def test_a_loss_that_is_no_number_stops_the_job(small, tmp_path):
+    """At the step that shows it, or behind the last one."""
+    # AdamW moves every parameter by about lr in its first step.
+    diverging = dataclasses.replace(small, out=tmp_path / "out", lr=1e30, checkpoint_every=None)
+    for steps, when in ((4, "at step 2"), (1, "after training")):
+        own = dataclasses.replace(diverging, steps=steps)
+        with (
+            pytest.warns(oftfx.OftfxWarning),
+            pytest.raises(TrainingError, match=rf"The loss is nan {when}: use a lower lr than"),
+        ):
+            run(own, Console(quiet=True))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_curve_is_the_models_loss_without_the_regulariser(small, tmp_path):
+    """Reflections that start in pairs: the more they weigh, the larger the regulariser."""
+    light, heavy = (
+        dataclasses.replace(
+            small, out=tmp_path / f"{weight}", spec=oftfx.HRA(rank=4, weight=weight), steps=1
+        )
+        for weight in (0.0, 0.5)
+    )
+    light, heavy = run(light, Console(quiet=True)), run(heavy, Console(quiet=True))
+    assert heavy.curves.train[0][1] == pytest.approx(light.curves.train[0][1], rel=1e-5)
+
+
+def test_one_step_learns(small, tmp_path):
+    report = run(dataclasses.replace(small, out=tmp_path / "out", steps=1), Console(quiet=True))
+    assert report.task.change.mean != 0
 
 
 def test_too_little_text(job, tmp_path):

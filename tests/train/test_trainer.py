@@ -301,7 +301,7 @@ def test_leaving_the_disc_warns_once_a_site(model, blocks, tmp_path):
 def test_the_regulariser_reaches_the_loss(model, blocks, tmp_path):
     """However many micro-batches a step is made of, it counts once; evaluation is without it."""
     twin = copy.deepcopy(model)
-    losses = {}
+    losses, penalties = {}, {}
     for weight, trained in ((0.0, model), (0.5, twin)):
         oftfx.adapt(trained, oftfx.HRA(rank=4, weight=weight))
         expected = oftfx.penalty(trained).item()
@@ -312,10 +312,13 @@ def test_the_regulariser_reaches_the_loss(model, blocks, tmp_path):
             watch(trainer)
             trainer.train()
             losses[weight, accumulated] = trainer.state.log_history[0]["loss"]
+            penalties[weight, accumulated] = trainer.state.log_history[0].get("oft_penalty")
             losses[weight, "evaluated"] = trainer.evaluate(blocks)["eval_loss"]
     for accumulated in (1, 4):
         added = losses[0.5, accumulated] - losses[0.0, accumulated]
         assert added == pytest.approx(expected, rel=1e-4)
+        assert penalties[0.5, accumulated] == pytest.approx(expected, rel=1e-5)
+        assert penalties[0.0, accumulated] is None
     assert losses[0.5, "evaluated"] == pytest.approx(losses[0.0, "evaluated"], rel=1e-6)
 
 
