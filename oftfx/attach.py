@@ -1,7 +1,8 @@
 """Plan → nn.Module: every site's module takes on the class that rotates its input."""
 
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from oftfx.modules import (
     become,
     folding,
     hooked,
+    in_order,
     in_use,
     own_forward,
     rotating,
@@ -44,11 +46,14 @@ class Record:
         plan: The plan it was built from.
         trained: Names of the base's parameters that required a gradient before.
         copies: What it trains as it is.
+        made: When, in ns: of parts that were adapted one within the other, each remembers what the
+            earlier ones left, so that they come off the latest first.
     """
 
     plan: Plan
     trained: frozenset[str]
     copies: Copies
+    made: int = field(default_factory=time.time_ns)
 
 
 def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> None:
@@ -64,7 +69,7 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> None:
         PlanError: The plan does not fit the model, or an adapter of this name is there already.
             The model is untouched then.
     """
-    records: dict[str, Record] = vars(model).get(RECORD, {})
+    records = _records(model)
     if name in records:
         raise PlanError(
             f"the model has an adapter {name!r} already: remove it with oftfx.remove(model, "
@@ -113,7 +118,7 @@ def attach(model: nn.Module, plan: Plan, name: str, fixed: Fixed) -> None:
 
 
 def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> None:
-    """Takes adapters off a module and gives its classes and gradient flags back.
+    """Takes adapters off a module and its parts and gives classes and gradient flags back.
 
     Args:
         model: An adapted module.
@@ -123,21 +128,31 @@ def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> N
     Raises:
         PlanError: There is no such adapter.
     """
-    records = records_of(model, name)
-    displace(model, None if name is None else [name])
+    parts = [part for part in model.modules() if _records(part, name)]
+    if not parts and not merged:  # merging comes to a part whose owner took all off before
+        raise no_adapter(type(model).__name__, name, in_order(model))
+    for part in sorted(parts, key=lambda part: -next(iter(_records(part).values())).made):
+        _detach_part(part, name, merged)
+    for part in model.modules():
+        if BANK in vars(part):
+            _open_bank(part)
+
+
+def _detach_part(model: nn.Module, name: str | None, merged: bool) -> None:
+    """Takes off what was attached to this very module."""
+    records, leaving = _records(model), dict(_records(model, name))
+    displace(model, leaving)
     fast_path.restore(model)
-    for adapter in list(records) if name is None else [name]:
-        record = records.pop(adapter)
-        trained = record.trained
+    for adapter, record in leaving.items():
+        del records[adapter]
         if not merged:
             record.copies.take_away(model)
         if not records:
             for parameter_name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter_name in trained)
+                parameter.requires_grad_(parameter_name in record.trained)
     if not records:
         vars(model).pop(RECORD, None)
         _unpin(model)
-    _open_bank(model)
 
 
 def _pin(model: nn.Module) -> None:
@@ -161,10 +176,16 @@ def records_of(model: nn.Module, name: str | None = None) -> dict[str, Record]:
     Raises:
         PlanError: The module has no adapter, or none of this name.
     """
-    records: dict[str, Record] = vars(model).get(RECORD, {})
-    if not records or (name is not None and name not in records):
+    records = _records(model)
+    if not _records(model, name):
         raise no_adapter(type(model).__name__, name, records)
     return records
+
+
+def _records(model: nn.Module, name: str | None = None) -> dict[str, Record]:
+    """What was attached to this very module: all of it, or one adapter."""
+    records: dict[str, Record] = vars(model).get(RECORD, {})
+    return records if name is None else {name: records[name]} if name in records else {}
 
 
 def _open_bank(model: nn.Module) -> None:

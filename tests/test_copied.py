@@ -85,6 +85,41 @@ def test_disabled_and_removed_it_is_the_base():
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
+class Whole(nn.Module):
+    """A model with a part that is adapted separately."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.net = Net()
+
+    def forward(self, x):
+        return self.net(self.first(x))
+
+
+@pytest.mark.parametrize("order", [["inner", "outer"], ["outer", "inner"]])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_removed_with_a_part_that_was_adapted_separately_it_is_the_base(order, at_once):
+    whole = Whole()
+    whole.net.up.bias.requires_grad_(False)
+    before = copy.deepcopy(whole.state_dict())
+    flags = {key: value.requires_grad for key, value in whole.named_parameters()}
+    outer = OFT(block_size=4, targets=["first", "up"], also_train="up.bias", init_std=0.1)
+    inner = OFT(block_size=4, targets="up", also_train="score", init_std=0.1)
+    given = {"inner": (whole.net, inner), "outer": (whole, outer)}
+    for name in order:
+        oftfx.adapt(*given[name], name, X)
+    with torch.no_grad():
+        for parameter in oftfx.parameters(whole):
+            parameter.add_(0.1)
+    for name in [None] if at_once else reversed(order):
+        oftfx.remove(whole, name)
+    assert oftfx.adapters(whole) == {}
+    same(whole, before)
+    assert {key: value.requires_grad for key, value in whole.named_parameters()} == flags
+    oftfx.adapt(whole, outer, example_inputs=X)
+
+
 def test_after_a_cast_the_base_comes_back_cast():
     base, net = Net().double(), trained().double()
     with oftfx.disabled(net):
