@@ -246,6 +246,23 @@ def test_a_rule_that_names_nothing_is_refused(rule, why):
         oftfx.adapt(Net(), OFT(block_size=4, also_train=rule), example_inputs=X)
 
 
+def test_a_tensor_called_as_one_of_the_rotations_is_refused():
+    net = Net()
+    net.up.alpha = nn.Parameter(torch.ones(1))
+    with pytest.raises(PlanError, match=r"up\.alpha is called as what PSOFT trains at up"):
+        oftfx.plan(net, oftfx.PSOFT(rank=4, targets="up", also_train="up.alpha"), X)
+
+
+@pytest.mark.parametrize("rule", ["norm", "norm.weight"])
+def test_a_norm_whose_statistics_training_moves_is_refused(rule):
+    net = Net()
+    net.norm = nn.BatchNorm1d(8)
+    with pytest.raises(PlanError, match=r"norm\.weight is of a norm with running statistics"):
+        oftfx.plan(net, OFT(block_size=4, also_train=rule), X)
+    net.norm = nn.BatchNorm1d(8, track_running_stats=False)
+    assert oftfx.plan(net, OFT(block_size=4, also_train=rule), X).copied
+
+
 def test_a_rule_is_a_name_or_a_regex():
     with pytest.raises(SpecError, match="also_train"):
         OFT(also_train=3)

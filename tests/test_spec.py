@@ -10,6 +10,7 @@ import torch
 
 from oftfx import BOFT, COFT, GOFT, HRA, OFT, QGOFT, OftfxError, Spec, SpecError
 from oftfx.spec import matches
+from oftfx.spec.rules import exactly
 
 # field, value, what the message must hold besides the field's name
 INVALID = [
@@ -242,6 +243,13 @@ def test_a_single_name_in_json_is_one_name():
 )
 def test_matches(rule, fqn, expected):
     assert matches(rule, fqn) is expected
+
+
+def test_the_rule_for_one_name_matches_no_other():
+    assert matches(exactly("a.fc"), "a.fc")
+    assert matches(exactly("fc"), "fc")
+    assert not matches(exactly("fc"), "a.fc")
+    assert not matches(exactly("a.fc"), "axfc")
 
 
 def test_overrides_apply_in_order_and_to_their_layers_alone():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from oftfx import modules, sites
 from oftfx.capture import Model
@@ -59,7 +60,16 @@ def choose(
             "nothing to adapt: no matmul with a frozen weight is left"
             + (f". Skipped:\n  {reasons}" if reasons else " in this model.")
         )
-    return Plan(spec, _with_parameters(chosen, spec), tuple(skipped), how, copied)
+    plan = Plan(spec, _with_parameters(chosen, spec), tuple(skipped), how, copied)
+    for site in plan.sites:
+        for tensor in plan.shapes(site):
+            if f"{site.fqn}.{tensor}" in whole:
+                raise PlanError(
+                    f"also_train: {site.fqn}.{tensor} is called as what {type(spec).__name__} "
+                    f"trains at {site.fqn}, and files have one tensor of a name: rename it, or "
+                    "exclude the site."
+                )
+    return plan
 
 
 def _no_matmul(spec: Spec, site: Site) -> str | None:
@@ -153,8 +163,17 @@ def copied(model: Model, spec: Spec) -> tuple[Copied, ...]:
                     f"also_train: {name} is quantised and cannot be trained as it is: leave its "
                     "layer out of the quantisation, or rotate it instead."
                 )
+            if _has_statistics(model.get_submodule(name.rpartition(".")[0])):
+                raise PlanError(
+                    f"also_train: {name} is of a norm with running statistics, which training "
+                    "moves and no adapter saves: leave it out, and keep the norm in eval()."
+                )
             chosen[name] = Copied(name, tuple(held[name].shape))
     return tuple(chosen[name] for name in held if name in chosen)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats
 
 
 def _names(rule: Target, parameter: str) -> bool:

@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
-import re
 import zlib
 from dataclasses import dataclass
 from typing import Literal, Self
 
 from oftfx.errors import OftfxError, PlanError
+from oftfx.rotations import method_of, output_shapes
 from oftfx.sites.matmul import Layout
 from oftfx.spec import Spec
+from oftfx.spec.rules import exactly
 from oftfx.table import plan_table
 
 
@@ -121,6 +122,12 @@ class Plan:
         """The spec that holds at a site, overrides applied."""
         return self.spec.at(site.rotation)
 
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that a site holds itself."""
+        spec = self.spec_of(site)
+        rotation = {} if site.shared else method_of(spec).shapes(spec, site.in_features)
+        return {**rotation, **output_shapes(spec, site.out_features)}
+
     def seed_of(self, fqn: str) -> int:
         """Seed of the initial values that a site holds: the same whatever else is adapted."""
         return zlib.crc32(f"{self.spec.seed}/{fqn}".encode())
@@ -129,7 +136,8 @@ class Plan:
         """The plan as JSON text; a callable ``targets`` becomes the names it chose."""
         spec = self.spec
         if callable(spec.targets):
-            spec = dataclasses.replace(spec, targets=tuple(re.escape(s.fqn) for s in self.sites))
+            names = tuple(exactly(site.fqn) for site in self.sites)
+            spec = dataclasses.replace(spec, targets=names)
         return json.dumps(
             {
                 "spec": spec.to_json(),

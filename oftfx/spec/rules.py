@@ -22,6 +22,11 @@ def matches(rule: Target, fqn: str) -> bool:
     return fqn == rule or fqn.endswith("." + rule) or re.fullmatch(rule, fqn) is not None
 
 
+def exactly(fqn: str) -> str:
+    """The rule for one name, and no other that ends with it."""
+    return f"(?:{re.escape(fqn)})"
+
+
 def checked_rules(field: str, value: Target | Sequence[Target]) -> tuple[Target, ...]:
     """One or several rules as a tuple of checked ones.
 

@@ -8,7 +8,6 @@ With ``bias="all"`` PEFT also writes the biases of modules to save twice more, a
 as the base has them.
 """
 
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from oftfx.errors import CheckpointError, OftfxWarning
 from oftfx.fingerprint import Fingerprint
 from oftfx.interop.peft.directory import CONFIG, TENSORS, Directory
 from oftfx.plan import Plan
+from oftfx.spec.rules import exactly
 
 BASE = ".base_layer."
 TWICE = (".modules_to_save.", ".original_module.")
@@ -83,7 +83,7 @@ def read_copied(
 
 def rules(copied: Mapping[str, Tensor]) -> tuple[str, ...]:
     """What ``also_train`` has to say for exactly these tensors."""
-    return tuple(map(re.escape, copied))
+    return tuple(map(exactly, copied))
 
 
 def write_copied(

@@ -1,6 +1,5 @@
 """From a PEFT directory to a plan and its rotations' tensors."""
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -23,6 +22,7 @@ from oftfx.plan import Plan, plan
 from oftfx.rotations import method_of, output_shapes
 from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.spec import Spec
+from oftfx.spec.rules import exactly
 from oftfx.table import listed
 from oftfx.weights import Weights
 
@@ -184,8 +184,8 @@ def _together(specs: Mapping[str, Spec], also_train: tuple[str, ...]) -> Spec:
             if getattr(spec, field.name) != getattr(usual, field.name)
         }
         if changed:
-            overrides[re.escape(fqn)] = changed
-    targets = tuple(map(re.escape, specs))
+            overrides[exactly(fqn)] = changed
+    targets = tuple(map(exactly, specs))
     return replace(usual, targets=targets, overrides=overrides, also_train=also_train)
 
 
