@@ -14,6 +14,7 @@ from peft.tuners.boft import layer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import oftfx
 from oftfx import CheckpointError
@@ -250,6 +251,42 @@ def test_a_name_that_peft_would_take_for_another_is_refused(tmp_path):
     oftfx.adapt(net, spec, capture="modules")
     with pytest.raises(CheckpointError, match="PEFT would take it for norm"):
         oftfx.save(net, tmp_path / "out", format="peft")
+
+
+class Ends(nn.Module):
+    """A name of a layer is the end of others' names, one of which PEFT cannot adapt."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.q = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.blk = nn.ModuleDict({"fc": nn.Linear(8, 8), "q": nn.LayerNorm(8)})
+
+    def forward(self, x):
+        return self.blk["fc"](self.blk["q"](self.fc(self.q(x))))
+
+
+@pytest.mark.parametrize("targets", [["fc", "q"], "(?:q)", "(?:fc)", "blk.fc"])
+@pytest.mark.parametrize("format", ["peft", "lora"])
+def test_a_name_that_is_the_end_of_another_is_of_its_own_layer(format, targets, tmp_path):
+    x = torch.randn(3, 8)
+    spec = oftfx.HRA(rank=2, init_std=0.5, targets=targets)
+    model = oftfx.adapt(Ends(), spec, example_inputs=x)
+    oftfx.save(model, tmp_path, format=format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT's, of layers that the file lacks
+        theirs = PeftModel.from_pretrained(Ends(), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x))
+    if format == "peft":
+        ours = oftfx.load(Ends(), tmp_path)
+        assert torch.equal(ours(x), model(x))
+
+
+@pytest.mark.parametrize("spec", [oftfx.OFT(block_size=4), oftfx.HRA(rank=2)])
+def test_a_conv1d_is_refused(spec, tmp_path):
+    model = oftfx.adapt(nn.Sequential(Conv1D(8, 8)), spec, example_inputs=torch.randn(2, 8))
+    with pytest.raises(CheckpointError, match=r"0 is a Conv1D, of which PEFT has no"):
+        oftfx.save(model, tmp_path, format="peft")
 
 
 def test_psoft_of_quantised_layers_is_refused(tmp_path):

@@ -98,7 +98,7 @@ def write_lora(
     others = {fqn: r for fqn, r in ranks.items() if r != usual}
     copied, fields = write_copied(plan, "LORA", values, own)
     config = (
-        header(plan, base)
+        header(plan, own, base)
         | fields
         | {
             "alpha_pattern": others,  # alpha = r everywhere: B·A as it is

@@ -1,6 +1,7 @@
 """From a plan and its rotations' tensors to a PEFT directory."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from oftfx.interop.peft.formats import FORMATS, NAMES
 from oftfx.plan import Plan, Site
 from oftfx.rotations import method_of, output_shapes
 from oftfx.sites import is_quantised
+from oftfx.sites.conv1d import KIND as CONV1D
 from oftfx.sites.embedding import KIND as EMBEDDING
 from oftfx.spec import Spec
 from oftfx.weights import Weights
@@ -70,13 +72,17 @@ def write(
                 f"{site.fqn} is quantised, where PEFT has no PSOFT; of a float weight it computes "
                 "other directions. Write format='lora', which is exact."
             )
+        if site.kind == CONV1D:
+            raise CheckpointError(
+                f"{site.fqn} is a Conv1D, of which PEFT has no {name}. Write format='lora'."
+            )
         if site.kind == EMBEDDING:
             if not form.EMBEDDED:
                 raise CheckpointError(f"{site.fqn}: PEFT's {name} has no embeddings.")
             converted = {form.EMBEDDED[suffix]: tensor for suffix, tensor in converted.items()}
         tensors |= {f"{site.fqn}.{suffix}": tensor for suffix, tensor in converted.items()}
     copied, fields = write_copied(plan, name, values, own)
-    config = header(plan, base) | form.config(
+    config = header(plan, own, base) | form.config(
         {site.fqn: plan.spec_of(site) for site in plan.sites},
         {site.fqn: site.in_features for site in plan.sites},
     )
@@ -106,8 +112,14 @@ def check_layer(site: Site, spec: Spec, outputs: Collection[str] = ()) -> None:
         raise CheckpointError(f"{site.fqn} is no layer of its own, which PEFT cannot adapt.")
 
 
-def header(plan: Plan, base: str | None) -> dict[str, Any]:
-    """The part of the config that is the same for every method."""
+def header(plan: Plan, own: Collection[str], base: str | None) -> dict[str, Any]:
+    """The part of the config that is the same for every method.
+
+    Args:
+        plan: What is adapted.
+        own: The names of all tensors of the base.
+        base: Where the base came from.
+    """
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -119,9 +131,22 @@ def header(plan: Plan, base: str | None) -> dict[str, Any]:
         "modules_to_save": None,
         "peft_version": PEFT_VERSION,
         "revision": None,
-        "target_modules": [site.fqn for site in plan.sites],
+        "target_modules": _targets([site.fqn for site in plan.sites], own),
         "task_type": None,
     }
+
+
+def _targets(sites: list[str], own: Collection[str]) -> list[str] | str:
+    """The names of the sites; a regex of them where PEFT would take other modules for them.
+
+    It compares names in a list with the ends of modules' names, a regex with the whole of them.
+    """
+    paths = (name.split(".")[:-1] for name in own)
+    owners = {".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)}
+    endings = tuple(f".{fqn}" for fqn in sites)
+    if any(name.endswith(endings) for name in owners - set(sites)):
+        return "|".join(map(re.escape, sites))
+    return sites
 
 
 def files(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
