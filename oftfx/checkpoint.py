@@ -4,7 +4,7 @@
       adapter.safetensors   a rotation's tensors, by site, and what was trained as it is
       adapter.json          spec, plan, versions, a fingerprint of the base, and checksums
 
-Each file is written under a temporary name and renamed; the JSON comes last and holds the other's
+Both are written under temporary names and then renamed; the JSON comes last and holds the other's
 checksum, so a torn or mixed pair is noticed.
 """
 
@@ -20,18 +20,16 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from oftfx import copied, insert, modules
-from oftfx.adapter import put
+from oftfx.adapter import put, remove
 from oftfx.attach import records_of
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CheckpointError, OftfxError, OftfxWarning, PlanError, no_adapter
-from oftfx.files import replacing
+from oftfx.files import replace_all
 from oftfx.fingerprint import Fingerprint
 from oftfx.host import parameters_of
 from oftfx.interop import peft
-from oftfx.plan import Plan, Site
+from oftfx.plan import Plan
 from oftfx.progress import tracked
-from oftfx.rotations import method_of, output_shapes
-from oftfx.sites import is_quantised
 from oftfx.spread import check_alone, whole
 from oftfx.weights import Weights
 
@@ -93,9 +91,14 @@ def save(
             files, report = peft.write_lora(plan, values, own, Weights(inner), rank, base)
         case _:
             raise ValueError(f"format={format!r}: must be 'oftfx', 'peft' or 'lora'.")
-    _write_all(Path(directory), files)
-    for stale in {MANIFEST, TENSORS} - files.keys():  # which `load` would take for the adapter
-        (Path(directory) / stale).unlink(missing_ok=True)
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        replace_all(path, files)
+        for stale in {MANIFEST, TENSORS, peft.CONFIG, peft.TENSORS} - files.keys():
+            (path / stale).unlink(missing_ok=True)  # of the adapter before, in another format
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
     return report
 
 
@@ -120,11 +123,16 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
     check_alone(model)
     inner = unwrap(model)
     path = Path(directory)
-    if peft.holds_peft(path) and not (path / MANIFEST).is_file():
+    if peft.holds_peft(path) and (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path} holds two adapters, one of {MANIFEST} and {TENSORS}, one of PEFT's "
+            f"{peft.CONFIG} and {peft.TENSORS}: delete the two files of the one that is not meant."
+        )
+    if peft.holds_peft(path):
         plan, values = peft.read(inner, path)
     else:
-        plan, values, base = _read(path)
-        _check_base(inner, plan, base, path)
+        plan, values, manifest = _read(path)
+        _check_base(inner, plan, manifest, path)
     taken = any(modules.is_rotation(inner, key, name) for key in parameters_of(inner))
     try:
         # What is never trained comes from the file too: no weight is decomposed, no batch run.
@@ -133,9 +141,11 @@ def load(model: M, directory: str | os.PathLike[str], name: str = "default") -> 
         if taken:
             raise
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
-    with torch.no_grad():
-        for key, parameter in values_of(unwrap(adapted), plan, name).items():
-            parameter.copy_(values[key])
+    try:
+        _fill(unwrap(adapted), plan, name, values, path)
+    except CheckpointError:
+        remove(adapted, name)
+        raise
     return adapted
 
 
@@ -148,16 +158,33 @@ def restore(model: Model, directory: str | os.PathLike[str], name: str = "defaul
         PlanError: The model has no such adapter.
     """
     inner = unwrap(model)
-    plan, values, base = _read(Path(directory))
+    plan, values, manifest = _read(Path(directory))
     if json.loads(plan.to_json()) != json.loads(_plan(inner, name).to_json()):
         raise CheckpointError(
             f"{directory} holds another adapter than the model's {name!r}: adapt the model with "
             "the spec it was trained with."
         )
-    _check_base(inner, plan, base, Path(directory))
-    with torch.no_grad():
-        for key, parameter in values_of(inner, plan, name).items():
-            parameter.copy_(values[key])
+    _check_base(inner, plan, manifest, Path(directory))
+    _fill(inner, plan, name, values, Path(directory))
+
+
+@torch.no_grad()
+def _fill(model: Model, plan: Plan, name: str, values: dict[str, Tensor], path: Path) -> None:
+    """Copies what was read into an adapter; nothing of it when some cannot be copied."""
+    held = values_of(model, plan, name)
+    for key, parameter in held.items():
+        if parameter.device.type == "meta":
+            raise CheckpointError(
+                f"{path} cannot be loaded: {key} would be on `meta`, as the base's weights are. "
+                "Load those first: model.to_empty(device=…), then model.load_state_dict(…)."
+            )
+        if parameter.shape != values[key].shape:
+            raise CheckpointError(
+                f"{path}: {key!r} has shape {tuple(values[key].shape)}, the model's adapter "
+                f"{tuple(parameter.shape)}."
+            )
+    for key, parameter in held.items():
+        parameter.copy_(values[key])
 
 
 def _tell_scale(model: Model, name: str) -> None:
@@ -188,7 +215,7 @@ def values_of(model: Model, plan: Plan, name: str) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for site in plan.sites:
         path = modules.parameter_path(site.weight, name, site.kind == "functional")
-        for tensor in _shapes(plan, site):
+        for tensor in plan.shapes(site):
             values[f"{site.fqn}.{tensor}"] = held[f"{path}.{tensor}"]
     if isinstance(model, nn.Module):  # a graph has none
         for part, _, copies in copied.of(model, name):
@@ -209,18 +236,14 @@ def _own(model: Model, name: str) -> dict[str, Tensor]:
     return held
 
 
-def _shapes(plan: Plan, site: Site) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that a site holds itself."""
-    spec = plan.spec_of(site)
-    rotation = {} if site.shared else method_of(spec).shapes(spec, site.in_features)
-    return {**rotation, **output_shapes(spec, site.out_features)}
-
-
-def _fingerprint(model: Model, plan: Plan) -> dict[str, list[float] | None]:
-    """A few values of each adapted weight; None where it is on `meta`."""
+def _fingerprint(model: Model, plan: Plan) -> dict[str, dict[str, Any]]:
+    """A few values of each adapted weight, None where it is on `meta`; and how it is quantised."""
     weights = Fingerprint(model)
     sites = tracked(plan.sites, "sampling the base")
-    return {site.weight: weights.samples(site.weight) for site in sites}
+    return {
+        "base": {site.weight: weights.samples(site.weight) for site in sites},
+        "quantised": {site.weight: weights.quantised(site.weight) for site in plan.sites},
+    }
 
 
 def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
@@ -264,14 +287,14 @@ def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
     _check_tensors(plan, values, file)
     if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
         raise CheckpointError(f"{file} is not the file that {MANIFEST} was written for.")
-    return plan, values, manifest["base"]
+    return plan, values, manifest
 
 
 def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
     expected = {
         f"{site.fqn}.{tensor}": shape
         for site in plan.sites
-        for tensor, shape in _shapes(plan, site).items()
+        for tensor, shape in plan.shapes(site).items()
     } | {tensor.name: tensor.shape for tensor in plan.copied}
     for key, shape in expected.items():
         if key not in values:
@@ -284,8 +307,10 @@ def _check_tensors(plan: Plan, values: dict[str, Tensor], file: Path) -> None:
         raise CheckpointError(f"{file} holds tensors its plan does not know: {', '.join(extra)}.")
 
 
-def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> None:
+def _check_base(model: Model, plan: Plan, manifest: dict[str, Any], path: Path) -> None:
     weights = Fingerprint(model)
+    # Not by the plan's kinds: they are of the base it was made for, and a float one may be saved.
+    base, quantised = manifest["base"], manifest.get("quantised", {})
     for site in tracked(plan.sites, "checking the base"):
         shape = weights.shape(site.weight)
         if shape is None:
@@ -298,7 +323,7 @@ def _check_base(model: Model, plan: Plan, base: dict[str, Any], path: Path) -> N
                 f"{site.out_features}×{site.in_features} there."
             )
         there = base.get(site.weight)
-        if not weights.agree(site.weight, there, quantised_there=is_quantised(site.kind)):
+        if not weights.agree(site.weight, there, quantised.get(site.weight)):
             raise CheckpointError(
                 f"{path} was trained on another base: the values of {site.weight} differ. Load the "
                 "weights it was trained on (unmerged, and initialised before loading)."
@@ -328,28 +353,8 @@ def _files(model: Model, plan: Plan, values: dict[str, Tensor]) -> dict[str, byt
         "oftfx": __version__,
         "torch": torch.__version__,
         "plan": json.loads(plan.to_json()),
-        "base": _fingerprint(model, plan),
+        **_fingerprint(model, plan),
         "sha256": hashlib.sha256(payload).hexdigest(),
     }
     manifest["checksum"] = _checksum(manifest)
     return {TENSORS: payload, MANIFEST: json.dumps(manifest, indent=1).encode()}
-
-
-def _write_all(path: Path, files: dict[str, bytes]) -> None:
-    """Writes a directory's files; when one fails, those that were there before stay whole."""
-    before = {}
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for name, payload in files.items():
-            held = (path / name).read_bytes() if (path / name).is_file() else None
-            with replacing(path / name) as fresh:
-                fresh.write_bytes(payload)
-            before[name] = held
-    except OSError as error:
-        for name, held in before.items():
-            if held is None:
-                (path / name).unlink()
-            else:
-                with replacing(path / name) as fresh:
-                    fresh.write_bytes(held)
-        raise CheckpointError(f"{path} cannot be written: {error}.") from error

@@ -16,8 +16,8 @@ from oftfx.sites.quantised import device_of
 from oftfx.spread import whole
 
 _SAMPLES = 16
-_CAST = 0.02  # relative: a cast to half precision passes, other weights do not
-_QUANTISED = 0.5  # where one of the two is quantised: 4 bits pass, other weights do not
+_CAST = 2**-8  # relative: a cast to half precision passes, the merge of a short run does not
+_QUANTISED = 0.3  # where one of the two is quantised: 4 bits pass, other weights do not
 
 
 class Fingerprint:
@@ -41,18 +41,38 @@ class Fingerprint:
         weight = self._values(name)
         if weight is None or weight.device.type == "meta":
             return None
+        if not weight.numel():
+            return []
         places = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long()
         rows, columns = places // weight.shape[1], places % weight.shape[1]
         picked = weight.detach()[rows.to(weight.device), columns.to(weight.device)]
         return picked.double().tolist()
 
-    def agree(self, name: str, there: list[float] | None, quantised_there: bool) -> bool:
-        """Whether a weight has the values that were sampled elsewhere, as far as both tell."""
+    def quantised(self, name: str) -> str | None:
+        """The kind of quantised layer that a weight is of; None when of none."""
+        return self.layers[name][1].KIND if name in self.layers else None
+
+    def agree(self, name: str, there: list[float] | None, quantised_there: str | None) -> bool:
+        """Whether a weight has the values that were sampled elsewhere, as far as both tell.
+
+        Args:
+            name: Of the weight.
+            there: Its samples elsewhere.
+            quantised_there: The kind of quantised layer that it was of, if of any.
+        """
         here = self.samples(name)
         if here is None or there is None:
             return True
         a, b = torch.tensor(here), torch.tensor(there)
-        within = _QUANTISED if quantised_there or name in self.layers else _CAST
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return False
+        a, b = a[finite], b[finite]  # what is finite in neither is no difference
+        quantised_here = self.quantised(name)
+        if quantised_here is not None and quantised_here == quantised_there:
+            # A cast before quantising rounds a few places apart, a merge moves every scale.
+            return bool(2 * ((a - b).abs() <= _CAST * b.abs()).sum() >= len(b))
+        within = _CAST if quantised_here is quantised_there is None else _QUANTISED
         return bool((a - b).norm() <= within * b.norm())
 
     def _values(self, name: str) -> Tensor | None:

@@ -230,10 +230,45 @@ def test_every_kind_of_base_is_checked(saved):
             oftfx.load(base(kind, other), saved)
 
 
-def test_a_base_on_meta_is_not_compared(saved):
+def test_a_base_merged_after_a_short_run_is_refused(saved, plan):
+    short = trained("module", plan)
+    with torch.no_grad():
+        for theta in oftfx.parameters(short):
+            theta.mul_(0.003 / theta.abs().mean())
+    refuses(saved, "another base", oftfx.merge(short))
+
+
+def test_a_base_that_is_half_of_16_bits_is_accepted(saved):
+    oftfx.load(Net().half(), saved)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_base_with_a_number_that_is_not_finite_is_itself(tmp_path, odd):
+    def net():
+        model = Net()
+        with torch.no_grad():
+            model.out.weight[0, 0] = odd
+        return model
+
+    oftfx.save(oftfx.adapt(net(), SPEC, example_inputs=X), tmp_path)
+    oftfx.load(net(), tmp_path)
+    refuses(tmp_path, r"values of out\.weight differ")
+
+
+def test_a_layer_without_outputs_is_saved_and_loaded(tmp_path):
+    x = torch.randn(2, 8)
+    model = oftfx.adapt(nn.Linear(8, 0), OFT(block_size=4), example_inputs=x)
+    oftfx.save(model, tmp_path)
+    oftfx.load(nn.Linear(8, 0), tmp_path)
+
+
+def test_a_base_without_values_is_refused(saved):
+    """A copy to meta copies nothing: the adapter would be gone without a word."""
     with torch.device("meta"):
         model = Net()
-    oftfx.load(model, saved)
+    with pytest.raises(CheckpointError, match=r"q\.theta would be on `meta`.*to_empty"):
+        oftfx.load(model, saved)
+    assert oftfx.adapters(model) == {}
 
 
 # --- damaged and foreign files ---
@@ -417,6 +452,23 @@ def test_an_adapter_in_another_format_takes_the_place_of_the_one_before(tmp_path
     oftfx.save(made[1], tmp_path, format="peft")
     loaded = oftfx.load(small("mlp", torch.float32), tmp_path)
     assert torch.equal(loaded(x), made[1](x))
+
+
+@pytest.mark.parametrize("formats", [("oftfx", "peft"), ("peft", "oftfx")])
+def test_the_files_of_one_format_replace_those_of_another(formats, tmp_path):
+    model = oftfx.adapt(small("mlp"), OFT(block_size=4), example_inputs=rows())
+    for format in formats:
+        oftfx.save(model, tmp_path, format=format)
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_directory_of_two_adapters_is_refused(tmp_path):
+    model = oftfx.adapt(small("mlp"), OFT(block_size=4), example_inputs=rows())
+    oftfx.save(model, tmp_path)
+    oftfx.save(model, tmp_path / "peft", format="peft")
+    for file in (tmp_path / "peft").iterdir():
+        shutil.copy(file, tmp_path)
+    refuses(tmp_path, r"two adapters.*adapter\.json.*adapter_config\.json.*delete", small("mlp"))
 
 
 def test_what_could_not_be_written_leaves_nothing_where_nothing_was(tmp_path):

@@ -255,6 +255,18 @@ def test_saved_and_loaded(make, tmp_path):
         oftfx.load(other, tmp_path)
 
 
+def test_on_a_quantised_base_that_was_merged_it_is_refused(tmp_path):
+    """Two that are quantised alike agree but where rounding fell, also from another dtype."""
+    spec = OFT(block_size=8, init_std=0.02)
+    model = oftfx.adapt(quantised_llama(linear4bit), spec)
+    oftfx.save(model, tmp_path)
+    half = quantised(float_llama(torch.bfloat16), linear4bit)
+    oftfx.load(half, tmp_path)
+    merged = oftfx.merge(model, requantize=True)
+    with pytest.raises(oftfx.CheckpointError, match="the values of"):
+        oftfx.load(merged, tmp_path)
+
+
 # --- folding ---
 
 

@@ -4,9 +4,18 @@ A method's file says how one layer's tensors are called there, which spec they s
 they are converted; everything else is the same for all methods.
 """
 
-from oftfx.interop.peft.directory import CONFIG, holds_peft
+from oftfx.interop.peft.directory import CONFIG, TENSORS, holds_peft
 from oftfx.interop.peft.lora import LoraReport, LoraSite, write_lora
 from oftfx.interop.peft.read import read
 from oftfx.interop.peft.write import write
 
-__all__ = ["CONFIG", "LoraReport", "LoraSite", "holds_peft", "read", "write", "write_lora"]
+__all__ = [
+    "CONFIG",
+    "TENSORS",
+    "LoraReport",
+    "LoraSite",
+    "holds_peft",
+    "read",
+    "write",
+    "write_lora",
+]
