@@ -1,10 +1,12 @@
 """The command as a user meets it: help, messages, exit codes, files."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -13,6 +15,7 @@ from oftfx.train import errors as train_errors
 from oftfx.train.measure import Change, Estimate
 from oftfx.train.output import MARKER
 from oftfx.train.report import Curves, Reload, Report, SiteHealth
+from tests.small import llama, tokens
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,6 @@ def adapter(model_dir, tmp_path_factory):
 
 EXPORTS = {
     "hf": "model.safetensors",
-    "peft": "adapter_model.safetensors",
     "lora --rank 2": "adapter_model.safetensors",
     "pt2": "model.pt2",
     "pt2 --adapted --cache 8": "model.pt2",
@@ -150,6 +152,22 @@ def test_export_writes_what_others_load(oftfx, model_dir, adapter, tmp_path, lin
         assert "lost at most" in printed
         assert oftfx(*arguments)[0] == 2
         assert oftfx(*arguments, "--force")[0] == 0
+
+
+def test_export_writes_what_peft_loads(oftfx, model_dir, adapter, tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path / "model")
+    for file in model_dir.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    save(adapt(base, OFT(block_size=8, init_std=0.05)), tmp_path / "adapter")
+    out = tmp_path / "out"
+    arguments = ["--out", out, "--format", "peft"]
+    code, _, err = oftfx("export", tmp_path / "model", tmp_path / "adapter", *arguments)
+    assert code == 0, err
+    theirs = PeftModel.from_pretrained(llama(), out)
+    torch.testing.assert_close(theirs(**tokens()).logits, base(**tokens()).logits)
+    code, _, err = oftfx("export", model_dir, adapter, *arguments, "--force")
+    assert (code, "is a Conv1D, of which PEFT has no OFT" in err) == (2, True), err
 
 
 def test_plan_prints_a_table_or_json(oftfx, model_dir):
