@@ -15,7 +15,7 @@ from oftfx.capture import Model, unwrap
 from oftfx.errors import OftfxWarning
 from oftfx.host import host_of
 from oftfx.ops.factor import SCALE
-from oftfx.rotations import method_of, scaled
+from oftfx.rotations import is_free, method_of, scaled
 from oftfx.spec import Spec
 from oftfx.spread import whole
 from oftfx.table import listed, table
@@ -167,4 +167,4 @@ def batches(found: list[Held]) -> Iterator[tuple[Spec, dict[str, Tensor], list[i
 def _by_series(spec: Spec) -> bool:
     """Whether a rotation comes from the Cayley–Neumann series wherever its parameters are."""
     exact = getattr(spec, "exact", False) or getattr(spec, "guard", None) == "exact"
-    return hasattr(spec, "order") and not exact
+    return hasattr(spec, "order") and not exact and not is_free(spec)

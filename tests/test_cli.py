@@ -180,6 +180,15 @@ def test_plan_prints_a_table_or_json(oftfx, model_dir):
     assert site["fqn"] == "transformer.h.0.mlp.c_fc"
 
 
+def test_all_linear_is_the_default_by_name(oftfx, model_dir):
+    default, named = (
+        oftfx("plan", model_dir, "--block-size", 8, "--json", *targets)
+        for targets in ([], ["--targets", "all-linear"])
+    )
+    assert named == default
+    assert named[0] == 0
+
+
 METHODS = {
     "oft --block-size 8 --order 3 --share-blocks --dropout 0.1": {
         "method": "OFT",
@@ -242,15 +251,19 @@ def test_every_method_finetunes(oftfx, model_dir, text_file, tmp_path, method, r
     assert "agrees" in printed or not slow
 
 
-def test_an_interrupt_is_told_and_has_its_exit_code(oftfx, model_dir, text_file, monkeypatch):
+def test_an_interrupt_is_told_and_has_its_exit_code(
+    oftfx, model_dir, text_file, tmp_path, monkeypatch
+):
     def run(job, console):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("oftfx.train.run", run)
-    arguments = ["finetune", "--model", model_dir, "--data", text_file]
-    code, printed, _ = oftfx(*arguments)
-    assert code == 130
-    assert "Nothing was written" in printed
+    arguments = ["finetune", "--model", model_dir, "--data", text_file, "--out", tmp_path / "out"]
+    for options in ([], ["--checkpoint-every", 10]):  # before the first is begun
+        code, printed, _ = oftfx(*arguments, *options)
+        assert code == 130
+        assert "Nothing was written" in printed
+    (tmp_path / "out.checkpoints").mkdir()
     code, printed, _ = oftfx(*arguments, "--checkpoint-every", 10)
     assert code == 130
     assert "--resume" in printed
@@ -305,6 +318,8 @@ BAD_LINES = {
     f"{FINETUNE} --data {{text}} --unrelated {{tmp}}/empty.txt": "empty.txt is empty",
     f"{FINETUNE} --data {{text}} --seq-len 400": "a smaller seq_len",
     f"{FINETUNE} --data {{text}} --held-out 1.5": "held_out=1.5",
+    f"{FINETUNE} --data {{text}} --held-out 1": "held_out=1.0",
+    f"{FINETUNE} --data {{text}} --block-size 7 --checkpoint-every 1": "block_size=7",
     f"{FINETUNE} --data {{text}} --steps 0": "steps=0",
     f"{FINETUNE} --data {{text}} --order 0": "order=0",
     f"{FINETUNE} --data {{text}} --block-size 7": "block_size=7",

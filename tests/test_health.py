@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 import oftfx
-from oftfx import OFT, OftfxWarning, PlanError
+from oftfx import LOFT, OFT, OftfxWarning, PlanError
 from oftfx.rotations import cayley, oft
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
@@ -212,6 +212,16 @@ def test_another_model_warns_again():
     for _ in range(2):
         with pytest.warns(OftfxWarning, match=r"\(out\)"):
             oftfx.health(outside("out")).warn()
+
+
+def test_a_free_map_comes_from_no_series():
+    model = adapted("module", LOFT(rank=4, support="principal", core="free"), scale=3.0)
+    found = oftfx.health(model)
+    assert (found.norm > 1).all()
+    assert not found.diverged.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found.warn()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

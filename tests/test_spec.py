@@ -196,6 +196,8 @@ def test_a_callable_cannot_be_written():
     ("data", "told"),
     [
         ({"method": "ROFT"}, "ROFT"),
+        ({"method": []}, "unknown method"),
+        ({"method": "OFT", 3: 4}, "no field 3"),
         ({}, "unknown method"),
         ({"method": "OFT", "block_sizes": 4}, "block_size"),
         ({"method": "OFT", "block_size": -4}, "block_size"),

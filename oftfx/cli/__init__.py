@@ -36,8 +36,8 @@ def root() -> None:
     trained · **oftfx explain** shows what was · **oftfx merge** folds a saved adapter ·
     **oftfx export** writes it for something else.
 
-    Exit codes: 0 done · 1 the merged model disagrees with the trained one · 2 bad input, with
-    nothing written · 130 stopped with Ctrl-C.
+    Exit codes: 0 done · 1 the merged model disagrees with the trained one · 2 bad input, or
+    training diverged, with nothing written · 130 stopped with Ctrl-C · 143 stopped with SIGTERM.
     """
 
 

@@ -98,7 +98,10 @@ def finetune(
     ] = None,
     eval_tokens: Annotated[
         int,
-        typer.Option(help="Tokens of each text to measure on, at most.", rich_help_panel=MEASURING),
+        typer.Option(
+            help="Tokens of each text to measure on, at most; one block at least.",
+            rich_help_panel=MEASURING,
+        ),
     ] = 8192,
     prompt: Annotated[
         str | None,
@@ -131,6 +134,7 @@ def finetune(
     """
     screen = console()
     from oftfx.train import Job, run, show
+    from oftfx.train.resume import directory_beside
 
     job = Job(
         model=model,
@@ -156,7 +160,7 @@ def finetune(
     try:
         report = run(job, screen)
     except KeyboardInterrupt:
-        kept = checkpoint_every is not None or resume
+        kept = (checkpoint_every is not None or resume) and directory_beside(out).exists()
         screen.print("Stopped. " + ("Add --resume to go on." if kept else "Nothing was written."))
         raise
     show(report, out, screen)

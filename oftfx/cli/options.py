@@ -11,6 +11,7 @@ import typer
 
 from oftfx.errors import SpecError
 from oftfx.spec import METHODS, Spec
+from oftfx.spec.rules import ALL_LINEAR
 
 ROTATIONS, TRAINING, MEASURING, OUTPUT = "Rotations", "Training", "Measuring", "Output"
 
@@ -169,7 +170,7 @@ def rotations(
         list[str] | None,
         _turning(
             "A layer name such as q_proj, or a regex over the whole name; repeat it for more. "
-            "Without it, every linear layer but the output head.",
+            "Without it, or with all-linear alone, every linear layer but the output head.",
         ),
     ] = None,
     also_train: Annotated[
@@ -193,6 +194,8 @@ def rotations(
         SpecError: An option belongs to another method, or its value is out of range.
     """
     given = locals().copy()
+    if targets == [ALL_LINEAR]:
+        given["targets"] = ALL_LINEAR
     cls = METHODS[given.pop("method").upper()]
     known = {field.name for field in dataclasses.fields(cls)}
     fields = {

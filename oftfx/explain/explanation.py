@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from oftfx.explain.layer import LayerGraph
 from oftfx.files import replacing
@@ -92,8 +93,8 @@ class Explanation:
     graph: LayerGraph | str | None = None
 
     def to_json(self) -> str:
-        """Everything as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        """Everything as JSON text; a number that is not finite is null."""
+        return json_text(dataclasses.asdict(self))
 
     def to_html(self) -> str:
         """Everything as one page of HTML, which needs no other file and no network."""
@@ -170,6 +171,22 @@ RIGHT = "× in×out degrees ‖Q‖ orthogonality trainable MiB"
 def severity(value: float) -> float:
     """By which the worst value is the largest: what is no number is worse than any."""
     return math.inf if math.isnan(value) else value
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON text, in which a number that is not finite is null: JSON has no NaN."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def _size(site: ExplainedSite) -> str:

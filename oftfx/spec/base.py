@@ -149,11 +149,11 @@ class Spec:
             raise SpecError(f"{data!r} is no spec: it must be a mapping of fields.")
         fields = dict(data)
         name = fields.pop("method", None)
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise SpecError(f"unknown method {name!r}; this version knows {sorted(METHODS)}.")
         cls = METHODS[name]
         known = {f.name for f in dataclasses.fields(cls)}
         for key in fields:
             if key not in known:
-                raise SpecError(f"{name} has no field {key!r}{nearest(key, known)}.")
+                raise SpecError(f"{name} has no field {key!r}{nearest(str(key), known)}.")
         return cls(**{key: value_from_json(key, value) for key, value in fields.items()})

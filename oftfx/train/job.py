@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
@@ -12,7 +12,7 @@ from torch import Tensor
 import oftfx
 from oftfx.errors import SpecError
 from oftfx.train import data, measure, models, plot, publish
-from oftfx.train.errors import DataError
+from oftfx.train.errors import DataError, ModelError
 from oftfx.train.measure import Change, Losses
 from oftfx.train.output import MARKER, staged
 from oftfx.train.progress import stage
@@ -81,21 +81,23 @@ class Job:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("seq_len", 2), ("eval_tokens", 1)):
-            if getattr(self, name) < least:
-                raise SpecError(f"{name}={getattr(self, name)}: must be an integer ≥ {least}.")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise SpecError(f"checkpoint_every={self.checkpoint_every}: must be an integer ≥ 1.")
+        object.__setattr__(self, "out", Path(self.out))
+        least = {"steps": 1, "batch_size": 1, "seq_len": 2, "eval_tokens": 1, "seed": 0}
+        if self.checkpoint_every is not None:
+            least["checkpoint_every"] = 1
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise SpecError(f"{name}={value!r}: must be an integer ≥ {minimum}.")
         if not 0 < self.lr < math.inf:
             raise SpecError(f"lr={self.lr}: must be a positive number.")
-        if not 0 <= self.seed < 2**32:
+        if self.seed >= 2**32:
             raise SpecError(f"seed={self.seed}: must be an integer from 0 to 2³² − 1.")
-        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
+        if not isinstance(self.held_out, str) and not 0 < self.held_out < 1:
             raise SpecError(f"held_out={self.held_out}: a fraction must lie between 0 and 1.")
 
 
-@dataclass(frozen=True)
-class _Texts:
+class _Texts(NamedTuple):
     """Packed blocks: to train on, and to measure on."""
 
     train: "Dataset"
@@ -155,6 +157,7 @@ def _run(
         device = torch.accelerator.current_accelerator(check_available=True)
         model.to(device or torch.device("cpu"))
         texts = _pack(job, documents, tokenizer)
+        _check_vocabulary(job, model, tokenizer, texts)
     parameters = model.num_parameters()
 
     with stage(console, "Planning and adapting"):
@@ -180,7 +183,7 @@ def _run(
     )
     report = Report(
         version=oftfx.__version__,
-        job={**vars(job), "spec": job.spec.to_json()},
+        job={**vars(job), "out": str(job.out), "spec": job.spec.to_json()},
         parameters=parameters,
         trainable=trainable,
         tokens=tokens,
@@ -230,6 +233,27 @@ def _pack(
         held_out=data.spread(held_out, count),
         unrelated=data.spread(packed(job.unrelated, 1), count) if job.unrelated else None,
     )
+
+
+def _check_vocabulary(
+    job: Job,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: _Texts,
+) -> None:
+    """That the model has an embedding for every token of the texts and the prompt."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+    prompt = tokenizer(job.prompt or "", add_special_tokens=False)["input_ids"]
+    found = [int(row["input_ids"].max()) for blocks in texts for row in blocks or ()]
+    largest = max([*found, *prompt])
+    if largest >= rows:
+        raise ModelError(
+            f"{job.model} has embeddings for {rows} tokens, and its tokenizer makes token {largest}"
+            f" ({tokenizer.decode([largest])!r}) of the text: give it the tokenizer that it was "
+            "trained with, or resize its embeddings and save it."
+        )
 
 
 def _take(

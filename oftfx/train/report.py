@@ -1,7 +1,6 @@
 """What a finetuning job found: as JSON and on the terminal."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from oftfx.explain.explanation import json_text
 from oftfx.train.measure import Change
 
 
@@ -86,8 +86,8 @@ class Report:
         return max(self.sites, key=lambda site: site.orthogonality_error)
 
     def save(self, path: Path) -> None:
-        """Writes the report as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=str) + "\n")
+        """Writes the report as JSON; a number that is not finite is null."""
+        path.write_text(json_text(dataclasses.asdict(self)) + "\n")
 
 
 def show(report: Report, out: Path, console: Console) -> None:

@@ -82,6 +82,12 @@ class Checkpoints:
         shutil.rmtree(self.directory)
 
 
+def directory_beside(out: Path) -> Path:
+    """Where the checkpoints of a job are that writes to ``out``."""
+    out = out.expanduser().resolve()
+    return out.with_name(f"{out.name}.checkpoints")
+
+
 def checkpoints(job: "Job") -> Checkpoints | None:
     """Finds the checkpoints of a job, or the place for them; None if it wants none.
 
@@ -92,8 +98,7 @@ def checkpoints(job: "Job") -> Checkpoints | None:
     """
     if job.checkpoint_every is None and not job.resume:
         return None
-    out = job.out.expanduser().resolve()
-    directory = out.with_name(f"{out.name}.checkpoints")
+    directory = directory_beside(job.out)
     asked = json.loads(json.dumps({**vars(job), "spec": job.spec.to_json()}, default=str))
     asked[TEXTS] = _digests(job)
     if job.resume:

@@ -1,6 +1,7 @@
 """`oftfx.explain(model)`: how each site is run."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -96,6 +97,14 @@ def test_json_holds_all_of_it():
     assert "HRA 2" in str(oftfx.explain(model))
     only = oftfx.explain(model, "second")
     assert {site.method for site in only.sites} == {"HRA 2"}
+
+
+def test_json_has_null_for_what_is_no_number():
+    model = oftfx.adapt(Attention(), SPEC, example_inputs=rows(torch.float32))
+    with torch.no_grad():
+        oftfx.parameters(model)[0].fill_(math.nan)
+    data = json.loads(oftfx.explain(model).to_json(), parse_constant=pytest.fail)
+    assert data["sites"][0]["norm"] is None
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import oftfx
 from oftfx.errors import OftfxError, SpecError
 from oftfx.train import DataError, Job, OutputError, run, show, trainer
-from oftfx.train.errors import TrainingError
+from oftfx.train.errors import ModelError, TrainingError
 from oftfx.train.output import MARKER
 from oftfx.train.publish import TOLERANCE
+from oftfx.train.report import Curves
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +320,42 @@ def test_one_step_learns(small, tmp_path):
     assert report.task.change.mean != 0
 
 
+def test_out_may_be_text(job):
+    assert dataclasses.replace(job, out="x").out == Path("x")
+
+
+def test_a_report_is_json_whatever_is_not_finite(done, tmp_path):
+    nowhere = dataclasses.replace(done[0].task.change, stderr=float("nan"))
+    task = dataclasses.replace(done[0].task, change=nowhere)
+    curves = Curves(train=[(1, float("inf"))])
+    dataclasses.replace(done[0], task=task, curves=curves).save(tmp_path / MARKER)
+    stored = json.loads((tmp_path / MARKER).read_text(), parse_constant=pytest.fail)
+    assert stored["task"]["change"]["stderr"] is None
+    assert stored["curves"]["train"] == [[1, None]]
+
+
+def test_held_out_may_ask_for_nearly_all(small, tmp_path):
+    most = dataclasses.replace(small, out=tmp_path / "out", held_out=0.99, seq_len=1024, steps=1)
+    run(most, Console(quiet=True))
+
+
+def test_a_token_without_an_embedding_is_told(small, tokenizer, text_file, tmp_path):
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(small.model).save_pretrained(base)
+    tokenizer.add_tokens(["boats", "ships"])
+    tokenizer.save_pretrained(base)
+    own = dataclasses.replace(small, model=str(base), out=tmp_path / "out", steps=1)
+    with pytest.raises(ModelError, match=r"embeddings for 258 tokens, .* token 258 \('boats'\)"):
+        run(own, Console(quiet=True))
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text().replace("boats", "carts"))
+    harmless = dataclasses.replace(own, data=str(text))
+    run(harmless, Console(quiet=True))
+    asked = dataclasses.replace(harmless, out=tmp_path / "asked", prompt="ships")
+    with pytest.raises(ModelError, match=r"token 259 \('ships'\)"):
+        run(asked, Console(quiet=True))
+
+
 def test_too_little_text(job, tmp_path):
     for changes in ({"seq_len": 4096}, {"seq_len": 2048, "held_out": 0.5}):
         with pytest.raises(DataError, match="give more text or a smaller seq_len"):
@@ -338,6 +376,14 @@ def test_too_little_text(job, tmp_path):
         {"held_out": 1.0},
         {"eval_tokens": 0},
         {"checkpoint_every": 0},
+        {"held_out": 1},
+        {"held_out": 0},
+        {"held_out": -3},
+        {"steps": 2.5},
+        {"batch_size": True},
+        {"seq_len": "64"},
+        {"checkpoint_every": 1.5},
+        {"seed": 0.5},
     ],
 )
 def test_numbers_out_of_range(job, changes):
