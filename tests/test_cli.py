@@ -318,7 +318,6 @@ BAD_LINES = {
     f"{FINETUNE} --data {{text}} --unrelated {{tmp}}/empty.txt": "empty.txt is empty",
     f"{FINETUNE} --data {{text}} --seq-len 400": "a smaller seq_len",
     f"{FINETUNE} --data {{text}} --held-out 1.5": "held_out=1.5",
-    f"{FINETUNE} --data {{text}} --held-out 1": "held_out=1.0",
     f"{FINETUNE} --data {{text}} --block-size 7 --checkpoint-every 1": "block_size=7",
     f"{FINETUNE} --data {{text}} --steps 0": "steps=0",
     f"{FINETUNE} --data {{text}} --order 0": "order=0",
