@@ -27,7 +27,7 @@ from oftfx.ops.folded_linear import FOLDED_LINEAR
 from oftfx.ops.frozen_linear import served
 from oftfx.passes.effects import epochs
 from oftfx.passes.group import source
-from oftfx.passes.pattern import arguments, is_block_rotation, parameter, plain, value_of
+from oftfx.passes.pattern import arguments, is_block_rotation, matrix_and_bias, plain, value_of
 
 
 class _Layer(NamedTuple):
@@ -85,11 +85,10 @@ def _uncast(x: Any) -> fx.Node:
 def _is_foldable(layer: _Layer) -> bool:
     """Whether the op computes the same, in a training step that leaves the weight as it is."""
     turned, y, core = plain(layer.rotation), plain(layer.linear), plain(layer.core)
-    weight = parameter(layer.weight)
-    if turned is None or y is None or core is None or weight is None:
+    held = matrix_and_bias(layer.weight, layer.bias)
+    if turned is None or y is None or core is None or held is None:
         return False
-    if layer.bias is not None and parameter(layer.bias) is None:
-        return False
+    weight, *_ = held
     sizes = (*core.shape, *weight.shape)
     return (
         turned.requires_grad

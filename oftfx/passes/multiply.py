@@ -10,7 +10,7 @@ the number of rows when it runs). What has no gradient is left, as in an eager m
 from torch import fx
 
 from oftfx.ops.frozen_linear import FROZEN_LINEAR, served
-from oftfx.passes.pattern import arguments, parameter, plain
+from oftfx.passes.pattern import arguments, matrix_and_bias, plain
 
 
 def multiply(graph: fx.GraphModule) -> int:
@@ -30,13 +30,7 @@ def multiply(graph: fx.GraphModule) -> int:
 
 
 def _is_frozen(linear: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> bool:
-    y, given, frozen = plain(linear), plain(x), parameter(weight)
-    if y is None or given is None or frozen is None or not y.requires_grad or frozen.requires_grad:
+    y, given, held = plain(linear), plain(x), matrix_and_bias(weight, bias)
+    if y is None or given is None or held is None or not y.requires_grad or held[0].requires_grad:
         return False
-    operands = [given, frozen]
-    if bias is not None:
-        added = parameter(bias)
-        if added is None:
-            return False
-        operands.append(added)
-    return served(*operands) and y.dtype == given.dtype  # else autocast's
+    return served(given, *held) and y.dtype == given.dtype  # else autocast's

@@ -161,6 +161,20 @@ def plain(node: fx.Node) -> Tensor | None:
     return value if type(value) is FakeTensor else None
 
 
+def matrix_and_bias(weight: fx.Node, bias: fx.Node | None) -> list[Tensor] | None:
+    """The fakes of what a layer holds, a matrix and a number for each output; None for others.
+
+    PyTorch's linear also takes biases of other shapes, which it broadcasts, and kernels do not.
+    """
+    matrix = parameter(weight)
+    if matrix is None or matrix.dim() != 2:
+        return None
+    if bias is None:
+        return [matrix]
+    added = parameter(bias)
+    return None if added is None or not has_shape(bias, matrix.shape[:1]) else [matrix, added]
+
+
 def is_block_rotation(node: fx.Node) -> bool:
     """Whether a node turns blocks of neighbouring coordinates."""
     return node.target is ROTATE and node.args[2:] in ((), (1,))

@@ -198,6 +198,17 @@ def test_layers_that_share_a_rotation_are_left(forced):
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("shape", [(), (15, 32)], ids=["one number", "a matrix"])
+def test_a_bias_that_is_broadcast_is_left(shape, forced):
+    def added(a, b, x):
+        return F.linear(a.oft.default(x.flatten(0, 1)), a.weight, bias)
+
+    bias = torch.randn(shape)
+    x = torch.randn(3, 5, 32)
+    model = adapted(Two(added))
+    assert left(model, x) == (1, 0)
+
+
 def test_what_else_reads_the_rotated_tensor_keeps_it(forced):
     def twice(a, b, x):
         turned = a.oft.default(x)

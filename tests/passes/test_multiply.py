@@ -80,6 +80,31 @@ def test_a_weight_that_is_computed_is_left():
     assert replaced(Scaled(), X) == (1, 4)
 
 
+@pytest.mark.parametrize(
+    "held",
+    [(torch.randn(32),), (torch.randn(8, 32), torch.tensor(2.0)), (torch.eye(32), torch.eye(32))],
+    ids=["a vector", "one number for all", "a matrix for a bias"],
+)
+def test_what_no_layer_holds_is_left(held):
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = attention()
+            for i, tensor in enumerate(held):
+                self.register_buffer(f"held_{i}", tensor)
+
+        def forward(self, x):
+            given = (getattr(self, f"held_{i}") for i in range(len(held)))
+            return F.linear(self.inner(x).flatten(0, 1), *given)
+
+    x = torch.randn(1, 32, 32)
+    model = Broadcast()
+    assert replaced(model, x) == (1, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    testing.assert_close(compiled(x), model(x), "output")
+
+
 def test_another_dtype_is_left():
     assert replaced(attention(torch.float64), X.double()) == (4, 0)
 
