@@ -13,7 +13,8 @@ GPU, where a kernel takes so many parameters where they lie and nothing is done 
 
 Their gradients are then not copied beside one another either. What has more parameters than a
 launch takes, such as a whole model, has several. All are at the graph's beginning, where what turns
-one tensor finds the cores of other sites, too.
+one tensor finds the cores of other sites, too; those of a region with gradients in a graph without
+are at the first of them. A parameter that the graph itself writes to is left.
 """
 
 import itertools
@@ -25,6 +26,7 @@ from torch import fx
 
 from oftfx.ops.cayley import CAYLEY
 from oftfx.ops.cayley_each import CAYLEY_EACH, MOST, served
+from oftfx.passes.effects import writes
 
 UNITS = (operator.mul, "float")
 
@@ -35,15 +37,20 @@ Readers: TypeAlias = dict[fx.Node, list[fx.Node]]
 def batch_cores(graph: fx.GraphModule) -> int:
     """Batches every `oftfx::cayley` of inputs; returns how many ops that saved."""
     batches: dict[Any, Readers] = {}
+    beginning = next(
+        node for node in graph.graph.nodes if node.op not in ("placeholder", "get_attr")
+    )
+    reopened = _reopened(graph.graph)
     for node in graph.graph.find_nodes(op="call_function", target=CAYLEY):
         (given,), (block_size, order) = node.all_input_nodes, node.args[1:]
         theta, units = _parameter(given)
         value = theta.meta.get("example_value")
-        if theta.op in ("placeholder", "get_attr") and value is not None and value.dim() == 2:
-            kind = (block_size, order, units, value.dtype, value.device)
+        held = theta.op in ("placeholder", "get_attr") and not any(map(writes, theta.users))
+        if held and value is not None and value.dim() == 2:
+            kind = (block_size, order, units, value.dtype, value.device, node in reopened)
             batches.setdefault(kind, {}).setdefault(theta, []).append(node)
     saved = 0
-    for (block_size, order, units, *_), readers in batches.items():
+    for (block_size, order, units, *_, late), readers in batches.items():
         nodes = sum(map(len, readers.values()))
         if nodes == 1:
             continue
@@ -52,9 +59,26 @@ def batch_cores(graph: fx.GraphModule) -> int:
         begins = range(0, len(readers), most)
         for begin in begins:
             batch = dict(itertools.islice(readers.items(), begin, begin + most))
-            _batch(graph.graph, batch, block_size, order, units, each)
+            for theta in batch:
+                if theta.op == "get_attr":  # read where it was first used, perhaps far below
+                    beginning.prepend(theta)
+            place = next(iter(batch.values()))[0] if late else beginning
+            with graph.graph.inserting_before(place):
+                _batch(graph.graph, batch, block_size, order, units, each)
         saved += nodes - len(begins)
     return saved
+
+
+def _reopened(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that have a gradient, of a graph that begins without."""
+    found: set[fx.Node] = set()
+    begins = enabled = torch.is_grad_enabled()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif enabled and not begins:
+            found.add(node)
+    return found
 
 
 def _parameter(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
@@ -76,20 +100,15 @@ def _batch(
 ) -> None:
     thetas = list(readers)
     sizes = [theta.meta["example_value"].shape[0] for theta in thetas]
-    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
-    for theta in thetas:
-        if theta.op == "get_attr":  # read where it was first used, perhaps far below
-            first.prepend(theta)
-    with graph.inserting_before(first):
-        if each:
-            shares = graph.call_function(CAYLEY_EACH, (thetas, block_size, order))
-        else:
-            stacked = graph.call_function(torch.cat, (thetas,))
-            for op, target, args in units:
-                stacked = graph.create_node(op, target, (stacked, *args))
-            core = graph.call_function(CAYLEY, (stacked, block_size, order))
-            shares = graph.call_function(torch.split, (core, sizes))
-        cores = [graph.call_function(operator.getitem, (shares, i)) for i in range(len(thetas))]
+    if each:
+        shares = graph.call_function(CAYLEY_EACH, (thetas, block_size, order))
+    else:
+        stacked = graph.call_function(torch.cat, (thetas,))
+        for op, target, args in units:
+            stacked = graph.create_node(op, target, (stacked, *args))
+        core = graph.call_function(CAYLEY, (stacked, block_size, order))
+        shares = graph.call_function(torch.split, (core, sizes))
+    cores = [graph.call_function(operator.getitem, (shares, i)) for i in range(len(thetas))]
     for core, own in zip(cores, readers.values(), strict=True):
         for node in own:
             (given,) = node.all_input_nodes

@@ -1,5 +1,6 @@
 """All cores of a graph in one launch."""
 
+import copy
 import importlib
 import operator
 
@@ -120,6 +121,50 @@ def test_enters_the_bodies_of_checkpointed_regions():
     model = oftfx.adapt(Checkpointed(), SPEC, example_inputs=x)
     testing.assert_same_function(torch.compile(model, backend=backend), model, x)
     assert counters["oftfx"]["batch_cores"] >= 1
+
+
+class Regions(nn.Module):
+    """A product before a region with gradients, and one in it that the output comes of."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        before = self.a(x)
+        with torch.enable_grad():
+            return self.c(self.b(x)) + before
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.enable_grad])
+def test_a_region_with_gradients_keeps_them_in_a_graph_without(without):
+    x = rows(torch.float32)
+    model = oftfx.adapt(Regions(), SPEC, capture="modules")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    trained = [model.b.oft.default.theta, model.c.oft.default.theta]
+    with without():
+        theirs, ours = model(x), compiled(x)
+    for one, other in zip(
+        torch.autograd.grad(ours.sum(), trained),
+        torch.autograd.grad(theirs.sum(), trained),
+        strict=True,
+    ):
+        testing.assert_close(one, other, "gradient")
+    assert counters["oftfx"]["batch_cores"] == (1 if without is torch.no_grad else 2)
+
+
+def test_a_parameter_that_the_graph_writes_to_is_read_after_that():
+    class Bounded(Attention):
+        def forward(self, x):
+            with torch.no_grad():
+                self.q.oft.default.theta.clamp_(-0.01, 0.01)
+            return super().forward(x)
+
+    x = rows(torch.float32)
+    model = oftfx.adapt(Bounded(), SPEC, capture="modules")
+    expected = testing.run(copy.deepcopy(model), x)[0]
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    testing.assert_close(compiled(x), expected, "output")
 
 
 def batched(thetas: list[torch.Tensor], b: int, order: int | None, rate: float | None = None):
