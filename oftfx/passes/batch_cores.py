@@ -59,6 +59,7 @@ def batch_cores(graph: fx.GraphModule) -> int:
         begins = range(0, len(readers), most)
         for begin in begins:
             batch = dict(itertools.islice(readers.items(), begin, begin + most))
+            beginning = _first_call(graph.graph)  # anew: it may be a core that was batched before
             for theta in batch:
                 if theta.op == "get_attr":  # read where it was first used, perhaps far below
                     beginning.prepend(theta)
@@ -67,6 +68,10 @@ def batch_cores(graph: fx.GraphModule) -> int:
                 _batch(graph.graph, batch, block_size, order, units, each)
         saved += nodes - len(begins)
     return saved
+
+
+def _first_call(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
 
 
 def _reopened(graph: fx.Graph) -> set[fx.Node]:

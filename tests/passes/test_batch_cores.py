@@ -167,6 +167,28 @@ def test_a_parameter_that_the_graph_writes_to_is_read_after_that():
     testing.assert_close(compiled(x), expected, "output")
 
 
+def test_a_graph_that_begins_with_cores_of_two_kinds_has_a_batch_of_each():
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"theta_{i}") for i in range(4)]
+    for given in inputs:
+        given.meta["example_value"] = torch.zeros(2, 6)
+    orders = (3, 2, 3, 2)
+    made = [
+        graph.call_function(CAYLEY, each) for each in zip(inputs, (4,) * 4, orders, strict=True)
+    ]
+    graph.output(tuple(made))
+    module = fx.GraphModule(nn.Module(), graph)
+    thetas = [0.1 * torch.randn(2, 6) for _ in inputs]
+    expected = module(*thetas)
+    assert batch_cores(module) == 2
+    graph = module.graph
+    graph.lint()
+    assert len(graph.find_nodes(op="call_function", target=CAYLEY)) == 2
+    module.recompile()
+    for core, own in zip(module(*thetas), expected, strict=True):
+        testing.assert_close(core, own, "core")
+
+
 def batched(thetas: list[torch.Tensor], b: int, order: int | None, rate: float | None = None):
     """The pass, over a graph with a core of each; how often it left each op."""
     graph = fx.Graph()
