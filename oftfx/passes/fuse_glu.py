@@ -84,6 +84,8 @@ def _product(rotation: fx.Node) -> _Product | None:
             if found is None:
                 continue
             gate, up = found["gate"], found.captured.get("up")
+            if up in found.nodes:  # an activation times itself: what the op reads has to stay
+                continue
             # Nothing is broadcast, and no cast rounds.
             if all(_alike(gate, one) for one in (up or gate, *found.nodes)):
                 return _Product(gate, up, name, found.nodes)

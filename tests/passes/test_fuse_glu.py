@@ -127,6 +127,7 @@ OTHERS = {
     "widened": lambda g, u: (F.silu(g) * u.double()).float(),
     "something after it": lambda g, u: torch.tanh(F.silu(g) * u),
     "written to between": written_between,
+    "an activation times itself": lambda g, u: (h := F.silu(g)) * h,
     "another constant": lambda g, u: 0.5 * g * (1.0 + torch.tanh(0.8 * (g + 0.044715 * g**3))),
 }
 
