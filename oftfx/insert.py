@@ -128,8 +128,7 @@ def insert(
                 with graph.inserting_before(use.node):
                     for factor in factors[site.rotation]:
                         x = call(graph, factor.op, x, *factor.operands)
-                        if "stack_trace" in use.node.meta:
-                            x.meta["stack_trace"] = use.node.meta["stack_trace"]
+                        _place(x, use.node)
                         first = first or x
                 rotated[key] = x
             use.feed(rotated[key])
@@ -337,10 +336,14 @@ def _add_factors(
     graph = host.module.graph
     traced = _traced_cores(spec, site.in_features, device)
     values = dict(zip(traced.find_nodes(op="placeholder"), added, strict=True))
-    with graph.inserting_before(_first_call(graph)):
+    first = _first_call(graph)
+    with graph.inserting_before(first):
         for node in (node for node in traced.nodes if node.op == "call_function"):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = call(graph, node.target, *args, **kwargs)
+            if "nn_module_stack" in first.meta:  # at the beginning only the whole model runs
+                root, *_ = first.meta["nn_module_stack"].items()
+                values[node].meta["nn_module_stack"] = dict([root])
     (cores,) = traced.find_nodes(op="output")[0].args
     return method_of(spec).factors([values[core] for core in cores], spec)
 
@@ -360,8 +363,16 @@ def _scale(host: Host, y: fx.Node, magnitude: fx.Node) -> None:
     graph, users = host.module.graph, list(y.users)
     with graph.inserting_before(y.next):
         scaled = call(graph, SCALE, y, magnitude, _bias(host, y))
+        _place(scaled, y)
     for user in users:
         user.replace_input_with(y, scaled)
+
+
+def _place(node: fx.Node, beside: fx.Node) -> None:
+    """Says of a node that the code which made another one made it, where a tracer noted that."""
+    for note in ("stack_trace", "nn_module_stack"):
+        if note in beside.meta:
+            node.meta[note] = beside.meta[note]
 
 
 def _bias(host: Host, node: fx.Node) -> fx.Node | None:

@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 from torch import fx, nn
-from torch.export import export
+from torch.export import export, unflatten
 
 import oftfx
 from oftfx import OFT, PlanError, testing
@@ -231,6 +231,15 @@ def test_a_weight_read_inside_a_nested_graph_is_refused_by_name():
 def test_an_adapted_graph_can_be_trained_compiled(form, fresh_compiler):
     graph = oftfx.adapt(as_form(small("attention"), form), SPEC)
     testing.assert_same_function(torch.compile(graph, backend="aot_eager"), graph, x)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_adapted_program_can_be_unflattened(name):
+    spec = OFT(block_size=4, init_std=0.2, share_inputs=True, magnitude=True)
+    program = oftfx.adapt(export(small(name), (x,)), spec)
+    program = oftfx.adapt(program, SPEC, "second")
+    expected = testing.run(program, x)[0]
+    assert torch.equal(unflatten(program)(x), expected)
 
 
 def test_a_graph_keeps_its_notes_through_a_copy():
