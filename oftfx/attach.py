@@ -129,7 +129,7 @@ def detach(model: nn.Module, name: str | None = None, merged: bool = False) -> N
         PlanError: There is no such adapter.
     """
     parts = [part for part in model.modules() if _records(part, name)]
-    if not parts and not merged:  # merging comes to a part whose owner took all off before
+    if not parts:
         raise no_adapter(type(model).__name__, name, in_order(model))
     for part in sorted(parts, key=lambda part: -next(iter(_records(part).values())).made):
         _detach_part(part, name, merged)

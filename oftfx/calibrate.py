@@ -6,7 +6,6 @@ passes at every site to its sketch (`rotations/sketches.py`).
 
 import heapq
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +26,7 @@ from oftfx.regions import differentiable
 from oftfx.rotations import num_trainable, supports
 from oftfx.rotations.sketches import PASSES, PROBES, Gradient, Sketch, Skew
 from oftfx.spec import LOFT, Spec
+from oftfx.spec.rules import exactly
 from oftfx.table import listed, table
 from oftfx.weights import Weights
 
@@ -68,8 +68,7 @@ class Calibration:
         for site in self.plan.sites:
             rank = ranks.get(site.rotation)
             if rank is not None:
-                name = f"(?:{re.escape(site.fqn)})"  # no other site's last components
-                overrides[name] = {"rank": rank}
+                overrides[exactly(site.fqn)] = {"rank": rank}
                 if not site.shared:
                     site = replace(site, num_trainable=_cost(self.plan, site, rank))
             sites.append(site)

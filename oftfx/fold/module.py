@@ -69,7 +69,7 @@ def merge_module(
         MergeError: The options do not fit, or a weight cannot be folded. The model is untouched.
     """
     found = list(_module_sites(model))
-    parts = _parts(model, found)
+    _check_whole(model, found)
     adapted = any(site.quantiser is not None for site in found)
     # Of a float model with floats to fold, none of the many other modules has to be asked.
     quantised = list(_quantised(model)) if adapted or options != Options() else []
@@ -107,8 +107,7 @@ def merge_module(
         layer.clear()  # and with it its old weights
     costs = settled([each for each in measured if each is not None])
     any_untied |= any(copies.own and copies.in_place for _, _, copies in copied.of(model))
-    for part in parts:
-        detach(part, merged=True)
+    detach(model, merged=True)
     if any_untied:
         for each in pretrained.models_in(model):
             _forget_tie(each)
@@ -119,15 +118,13 @@ def merge_module(
     return model, costs
 
 
-def _parts(model: nn.Module, found: list[_Site]) -> list[nn.Module]:
-    """The modules that were adapted, the model or some within it, which have the records.
+def _check_whole(model: nn.Module, found: list[_Site]) -> None:
+    """Every site was adapted as a part of this model or of a module within it.
 
     Raises:
         MergeError: The model is itself a part of what was adapted.
     """
     parts = [module for module in model.modules() if RECORD in vars(module)]
-    if model in parts:
-        return parts
     inside = {id(module) for part in parts for module in part.modules()}
     for site in found:
         if id(site.module) not in inside:
@@ -135,7 +132,6 @@ def _parts(model: nn.Module, found: list[_Site]) -> list[nn.Module]:
                 f"{site.fqn} was adapted as a part of a larger module than this "
                 f"{type(model).__name__}: merge that one."
             )
-    return parts
 
 
 def _checked(site: _Site) -> tuple[Fold | None, tuple[str, list[Tensor]]]:

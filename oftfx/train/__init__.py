@@ -5,7 +5,7 @@ Needs the ``train`` extra: ``pip install 'oftfx[train]'``.
 
 from oftfx.train.callback import HealthCallback, watch
 from oftfx.train.checkpoints import checkpoint_adapter
-from oftfx.train.errors import DataError, ModelError, OutputError
+from oftfx.train.errors import DataError, ModelError, OutputError, TrainingError
 from oftfx.train.job import Job, run
 from oftfx.train.reference import reference
 from oftfx.train.report import Report, show
@@ -22,4 +22,5 @@ __all__ = [
     "DataError",
     "ModelError",
     "OutputError",
+    "TrainingError",
 ]
