@@ -35,7 +35,7 @@ def test_value_and_gradients_are_those_of_rotating_x(dtype):
 @pytest.mark.parametrize("b", [4, 32, 64, 128])
 def test_the_forward_has_the_bits_of_the_merged_layer(b, dtype):
     layer = nn.Linear(512, 3001, device="cuda", dtype=dtype)
-    address, x = layer.weight.data_ptr(), torch.randn(70, 512, device="cuda", dtype=dtype)
+    x = torch.randn(70, 512, device="cuda", dtype=dtype)
     spec = OFT(block_size=b, dtype=torch.float32)
     adapted = oftfx.adapt(nn.Sequential(layer), spec, example_inputs=x)
     testing.randomize(adapted)
@@ -43,7 +43,6 @@ def test_the_forward_has_the_bits_of_the_merged_layer(b, dtype):
     exact = ops.rotate(layer.weight.double(), core.double().mT)
     y = ops.folded_linear(x, core, layer.weight, layer.bias)
     merged = oftfx.merge(adapted)[0]
-    assert merged.weight.data_ptr() == address
     assert torch.equal(F.linear(x, merged.weight, merged.bias), y)
     rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-6
     assert (merged.weight.double() - exact).norm() <= rounding / 2 * exact.norm()
