@@ -15,6 +15,7 @@ from oftfx.capture import Model, unwrap
 from oftfx.errors import PlanError
 from oftfx.fixed import Fixed
 from oftfx.host import host_of, parameters_of
+from oftfx.inserted import inserted
 from oftfx.plan import Plan, plan
 from oftfx.regions import check_differentiable
 from oftfx.rotations import is_fixed
@@ -133,7 +134,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
         return
     adapted = inner.graph
     inner.graph = copy.deepcopy(adapted)  # its calling convention included
-    for found in insert.inserted(host_of(inner)):
+    for found in inserted(host_of(inner)):
         if name in (None, found.adapter):
             insert.bypass(found)
     inner.recompile()

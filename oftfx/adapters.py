@@ -18,7 +18,7 @@ from oftfx.capture import Model, unwrap
 from oftfx.checkpoint import values_of
 from oftfx.errors import PlanError
 from oftfx.host import host_of
-from oftfx.insert import inserted
+from oftfx.inserted import inserted
 from oftfx.modules import Adapted
 from oftfx.modules.rows import Rows
 from oftfx.plan import Plan

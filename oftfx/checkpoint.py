@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import copied, insert, modules
+from oftfx import copied, inserted, modules
 from oftfx.adapter import put, remove
 from oftfx.attach import records_of
 from oftfx.capture import Model, unwrap
@@ -202,7 +202,7 @@ def _tell_scale(model: Model, name: str) -> None:
 
 def _plan(model: Model, name: str) -> Plan:
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
-        records = insert.records(model)
+        records = inserted.records(model)
         if name not in records:
             raise no_adapter("the graph", name, records)
         return Plan.from_json(records[name]["plan"])

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils.weak import WeakIdKeyDictionary
 
-from oftfx import insert, modules
+from oftfx import inserted, modules
 from oftfx.capture import Model, unwrap
 from oftfx.errors import OftfxWarning
 from oftfx.host import host_of
@@ -134,10 +134,10 @@ def rotations_of(model: nn.Module | ExportedProgram, name: str | None = None) ->
     """
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         host = host_of(model)
-        turning = (r for r in insert.inserted(host) if r.factor.op is not SCALE)
+        turning = (r for r in inserted.inserted(host) if r.factor.op is not SCALE)
         once = {r.parameters: r for r in turning if name in (None, r.adapter)}
-        plans = insert.plans(host)
-        found = [Held(r.site, r.tensors(host), insert.spec_of(r, plans)) for r in once.values()]
+        plans = inserted.plans(host)
+        found = [Held(r.site, r.tensors(host), inserted.spec_of(r, plans)) for r in once.values()]
     else:
         found = [
             Held(fqn, dict(rotation.tensors()), rotation.spec, rotation.scaling)

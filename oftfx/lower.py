@@ -13,7 +13,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from oftfx.host import host_of
-from oftfx.insert import erase_operands, inserted, values_of
+from oftfx.insert import erase_operands
+from oftfx.inserted import inserted, values_of
 from oftfx.ops.factor import SCALE
 from oftfx.ops.givens import GIVENS
 from oftfx.ops.givens import of_aten as givens

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import insert
+from oftfx import inserted
 from oftfx.attach import records_of
 from oftfx.capture import Model, unwrap
 from oftfx.errors import CaptureError, PlanError
@@ -86,7 +86,7 @@ def explain(
 
 def _plans(model: nn.Module | ExportedProgram) -> dict[str, Plan]:
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
-        return insert.plans(host_of(model))
+        return inserted.plans(host_of(model))
     return {name: record.plan for name, record in records_of(model).items()}
 
 

@@ -26,7 +26,7 @@ from oftfx.fold.module import merge_module
 from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, MergeReport
 from oftfx.host import host_of
-from oftfx.insert import inserted
+from oftfx.inserted import inserted
 from oftfx.spread import is_sharded
 
 __all__ = ["MergeReport", "MergedSite", "merge"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from oftfx import insert, match
+from oftfx import match
 from oftfx.adapter import remove
 from oftfx.capture import read
 from oftfx.errors import MergeError, PlanError
@@ -19,6 +19,7 @@ from oftfx.fold.options import Options
 from oftfx.fold.report import MergedSite, warn_of_loss
 from oftfx.fold.weight import Fold, check_finite
 from oftfx.host import Host, host_of
+from oftfx.inserted import Inserted, evaluate, inserted
 from oftfx.match import Use
 from oftfx.nodes import CAST_NOTE
 from oftfx.ops.factor import SCALE, Factor
@@ -131,7 +132,7 @@ class _Chain(NamedTuple):
 
 def _sites(host: Host, uses: list[Use], aliases: dict[str, tuple[str, ...]]) -> list[_Site]:
     """The weights to fold, by the rotations between them and their inputs and outputs."""
-    rotations = {found.node: found for found in insert.inserted(host)}
+    rotations = {found.node: found for found in inserted(host)}
     behind = _scales(rotations)
     chains = {use: _chain(host, use, aliases[use.weight], rotations, behind) for use in uses}
     turning = {node for chain in chains.values() for node in chain.x}
@@ -159,10 +160,10 @@ def _site(
     name: str,
     reads: list[Use],
     chain: _Chain,
-    rotations: dict[fx.Node, insert.Inserted],
+    rotations: dict[fx.Node, Inserted],
 ) -> _Site:
     def factors(nodes: Iterable[fx.Node]) -> list[Factor]:
-        return [insert.evaluate(host, rotations[node]) for node in nodes]
+        return [evaluate(host, rotations[node]) for node in nodes]
 
     turning = [node for node in chain.w if node.target is not SCALE]
     scaling = [node for node in (*chain.w, *chain.y) if node.target is SCALE]
@@ -194,7 +195,7 @@ def _chain(
     host: Host,
     use: Use,
     aliases: tuple[str, ...],
-    rotations: dict[fx.Node, insert.Inserted],
+    rotations: dict[fx.Node, Inserted],
     behind: dict[fx.Node, list[fx.Node]],
 ) -> _Chain:
     """The rotations of a matmul. The last one of a weight is the first of x."""
@@ -209,7 +210,7 @@ def _chain(
     return _Chain(through_x[::-1], through_w, behind.get(use.node, []))
 
 
-def _scales(rotations: dict[fx.Node, insert.Inserted]) -> dict[fx.Node, list[fx.Node]]:
+def _scales(rotations: dict[fx.Node, Inserted]) -> dict[fx.Node, list[fx.Node]]:
     """The scales of outputs, by the matmul whose they are.
 
     Raises:

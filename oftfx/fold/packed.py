@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from oftfx.errors import MergeError
 from oftfx.host import Host, call, erase
-from oftfx.insert import values_of
+from oftfx.inserted import values_of
 from oftfx.sites import gemm_4bit, int8, linear
 from oftfx.sites.matmul import packed_operands, parameter_behind
 
